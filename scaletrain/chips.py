@@ -1,0 +1,19 @@
+"""What is known of the chips a run may meet, by jax's `device_kind`."""
+
+# Dense bf16 FLOP/s of one jax device (TPU v7x shows two devices a chip). Sources: the
+# vendors' data sheets; a chip that is not listed has no MFU rather than a guess.
+BF16_PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}

@@ -1,0 +1,272 @@
+"""What must hold between settings, told all at once.
+
+Each rule yields `setting=value; why not; what to do`. A setting that would have no
+effect is a problem too: whoever set it expects something to happen.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from scaletrain.config.schema import AxesConfig, MeshConfig, RunConfig
+from scaletrain.errors import ConfigError
+
+# Intermediate values a layer names for remat="save"; models/ names exactly these.
+REMAT_NAMES = ("query", "key", "value", "attention", "mlp_gate", "mlp_up")
+AXES = tuple(field.name for field in dataclasses.fields(AxesConfig))
+
+
+def check(run: RunConfig) -> RunConfig:
+    """Returns `run`, or raises ConfigError with every problem it has."""
+    if found := problems(run):
+        raise ConfigError(found)
+    return run
+
+
+def problems(run: RunConfig) -> list[str]:
+    """Returns every problem that shows before the number of devices is known."""
+    found = list(_values(run))
+    if found:  # the rules below divide by these values
+        return found + list(_unused(run))
+    rules = (_model, _batch, _layout, _optim, _data, _cadence, _unused)
+    return [problem for rule in rules for problem in rule(run)]
+
+
+def _get(config: Any, path: str) -> Any:
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _values(config: Any, prefix: str = "") -> Iterator[str]:
+    """Yields every value outside its own choices or range."""
+    for field in dataclasses.fields(config):
+        value, path = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from _values(value, f"{path}.")
+            continue
+        choices = field.metadata.get("choices")
+        least, most = field.metadata.get("least"), field.metadata.get("most")
+        if choices and value not in choices:
+            yield f"{path}={value!r}; unknown; pick one of {', '.join(choices)}."
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{path}={value}; not finite; give a finite number."
+        elif least is not None and value < least:
+            yield f"{path}={value}; below {least}; give {least} or more."
+        elif most is not None and value > most:
+            yield f"{path}={value}; above {most}; give {most} or less."
+        if field.name in AXES and value == 0:
+            yield f"{path}=0; an axis has at least one device; give 1, or -1 for the rest."
+
+
+def _model(run: RunConfig) -> Iterator[str]:
+    m = run.model
+    if m.num_heads % m.num_kv_heads:
+        yield (
+            f"model.num_kv_heads={m.num_kv_heads}; does not divide "
+            f"model.num_heads={m.num_heads}; pick a divisor."
+        )
+    if m.d_head % 2:
+        yield f"model.d_head={m.d_head}; odd; rotary positions need an even size."
+    for name in m.remat_save:
+        if name not in REMAT_NAMES:
+            yield (
+                f"model.remat_save={name}; no value has that name; "
+                f"pick from {', '.join(REMAT_NAMES)}."
+            )
+    if m.remat == "save" and not m.remat_save:
+        yield (
+            "model.remat=save; model.remat_save names nothing to save; "
+            "name values in model.remat_save, or set model.remat=full."
+        )
+    if m.sliding_window >= run.seq_len:
+        yield (
+            f"model.sliding_window={m.sliding_window}; no effect with "
+            f"seq_len={run.seq_len}; set it below seq_len, or to 0."
+        )
+
+
+def _batch(run: RunConfig) -> Iterator[str]:
+    if run.batch_size % run.accumulate_steps:
+        yield (
+            f"accumulate_steps={run.accumulate_steps}; does not divide "
+            f"batch_size={run.batch_size}; pick a divisor."
+        )
+    if run.optim.accumulate == "multi_steps" and run.accumulate_steps == 1:
+        yield (
+            "optim.accumulate=multi_steps; no effect with accumulate_steps=1; "
+            "set accumulate_steps to 2 or more, or optim.accumulate=microbatch."
+        )
+
+
+def _axis_sizes(mesh: MeshConfig) -> dict[str, int]:
+    """Returns the whole size of each axis, inside and across slices."""
+    return {name: _get(mesh, name) * _get(mesh.dcn, name) for name in AXES}
+
+
+def _layout(run: RunConfig) -> Iterator[str]:
+    """Yields what can be said while one axis may still be -1."""
+    mesh = run.mesh
+    free = [n for n in AXES if _get(mesh, n) == -1]
+    free += [f"dcn.{n}" for n in AXES if _get(mesh.dcn, n) == -1]
+    if len(free) > 1:
+        yield f"mesh.{free[0]}=-1; mesh.{free[1]} is -1 too; leave one axis free."
+    sizes = _axis_sizes(mesh)
+    if sizes["expert"] != 1:
+        yield (
+            f"mesh.expert={mesh.expert}; the model has no experts; "
+            "set mesh.expert and mesh.dcn.expert to 1."
+        )
+    if sizes["stage"] != 1:
+        yield (
+            f"mesh.stage={mesh.stage}; layers cannot be split over stages; "
+            "set mesh.stage and mesh.dcn.stage to 1 and use mesh.fsdp."
+        )
+    # (axis, setting, what it splits): an axis of -1 is looked at again when resolved.
+    splits = (
+        ("fsdp", "model.d_model"),
+        ("tensor", "model.num_heads"),
+        ("tensor", "model.num_kv_heads"),
+        ("tensor", "model.d_ff"),
+        ("tensor", "model.vocab_size"),
+        ("context", "seq_len"),
+    )
+    for axis, path in splits:
+        size, whole = sizes[axis], _get(run, path)
+        if size > 1 and whole % size:
+            yield (
+                f"mesh.{axis}={size}; does not divide {path}={whole}; "
+                f"pick a mesh.{axis} that does."
+            )
+    ways = sizes["data"] * sizes["fsdp"]
+    part = run.batch_size // run.accumulate_steps
+    if sizes["data"] > 0 and sizes["fsdp"] > 0 and part % ways:
+        yield (
+            f"batch_size={run.batch_size}; {part} sequences at a time "
+            f"(accumulate_steps={run.accumulate_steps}) do not divide over "
+            f"mesh.data x mesh.fsdp = {ways}; make batch_size a multiple of "
+            f"{run.accumulate_steps * ways}."
+        )
+
+
+def resolve(run: RunConfig, num_devices: int) -> RunConfig:
+    """Returns `run` with the free mesh axis filled from the number of devices.
+
+    Raises:
+      ConfigError: the axes do not multiply to `num_devices`, or a size that follows
+        from them does not divide what it splits.
+    """
+    mesh = run.mesh
+    sizes = [_get(part, name) for part in (mesh, mesh.dcn) for name in AXES]
+    fixed = math.prod(size for size in sizes if size != -1)
+    spelled = ", ".join(f"{n}={s}" for n, s in _axis_sizes(mesh).items() if s != 1)
+    rest, remainder = divmod(num_devices, fixed)
+    if remainder or (-1 not in sizes and rest != 1):
+        raise ConfigError(
+            [
+                f"mesh=({spelled or 'one device'}); {num_devices} devices are here; "
+                "make the axes multiply to that number, or set one axis to -1."
+            ]
+        )
+
+    def fill(axes: AxesConfig) -> dict[str, int]:
+        return {n: rest for n in AXES if _get(axes, n) == -1}
+
+    dcn = dataclasses.replace(mesh.dcn, **fill(mesh.dcn))
+    mesh = dataclasses.replace(mesh, dcn=dcn, **fill(mesh))
+    return check(dataclasses.replace(run, mesh=mesh))
+
+
+def _optim(run: RunConfig) -> Iterator[str]:
+    o = run.optim
+    if o.learning_rate == 0:
+        yield "optim.learning_rate=0; nothing would be learned; give a positive rate."
+    if o.warmup_steps >= run.num_steps:
+        yield (
+            f"optim.warmup_steps={o.warmup_steps}; the run has num_steps="
+            f"{run.num_steps}; warm up for fewer steps than the run has."
+        )
+    elif o.schedule == "wsd" and o.warmup_steps + o.decay_steps > run.num_steps:
+        yield (
+            f"optim.decay_steps={o.decay_steps}; with optim.warmup_steps="
+            f"{o.warmup_steps} more than num_steps={run.num_steps}; shorten one."
+        )
+    for name in ("b1", "b2"):
+        if _get(o, name) == 1:
+            yield f"optim.{name}=1; the average would never move; stay below 1."
+
+
+def _data(run: RunConfig) -> Iterator[str]:
+    d = run.data
+    if d.source in ("files", "tfds") and not d.path:
+        what = "a file or glob" if d.source == "files" else "a data set's name"
+        yield f"data.path=''; data.source={d.source} reads from it; give {what}."
+    smallest = {"bytes": 257, "bpe": 257}.get(d.tokenizer, 2)
+    if d.source != "synthetic" and run.model.vocab_size < smallest:
+        yield (
+            f"model.vocab_size={run.model.vocab_size}; data.tokenizer={d.tokenizer} "
+            f"has at least {smallest} tokens; set it to {smallest} or more."
+        )
+
+
+def _cadence(run: RunConfig) -> Iterator[str]:
+    c = run.checkpoint
+    if c.keep_every_steps and not c.every_steps:
+        yield (
+            f"checkpoint.keep_every_steps={c.keep_every_steps}; no effect with "
+            "checkpoint.every_steps=0; set checkpoint.every_steps."
+        )
+    elif c.keep_every_steps and c.keep_every_steps % c.every_steps:
+        yield (
+            f"checkpoint.keep_every_steps={c.keep_every_steps}; not a multiple of "
+            f"checkpoint.every_steps={c.every_steps}; make it one."
+        )
+    if run.data.source != "synthetic" and run.data.validation_fraction == 0:
+        for path in ("eval_every_steps", "eval.num_batches"):
+            if _get(run, path):
+                yield (
+                    f"{path}={_get(run, path)}; data.validation_fraction=0 leaves "
+                    f"nothing to evaluate; set one of the two."
+                )
+
+
+# (setting, the setting that decides whether it is read, values under which it is)
+_NO_EFFECT = (
+    ("model.remat_save", "model.remat", ("save",)),
+    ("optim.decay_steps", "optim.schedule", ("wsd",)),
+    ("optim.final_ratio", "optim.schedule", ("cosine", "linear", "wsd")),
+    ("optim.b1", "optim.name", ("adamw", "lion", "muon", "sgd")),
+    ("optim.b2", "optim.name", ("adamw", "lion", "muon")),
+    ("optim.eps", "optim.name", ("adamw", "muon")),
+    ("data.path", "data.source", ("files", "tfds")),
+    ("data.text_field", "data.source", ("files", "tfds")),
+    ("data.split", "data.source", ("tfds",)),
+    ("data.tokenizer", "data.source", ("stdlib", "files", "tfds")),
+    ("data.end_of_text", "data.source", ("stdlib", "files", "tfds")),
+    ("data.validation_fraction", "data.source", ("stdlib", "files", "tfds")),
+    ("data.cache_dir", "data.source", ("stdlib", "files", "tfds")),
+)
+
+
+def _unused(run: RunConfig) -> Iterator[str]:
+    """Yields every setting moved off its default that nothing would read."""
+    default = RunConfig()
+    for path, switch, read_by in _NO_EFFECT:
+        value = _get(run, path)
+        if value != _get(default, path) and _get(run, switch) not in read_by:
+            yield (
+                f"{path}={value!r}; no effect with {switch}={_get(run, switch)}; "
+                f"leave it at {_get(default, path)!r}, or set {switch} to "
+                f"{' or '.join(read_by)}."
+            )
+    if run.optim.decay_embeddings == "yes" and run.optim.weight_decay == 0:
+        yield (
+            "optim.decay_embeddings='yes'; no effect with optim.weight_decay=0; "
+            "set optim.weight_decay, or leave it at 'no'."
+        )
+    if run.data.end_of_text and run.data.tokenizer in ("bytes", "bpe"):
+        yield (
+            f"data.end_of_text={run.data.end_of_text!r}; no effect with "
+            f"data.tokenizer={run.data.tokenizer}; leave it at ''."
+        )

@@ -1,0 +1,153 @@
+"""The settings of a run: frozen dataclasses, each default written once.
+
+Every field carries its unit and its off value. `choices` lists what a string may
+be, `least` the smallest number allowed and `most` the largest; `rules` holds
+every value to them.
+"""
+
+import dataclasses
+from typing import Any
+
+
+def setting(
+    default: Any,
+    *,
+    choices: tuple[str, ...] = (),
+    least: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """Returns a dataclass field that knows the values it may take."""
+    metadata = {"choices": choices, "least": least, "most": most}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer and the way its layers are executed."""
+
+    num_layers: int = setting(4, least=1)
+    d_model: int = setting(256, least=1)
+    num_heads: int = setting(4, least=1)
+    num_kv_heads: int = setting(4, least=1)  # divides num_heads
+    d_head: int = setting(64, least=2)  # even: rotary positions turn pairs
+    d_ff: int = setting(1024, least=1)
+    vocab_size: int = setting(512, least=2)  # rows of the table; >= the tokenizer's
+    mlp: str = setting("swiglu", choices=("swiglu", "geglu", "gelu", "relu2"))
+    head: str = setting("untied", choices=("untied", "tied"))
+    bias: str = setting("none", choices=("none", "qkv", "all"))
+    qk_norm: str = setting("none", choices=("none", "rms"))
+    norm_eps: float = setting(1e-6, least=0.0)
+    rope_base: float = setting(10_000.0, least=1.0)
+    sliding_window: int = setting(0, least=0)  # tokens a query sees; 0 = all before it
+    logit_soft_cap: float = setting(0.0, least=0.0)  # cap * tanh(x / cap); 0 = off
+    dropout: float = setting(0.0, least=0.0, most=0.95)  # of each residual branch
+    layers: str = setting("scan", choices=("scan", "unroll"))
+    remat: str = setting("none", choices=("none", "full", "dots", "save"))
+    remat_save: tuple[str, ...] = ()  # names kept when remat is "save"
+    attention: str = setting("xla", choices=("xla",))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AxesConfig:
+    """Sizes of the six mesh axes; 1 = unused, -1 = whatever devices are left."""
+
+    data: int = setting(1, least=-1)  # replicas of the parameters
+    fsdp: int = setting(1, least=-1)  # parameters and batch split
+    expert: int = setting(1, least=-1)  # experts split
+    context: int = setting(1, least=-1)  # tokens of a sequence split
+    tensor: int = setting(1, least=-1)  # heads and hidden units split
+    stage: int = setting(1, least=-1)  # layers split
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig(AxesConfig):
+    """Axes inside a slice, and under `dcn` the same axes across slices or hosts."""
+
+    dcn: AxesConfig = AxesConfig()
+
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Number formats: what is stored, what is multiplied, what is summed."""
+
+    params: str = setting("float32", choices=DTYPES)  # parameters and optimizer state
+    compute: str = setting("bfloat16", choices=DTYPES)  # matmul inputs, activations
+    reduce: str = setting("float32", choices=DTYPES)  # softmax, norms, loss, gradients
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer, its schedule and what happens to a gradient before it."""
+
+    name: str = setting(
+        "adamw", choices=("adamw", "adafactor", "lion", "muon", "sgd")
+    )
+    learning_rate: float = setting(3e-4, least=0.0)  # at its peak
+    schedule: str = setting(
+        "cosine", choices=("constant", "cosine", "linear", "wsd", "inverse_sqrt")
+    )
+    warmup_steps: int = setting(0, least=0)  # linear from 0
+    decay_steps: int = setting(0, least=0)  # last steps of "wsd"; 0 = a fifth of all
+    final_ratio: float = setting(0.1, least=0.0, most=1.0)  # last rate / peak
+    b1: float = setting(0.9, least=0.0, most=1.0)  # first moment; sgd's momentum
+    b2: float = setting(0.95, least=0.0, most=1.0)  # second moment
+    eps: float = setting(1e-8, least=0.0)
+    weight_decay: float = setting(0.1, least=0.0)  # 0 = off
+    decay_embeddings: str = setting("no", choices=("no", "yes"))
+    clip_norm: float = setting(1.0, least=0.0)  # global norm; 0 = off
+    z_loss: float = setting(0.0, least=0.0)  # weight of log(Z)^2; 0 = off
+    accumulate: str = setting("microbatch", choices=("microbatch", "multi_steps"))
+    max_skipped_steps: int = setting(5, least=1)  # non-finite in a row before giving up
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where text comes from and how it becomes tokens."""
+
+    source: str = setting("stdlib", choices=("stdlib", "files", "tfds", "synthetic"))
+    path: str = ""  # files: path or glob, local or fsspec; tfds: name[/config][:version]
+    text_field: str = "text"  # column of jsonl, parquet or tfds that holds the text
+    split: str = "train"  # of a tfds data set
+    tokenizer: str = "bytes"  # bytes | bpe | path of a tokenizer.json or a .model file
+    end_of_text: str = ""  # that token's spelling in a tokenizer file; "" = find it
+    validation_fraction: float = setting(0.05, least=0.0, most=0.5)  # of documents
+    cache_dir: str = ""  # "" = the user's cache folder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state is saved and what is kept."""
+
+    every_steps: int = setting(0, least=0)  # 0 = only after the last step
+    keep: int = setting(3, least=1)  # newest checkpoints kept
+    keep_every_steps: int = setting(0, least=0)  # multiples kept for good; 0 = none
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How much of the validation split an evaluation reads."""
+
+    num_batches: int = setting(0, least=0)  # 0 = the whole split
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides what a run does."""
+
+    num_steps: int = setting(100, least=1)  # optimizer steps
+    batch_size: int = setting(8, least=1)  # sequences per optimizer step, all devices
+    seq_len: int = setting(256, least=2)  # tokens
+    accumulate_steps: int = setting(1, least=1)  # parts a batch is computed in
+    log_every_steps: int = setting(10, least=1)
+    eval_every_steps: int = setting(0, least=0)  # 0 = only after the last step
+    seed: int = setting(0, least=0, most=2**32 - 1)
+    model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig(data=-1)
+    precision: PrecisionConfig = PrecisionConfig()
+    optim: OptimConfig = OptimConfig()
+    data: DataConfig = DataConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()

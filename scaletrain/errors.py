@@ -1,0 +1,53 @@
+"""What a user can be told went wrong.
+
+ScaletrainError
+├── ConfigError      settings or a command line that cannot be honoured
+├── ShardingError    a mesh or a parameter layout that cannot be honoured
+├── DataError        a corpus or a tokenizer that cannot be read as asked
+├── CheckpointError  a checkpoint that is missing, partial or of another model
+├── DivergedError    the numbers stopped being finite
+└── Interrupted      a signal arrived; everything is saved
+
+`exit_code` is what the process ends with. Programmer errors are `assert`s.
+"""
+
+from collections.abc import Sequence
+
+
+class ScaletrainError(Exception):
+    """A problem the user can act on; its text needs no traceback."""
+
+    exit_code = 2
+
+
+class ConfigError(ScaletrainError, ValueError):
+    """Settings that cannot be honoured, all of them at once."""
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = tuple(problems)
+        lines = "\n".join(f"  {problem}" for problem in self.problems)
+        super().__init__(f"these settings cannot be honoured:\n{lines}")
+
+
+class ShardingError(ScaletrainError):
+    """A layout that does not fit the mesh."""
+
+
+class DataError(ScaletrainError):
+    """Data that cannot be read as asked."""
+
+
+class CheckpointError(ScaletrainError):
+    """A checkpoint that cannot be used as asked."""
+
+
+class DivergedError(ScaletrainError):
+    """Training that no longer produces finite numbers."""
+
+    exit_code = 1
+
+
+class Interrupted(ScaletrainError):
+    """A signal stopped the run after its state was saved."""
+
+    exit_code = 75

@@ -1,0 +1,207 @@
+"""The decoder-only language model.
+
+Layers are one `Block` whose parameters carry a leading layer dim; `model.layers` says
+whether `lax.scan` or an unrolled loop walks it. Both read the same parameters, so a
+checkpoint of one continues in the other.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from scaletrain.config import ModelConfig, PrecisionConfig
+from scaletrain.models.layers import Attention, Mlp, Norm, dropped, look_up, project
+from scaletrain.sharding import constrain, param
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values of the slots decoded so far, of all layers."""
+
+    k_LBSKH: Float[Array, "L B S K H"]
+    v_LBSKH: Float[Array, "L B S K H"]
+    segments_BS: Int[Array, "B S"]  # 0 = a slot that holds no token
+    length: Int[Array, ""]  # slots in use, the same in every row
+
+    @classmethod
+    def empty(cls, model: ModelConfig, batch: int, slots: int, dtype: str) -> "Cache":
+        """Returns a cache with room for `slots` tokens a row."""
+        shape = (model.num_layers, batch, slots, model.num_kv_heads, model.d_head)
+        segments_BS = jnp.zeros((batch, slots), jnp.int32)
+        zeros = jnp.zeros(shape, dtype)
+        return cls(zeros, zeros, segments_BS, jnp.zeros((), jnp.int32))
+
+
+class Block(nnx.Module):
+    """One layer: attention and feed-forward branches, each behind a norm."""
+
+    def __init__(self, model: ModelConfig, precision: PrecisionConfig, key: jax.Array):
+        attention_key, mlp_key = jax.random.split(key)
+        self.attention_norm = Norm(model.d_model, model.norm_eps, precision)
+        self.attention = Attention(model, precision, attention_key)
+        self.mlp_norm = Norm(model.d_model, model.norm_eps, precision)
+        self.mlp = Mlp(model, precision, mlp_key)
+        self.dropout = model.dropout
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        segments_BT: Int[Array, "B T"],
+        cache: tuple | None,
+        keys_B2: Key[Array, "B 2"] | None,
+    ) -> tuple[Float[Array, "B T D"], tuple | None]:
+        """Returns the layer's output and, with a cache, its keys and values."""
+        key_one, key_two = (None, None) if keys_B2 is None else keys_B2.T
+        with jax.named_scope("attention"):
+            branch_BTD, kv = self.attention(
+                self.attention_norm(x_BTD), positions_BT, segments_BT, cache
+            )
+            x_BTD += dropped(branch_BTD, key_one, self.dropout)
+        with jax.named_scope("mlp"):
+            branch_BTD = self.mlp(self.mlp_norm(x_BTD))
+            x_BTD += dropped(branch_BTD, key_two, self.dropout)
+        return constrain(x_BTD, "batch", "tokens", "residual"), kv
+
+
+def _stacked(make: Callable[[jax.Array], nnx.Module], keys: jax.Array) -> nnx.Module:
+    """Returns one module whose parameters hold a layer for each key, stacked."""
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(keys[0])))
+    state = jax.vmap(lambda key: nnx.state(make(key)))(keys)
+    for _, leaf in nnx.to_flat_state(state):
+        leaf.set_metadata("logical", ("layers", *leaf.get_metadata("logical")))
+    return nnx.merge(graphdef, state)
+
+
+def _rematerialised(model: ModelConfig, function: Callable) -> Callable:
+    """Returns `function` with what it keeps for the backward pass set by name."""
+    policies = jax.checkpoint_policies
+    if model.remat == "none":
+        return function
+    policy = {
+        "full": policies.nothing_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "save": policies.save_only_these_names(*model.remat_save),
+    }[model.remat]
+    # Inside a scan nothing can be merged across iterations; preventing it would only
+    # put barriers in XLA's way.
+    return jax.checkpoint(
+        function, policy=policy, prevent_cse=model.layers == "unroll"
+    )
+
+
+class Decoder(nnx.Module):
+    """Token ids to next-token logits."""
+
+    def __init__(self, model: ModelConfig, precision: PrecisionConfig, key: jax.Array):
+        embed_key, blocks_key, head_key = jax.random.split(key, 3)
+        V, D = model.vocab_size, model.d_model
+        dtype = precision.params
+        self.embedding = param(
+            embed_key, (V, D), "vocab", "embed", std=0.02, dtype=dtype
+        )
+        self.blocks = _stacked(
+            functools.partial(Block, model, precision),
+            jax.random.split(blocks_key, model.num_layers),
+        )
+        self.norm = Norm(D, model.norm_eps, precision)
+        self.w_head = (
+            param(head_key, (D, V), "embed", "vocab", std=D**-0.5, dtype=dtype)
+            if model.head == "untied"
+            else None
+        )
+        self.model, self.precision = model, precision
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        segments_BT: Int[Array, "B T"],
+        dropout_B: Key[Array, "B"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Returns logits in `precision.reduce`.
+
+        Args:
+          positions_BT: position of each token in its document.
+          segments_BT: document of each token; equal ids see each other.
+          dropout_B: a key for each sequence; None runs without dropout.
+        """
+        x_BTD = self._embed(tokens_BT)
+        x_BTD, _ = self._layers(x_BTD, positions_BT, segments_BT, None, dropout_B)
+        return self._logits(x_BTD)
+
+    def decode(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        segments_BT: Int[Array, "B T"],
+        cache: Cache,
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Returns the logits after the last token and the cache with T more slots."""
+        start = cache.length
+        segments_BS = jax.lax.dynamic_update_slice_in_dim(
+            cache.segments_BS, segments_BT, start, 1
+        )
+        cache = dataclasses.replace(cache, segments_BS=segments_BS)
+        x_BTD = self._embed(tokens_BT)
+        x_BTD, (k, v) = self._layers(x_BTD, positions_BT, segments_BT, cache, None)
+        logits_BTV = self._logits(x_BTD[:, -1:])
+        return logits_BTV[:, 0], Cache(k, v, segments_BS, start + tokens_BT.shape[1])
+
+    def _embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        x_BTD = look_up(self.embedding[...], tokens_BT, self.precision)
+        return constrain(x_BTD, "batch", "tokens", "residual")
+
+    def _logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        p, cap = self.precision, self.model.logit_soft_cap
+        with jax.named_scope("head"):
+            x_BTD = self.norm(x_BTD)
+            if self.w_head is None:
+                logits = project("btd,vd->btv", x_BTD, self.embedding[...], p)
+            else:
+                logits = project("btd,dv->btv", x_BTD, self.w_head[...], p)
+            logits_BTV = logits.astype(p.reduce)
+            if cap:
+                logits_BTV = cap * jnp.tanh(logits_BTV / cap)
+            return constrain(logits_BTV, "batch", "tokens", "vocab")
+
+    def _layers(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        segments_BT: Int[Array, "B T"],
+        cache: Cache | None,
+        dropout_B: Key[Array, "B"] | None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Returns the last layer's output and every layer's keys and values."""
+        graphdef, params = nnx.split(self.blocks)
+
+        def layer(x_BTD, inputs):
+            params, kv, index = inputs
+            if cache is not None:
+                kv = (*kv, cache.segments_BS, cache.length)
+            keys_B2 = None
+            if dropout_B is not None and self.model.dropout:
+                fold = jax.vmap(lambda key: jax.random.fold_in(key, index))
+                keys_B2 = jax.vmap(jax.random.split)(fold(dropout_B))
+            block = nnx.merge(graphdef, params)
+            return block(x_BTD, positions_BT, segments_BT, kv, keys_B2)
+
+        layer = _rematerialised(self.model, layer)
+        L = self.model.num_layers
+        kv = None if cache is None else (cache.k_LBSKH, cache.v_LBSKH)
+        inputs = (params, kv, jnp.arange(L))
+        if self.model.layers == "scan":
+            return jax.lax.scan(layer, x_BTD, inputs)
+        outs = []
+        for i in range(L):
+            x_BTD, out = layer(x_BTD, jax.tree.map(lambda leaf, i=i: leaf[i], inputs))
+            outs.append(out)
+        return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)

@@ -1,0 +1,198 @@
+"""Optimizer and schedule from settings, all of them optax transformations.
+
+What the step hands over are sums over tokens, not means (`Sums`): only after the last
+micro-batch is the number of weighted tokens known, and dividing once by it makes any
+cutting of a batch give the gradient of the whole batch.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from scaletrain.config import OptimConfig, RunConfig
+
+Tree = Any  # nested dicts mirroring the parameters
+MUON_RMS = 0.2  # update size that lets Muon use AdamW's rates (arXiv 2502.16982, 2.2)
+
+
+class Sums(NamedTuple):
+    """What one forward and backward pass adds up, over its weighted tokens."""
+
+    params: Tree  # gradient of the summed loss
+    loss: Float[Array, ""]
+    weight: Float[Array, ""]
+    bad: Float[Array, ""]  # micro-batches left out because they were not finite
+
+
+class GuardState(NamedTuple):
+    """State of `guarded`: the inner state and what the last update saw."""
+
+    inner: Any
+    loss: Float[Array, ""]  # nats per token
+    grad_norm: Float[Array, ""]  # of the mean gradient, before clipping
+    skipped_in_a_row: Int[Array, ""]
+    skipped: Int[Array, ""]
+
+
+def schedule(run: RunConfig) -> optax.Schedule:
+    """Returns optimizer step -> learning rate."""
+    o, steps = run.optim, run.num_steps
+    peak, final, warmup = o.learning_rate, o.learning_rate * o.final_ratio, o.warmup_steps
+    rest = steps - warmup
+    if o.schedule == "constant":
+        main = optax.constant_schedule(peak)
+    elif o.schedule == "cosine":
+        main = optax.cosine_decay_schedule(peak, rest, alpha=o.final_ratio)
+    elif o.schedule == "linear":
+        main = optax.linear_schedule(peak, final, rest)
+    elif o.schedule == "wsd":  # arXiv 2404.06395 section 4
+        decay = min(o.decay_steps or max(1, steps // 5), rest)
+        down = optax.linear_schedule(peak, final, decay)
+        main = optax.join_schedules(
+            [optax.constant_schedule(peak), down], [rest - decay]
+        )
+    else:
+        reach = max(warmup, 1)
+
+        def main(step):
+            return peak * jnp.sqrt(reach / (reach + step))
+
+    # The first step already learns: 1/warmup of the peak, not 0.
+    up = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    return optax.join_schedules([up, main], [warmup]) if warmup else main
+
+
+def _is_matrix(axes: tuple[str, ...]) -> bool:
+    """Whether a parameter with these logical axes is multiplied, not added."""
+    return "embed" in axes
+
+
+def _is_embedding(axes: tuple[str, ...]) -> bool:
+    return "vocab" in axes
+
+
+def _map_axes(function: Any, logical: Tree) -> Tree:
+    return jax.tree.map(function, logical, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def _muon_dims(axes: tuple[str, ...]) -> Any:
+    """Returns which dims of a matrix are its input and its output; None = use Adam."""
+    if not _is_matrix(axes) or _is_embedding(axes):
+        return None
+    dims = [i for i, axis in enumerate(axes) if axis != "layers"]
+    embed = axes.index("embed")
+    others = tuple(i for i in dims if i != embed)
+    reduction, output = ((embed,), others) if embed == dims[0] else (others, (embed,))
+    return optax.contrib.MuonDimensionNumbers(reduction, output)
+
+
+def _direction(o: OptimConfig, logical: Tree) -> optax.GradientTransformation:
+    """Returns the unscaled direction of each optimizer, uphill like a gradient."""
+    if o.name == "adamw":
+        return optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps)
+    if o.name == "lion":
+        return optax.scale_by_lion(b1=o.b1, b2=o.b2)
+    if o.name == "sgd":
+        return optax.trace(decay=o.b1)
+    if o.name == "adafactor":
+        return optax.chain(optax.adafactor(None), optax.scale(-1.0))
+    dims = _map_axes(_muon_dims, logical)
+    # A rate of -1 leaves directions: the rate and the decay below serve all alike.
+    return optax.contrib.muon(
+        -1.0,
+        adam_b1=o.b1,
+        adam_b2=o.b2,
+        eps=o.eps,
+        muon_weight_dimension_numbers=dims,
+        consistent_rms=MUON_RMS,
+    )
+
+
+def optimizer(run: RunConfig, logical: Tree) -> optax.GradientTransformation:
+    """Returns the transformation of `Sums` into parameter updates.
+
+    Args:
+      logical: the logical axes of each parameter; they tell matrices, the only ones
+        that decay and that Muon turns, from norms, biases and embeddings.
+    """
+    o = run.optim
+    decays = _map_axes(
+        lambda axes: (
+            _is_matrix(axes) and (o.decay_embeddings == "yes" or not _is_embedding(axes))
+        ),
+        logical,
+    )
+    parts = [
+        optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
+        _direction(o, logical),
+        optax.add_decayed_weights(o.weight_decay, mask=decays),
+        optax.scale_by_learning_rate(schedule(run)),
+    ]
+    tx = guarded(optax.chain(*parts))
+    if o.accumulate == "multi_steps":
+        tx = _accumulated(tx, run.accumulate_steps)
+    return tx
+
+
+def guarded(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns `inner` fed with means over tokens and spared what is not finite.
+
+    `optax.apply_if_finite` decides with a branch, which keeps XLA from fusing the
+    update into the gradient, and gives in after a while; this selects, and never does.
+    """
+
+    def init(sums: Sums) -> GuardState:
+        zero, count = jnp.zeros(()), jnp.zeros((), jnp.int32)
+        return GuardState(inner.init(sums.params), zero, zero, count, count)
+
+    def update(sums: Sums, state: GuardState, params: Sums) -> tuple[Sums, GuardState]:
+        weight = jnp.maximum(sums.weight, 1)
+        mean = jax.tree.map(lambda g: (g / weight).astype(g.dtype), sums.params)
+        loss, norm = sums.loss / weight, optax.tree.norm(mean)
+        good = (sums.bad == 0) & jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, new = inner.update(mean, state.inner, params.params)
+        updates = jax.tree.map(lambda u: jnp.where(good, u, 0), updates)
+        new = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, state.inner)
+        in_a_row = jnp.where(good, 0, state.skipped_in_a_row + 1)
+        guard = GuardState(new, loss, norm, in_a_row, state.skipped + (~good))
+        return jax.tree.map(jnp.zeros_like, sums)._replace(params=updates), guard
+
+    return optax.GradientTransformation(init, update)
+
+
+def _accumulated(
+    inner: optax.GradientTransformation, steps: int
+) -> optax.GradientTransformation:
+    """Returns `inner` applied to the sums of `steps` calls.
+
+    A micro-batch that is not finite is flagged and left out: optax.MultiSteps clears
+    its sums by multiplying with 0, so a NaN in them would stay for good.
+    """
+    multi = optax.MultiSteps(inner, steps, use_grad_mean=False)
+
+    def update(sums: Sums, state: Any, params: Sums) -> tuple[Sums, Any]:
+        leaves = jax.tree.leaves(sums)
+        good = jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]))
+        sums = jax.tree.map(lambda leaf: jnp.where(good, leaf, 0), sums)
+        sums = sums._replace(bad=jnp.where(good, 0.0, 1.0))
+        updates, state = multi.update(sums, state, params)
+        # Before the last call the inner update saw part of a batch; MultiSteps
+        # multiplies it by 0, which keeps what is not finite.
+        done = multi.has_updated(state)
+        return jax.tree.map(lambda u: jnp.where(done, u, 0), updates), state
+
+    return optax.GradientTransformation(multi.init, update)
+
+
+def as_sums(params: Tree) -> Sums:
+    """Returns `params` in the shape the transformation works on."""
+    zero = jnp.zeros(())
+    return Sums(params, zero, zero, zero)
+
+
+def guard_of(state: Any) -> GuardState:
+    """Returns what the last whole step saw, from either kind of state."""
+    return state if isinstance(state, GuardState) else state.inner_opt_state

@@ -1,0 +1,186 @@
+"""Logical axes to mesh axes: the one place that decides what is split over what.
+
+A parameter states its logical axes where it is created (`param`), an activation at
+block boundaries (`constrain`); `Rules` has a field for each logical axis. An unknown
+name, two dims on one mesh axis and a dim that does not divide all raise: nothing is
+replicated unless a rule says so.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jaxtyping import Array, Float
+
+from scaletrain.errors import ShardingError
+
+MeshAxes = None | str | tuple[str, ...]
+Tree = Any  # nested dicts of arrays, shapes or shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """The mesh axes that split each logical axis; None keeps it whole."""
+
+    # activations
+    batch: MeshAxes = ("data", "fsdp")
+    tokens: MeshAxes = "context"
+    residual: MeshAxes = None
+    # parameters
+    layers: MeshAxes = None
+    embed: MeshAxes = "fsdp"
+    norm: MeshAxes = None
+    # both
+    heads: MeshAxes = "tensor"
+    kv_heads: MeshAxes = "tensor"
+    head: MeshAxes = None
+    ff: MeshAxes = "tensor"
+    vocab: MeshAxes = "tensor"
+
+
+RULES = Rules()
+
+
+def spec(*axes: str, rules: Rules = RULES) -> jax.P:
+    """Returns the PartitionSpec of a tensor with these logical axes.
+
+    Raises:
+      ShardingError: a name that `Rules` lacks, or one mesh axis for two dims.
+    """
+    names = [field.name for field in dataclasses.fields(rules)]
+    for axis in axes:
+        if axis not in names:
+            raise ShardingError(
+                f"logical axis {axis!r} of {axes}; no rule has that name; "
+                f"use one of {', '.join(names)}."
+            )
+    entries = [getattr(rules, axis) for axis in axes]
+    used = [m for e in entries if e for m in ((e,) if isinstance(e, str) else e)]
+    for mesh_axis in used:
+        if used.count(mesh_axis) > 1:
+            raise ShardingError(
+                f"logical axes {axes}; mesh axis {mesh_axis!r} would split two dims; "
+                "name the axes so that each mesh axis is used once."
+            )
+    return jax.P(*entries)
+
+
+def named(
+    mesh: Mesh | AbstractMesh, path: str, shape: tuple[int, ...], axes: tuple[str, ...]
+) -> NamedSharding:
+    """Returns the sharding of one tensor on `mesh`.
+
+    Raises:
+      ShardingError: `axes` does not fit `shape`, or a dim does not divide.
+    """
+    partition = spec(*axes)
+    if len(axes) != len(shape):
+        raise ShardingError(
+            f"{path} {shape}; {len(axes)} logical axes {axes} for {len(shape)} dims; "
+            "name one axis for each dim."
+        )
+    for dim, entry in zip(shape, partition, strict=True):
+        parts = (entry,) if isinstance(entry, str) else entry or ()
+        ways = math.prod(mesh.shape[name] for name in parts)
+        if dim % ways:
+            raise ShardingError(
+                f"{path} {shape} on {axes}; {dim} does not divide over mesh axes "
+                f"{' x '.join(parts)} = {ways}; change the mesh or the size."
+            )
+    return NamedSharding(mesh, partition)
+
+
+def param(
+    key: jax.Array,
+    shape: tuple[int, ...],
+    *axes: str,
+    std: float,
+    dtype: Any,
+) -> nnx.Param:
+    """Returns a parameter drawn from N(0, std^2) that knows its logical axes.
+
+    A `std` of 0 gives zeros. Unknown axes raise here, where they are written.
+    """
+    spec(*axes)
+    zeros = jnp.zeros(shape, dtype)
+    value = jax.random.normal(key, shape, dtype) * std if std else zeros
+    return nnx.Param(value, logical=axes)
+
+
+def constrain(x: Float[Array, "..."], *axes: str) -> Float[Array, "..."]:
+    """Returns `x` with its sharding pinned to these logical axes on the current mesh."""
+    partition = spec(*axes)
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition)
+
+
+def of_params(params: nnx.State, mesh: Mesh | AbstractMesh) -> Tree:
+    """Returns the sharding of every parameter, as nested dicts."""
+    return nested(
+        {
+            path: named(mesh, "/".join(path), leaf.shape, leaf.get_metadata("logical"))
+            for path, leaf in nnx.to_flat_state(params)
+        }
+    )
+
+
+def nested(flat: dict[tuple[str, ...], Any]) -> Tree:
+    """Returns nested dicts of a flat dict with tuple keys."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def of_state(state: Any, params: Tree, shardings: Tree, mesh: Mesh | AbstractMesh) -> Any:
+    """Returns shardings for a state whose leaves mirror parameters.
+
+    A leaf whose path ends in a parameter's path and has its shape is laid out like
+    that parameter. All else is replicated on purpose: counters, and the factored
+    statistics of Adafactor, which are vectors where the parameter is a matrix.
+    """
+    flat = jax.tree.flatten_with_path(params)[0]
+    layout = dict(
+        zip((_names(path) for path, _ in flat), jax.tree.leaves(shardings), strict=True)
+    )
+    shapes = {_names(path): leaf.shape for path, leaf in flat}
+
+    def choose(path: Any, leaf: Any) -> NamedSharding:
+        names = _names(path)
+        for start in range(len(names)):
+            if shapes.get(names[start:]) == leaf.shape:
+                return layout[names[start:]]
+        return NamedSharding(mesh, jax.P())
+
+    return jax.tree.map_with_path(choose, state)
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
+
+
+def table(params: Tree) -> str:
+    """Returns path, shape, dtype, spec and bytes a device of sharded `params`."""
+    rows = [("parameter", "shape", "dtype", "spec", "bytes/device")]
+    total = count = 0
+    for path, leaf in jax.tree.flatten_with_path(params)[0]:
+        size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        total, count = total + size, count + math.prod(leaf.shape)
+        split = ", ".join(str(entry) for entry in leaf.sharding.spec)
+        shape = "x".join(map(str, leaf.shape))
+        rows.append(("/".join(_names(path)), shape, str(leaf.dtype), f"({split})", f"{size:,}"))
+    rows.append((f"{count:,} parameters", "", "", "", f"{total:,}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row[:4], widths, strict=False)]
+        lines.append("  ".join([*cells, row[4].rjust(widths[4])]).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,183 @@
+"""The training and evaluation steps: pure functions of arrays, jitted, no I/O."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jaxtyping import Array, Int, UInt
+
+from scaletrain import optim, sharding
+from scaletrain.config import RunConfig
+from scaletrain.losses import LossSums, next_token_loss
+from scaletrain.models import Decoder
+
+Batch = dict[str, jax.Array]  # tokens, targets, segments, positions, weights: [B, T]
+Tree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that changes from step to step."""
+
+    step: Int[Array, ""]  # optimizer steps taken
+    params: Tree
+    opt_state: Any
+    key: UInt[Array, "2"]  # the run's random key, as data
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A run's step, what it takes and where that lies on the mesh."""
+
+    run: RunConfig
+    mesh: Mesh | AbstractMesh
+    graphdef: Any
+    tx: optax.GradientTransformation
+    state: TrainState  # shapes with shardings
+    batch: Batch  # shapes with shardings
+
+
+def train_step(
+    state: TrainState, batch: Batch, *, program: Program
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Returns the state after one batch, and the numbers it gave.
+
+    With optim.accumulate=multi_steps a batch is one part of an optimizer step, and
+    the numbers count once its last part is done.
+    """
+    run = program.run
+    rows = batch["tokens"].shape[0]
+    parts = run.accumulate_steps if run.optim.accumulate == "microbatch" else 1
+    batch_hash = _hash(batch["tokens"])
+    batch["key"] = _row_keys(state.key, state.step, batch["tokens"])
+
+    loss = functools.partial(_objective, program=program)
+    grad = jax.value_and_grad(loss, has_aux=True)
+    if parts > 1:
+        grad = optax.microbatching.microbatch(grad, 1, rows // parts)
+    (_, sums), grads = grad(state.params, batch)
+    grads = jax.tree.map(
+        lambda g, p: jax.lax.with_sharding_constraint(g, p.sharding.spec),
+        grads,
+        program.state.params,
+    )
+
+    rate = optim.schedule(run)(state.step - optim.guard_of(state.opt_state).skipped)
+    sums = optim.Sums(grads, sums.loss, sums.weight, jnp.zeros(()))
+    whole = optim.as_sums(state.params)
+    updates, opt_state = program.tx.update(sums, state.opt_state, whole)
+    params = optax.apply_updates(state.params, updates.params)
+    guard = optim.guard_of(opt_state)
+    metrics = {
+        "loss": guard.loss,
+        "grad_norm": guard.grad_norm,
+        "learning_rate": rate,
+        "tokens": sums.weight,
+        "skipped": guard.skipped,
+        "skipped_in_a_row": guard.skipped_in_a_row,
+        "batch_hash": batch_hash,
+    }
+    ended = getattr(opt_state, "mini_step", 0) == 0
+    return TrainState(state.step + ended, params, opt_state, state.key), metrics
+
+
+def eval_step(params: Tree, batch: Batch, *, program: Program) -> LossSums:
+    """Returns the summed loss of one batch, without dropout."""
+    logits_BTV = nnx.merge(program.graphdef, params)(
+        batch["tokens"], batch["positions"], batch["segments"]
+    )
+    return next_token_loss(logits_BTV, batch["targets"], batch["weights"])
+
+
+def _objective(
+    params: Tree, batch: Batch, *, program: Program
+) -> tuple[jax.Array, LossSums]:
+    """Returns what is differentiated: the summed loss with its z-loss."""
+    logits_BTV = nnx.merge(program.graphdef, params)(
+        batch["tokens"], batch["positions"], batch["segments"], batch["key"]
+    )
+    sums = next_token_loss(logits_BTV, batch["targets"], batch["weights"])
+    weight = program.run.optim.z_loss
+    return (sums.loss + weight * sums.z if weight else sums.loss), sums
+
+
+def _hash(tokens_BT: Int[Array, "B T"]) -> UInt[Array, ""]:
+    """Returns a number that tells two batches apart, whatever the order of rows."""
+    T = tokens_BT.shape[1]
+    odd_T = jnp.arange(T, dtype=jnp.uint32) * jnp.uint32(2654435761) | jnp.uint32(1)
+    row_B = jnp.sum((tokens_BT + 1).astype(jnp.uint32) * odd_T[None], axis=1)
+    row_B = (row_B ^ (row_B >> 15)) * jnp.uint32(2246822519)
+    return jnp.sum(row_B ^ (row_B >> 13))
+
+
+def _row_keys(
+    key: UInt[Array, "2"], step: Int[Array, ""], tokens_BT: Int[Array, "B T"]
+) -> jax.Array:
+    """Returns a random key for each row, from the run's key, the step and the row.
+
+    The row is known by its tokens: its place differs between ways to cut a batch.
+    """
+    step_key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
+    return jax.vmap(lambda row_T: jax.random.fold_in(step_key, _hash(row_T[None])))(
+        tokens_BT
+    )
+
+
+def initial_state(run: RunConfig, tx: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first step; the same on every mesh."""
+    key = jax.random.key(run.seed)
+    model_key, run_key = jax.random.split(key)
+    params = nnx.to_pure_dict(nnx.state(Decoder(run.model, run.precision, model_key)))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=tx.init(optim.as_sums(params)),
+        key=jax.random.key_data(run_key),
+    )
+
+
+def build(run: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
+    """Returns the program of a resolved run on a mesh; holds no device memory."""
+    model = nnx.eval_shape(
+        lambda: Decoder(run.model, run.precision, jax.random.key(run.seed))
+    )
+    graphdef, abstract = nnx.split(model)
+    flat = dict(nnx.to_flat_state(abstract))
+    logical = sharding.nested({k: v.get_metadata("logical") for k, v in flat.items()})
+    tx = optim.optimizer(run, logical)
+    state = jax.eval_shape(functools.partial(initial_state, run, tx))
+    layout = sharding.of_state(
+        state, state.params, sharding.of_params(abstract, mesh), mesh
+    )
+
+    def placed(leaf, where):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    rows = run.batch_size
+    if run.optim.accumulate == "multi_steps":
+        rows //= run.accumulate_steps
+    where = NamedSharding(mesh, sharding.spec("batch", "tokens"))
+    dtypes = dict.fromkeys(("tokens", "targets", "segments", "positions"), jnp.int32)
+    batch = {
+        name: jax.ShapeDtypeStruct((rows, run.seq_len), dtype, sharding=where)
+        for name, dtype in (dtypes | {"weights": jnp.float32}).items()
+    }
+    return Program(run, mesh, graphdef, tx, jax.tree.map(placed, state, layout), batch)
+
+
+def jitted(program: Program) -> Any:
+    """Returns `train_step` with state donated and shardings pinned, ready to lower."""
+    layout = jax.tree.map(lambda leaf: leaf.sharding, program.state)
+    whole = NamedSharding(program.mesh, jax.P())
+    return jax.jit(
+        functools.partial(train_step, program=program),
+        in_shardings=(layout, {k: v.sharding for k, v in program.batch.items()}),
+        out_shardings=(layout, whole),
+        donate_argnums=0,
+    )
