@@ -26,7 +26,7 @@ class ConfigError(ScaletrainError, ValueError):
     def __init__(self, problems: Sequence[str]):
         self.problems = tuple(problems)
         lines = "\n".join(f"  {problem}" for problem in self.problems)
-        super().__init__(f"these settings cannot be honoured:\n{lines}")
+        super().__init__(f"this cannot be honoured:\n{lines}")
 
 
 class ShardingError(ScaletrainError):

@@ -7,11 +7,13 @@ replicated unless a rule says so.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Float
@@ -165,6 +167,31 @@ def of_state(state: Any, params: Tree, shardings: Tree, mesh: Mesh | AbstractMes
 
 def _names(path: Any) -> tuple[str, ...]:
     return tuple(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
+
+
+def rows_here(batch: jax.ShapeDtypeStruct) -> list[int]:
+    """Returns the rows of a sharded [B, ...] batch that this process's devices hold."""
+    indices = batch.sharding.addressable_devices_indices_map(batch.shape).values()
+    return sorted({r for index in indices for r in range(*index[0].indices(batch.shape[0]))})
+
+
+def place(
+    rows: dict[str, np.ndarray], batch: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Returns global arrays laid out like `batch` from the rows of `rows_here`."""
+    here = np.array(rows_here(batch["tokens"]))
+
+    def shards(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(batch[name].shape[0])
+        first, end = np.searchsorted(here, (start, stop))
+        return rows[name][first:end, index[1]]
+
+    return {
+        name: jax.make_array_from_callback(
+            shape.shape, shape.sharding, functools.partial(shards, name)
+        )
+        for name, shape in batch.items()
+    }
 
 
 def table(params: Tree) -> str:

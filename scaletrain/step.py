@@ -31,7 +31,7 @@ class TrainState:
     key: UInt[Array, "2"]  # the run's random key, as data
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Program:
     """A run's step, what it takes and where that lies on the mesh."""
 

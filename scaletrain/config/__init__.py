@@ -4,11 +4,17 @@ Nothing here imports jax: a configuration can be built, printed and compared wit
 touching a device.
 """
 
-from scaletrain.config.rules import REMAT_NAMES, check, problems, resolve
+from scaletrain.config.rules import (
+    REMAT_NAMES,
+    check,
+    differences,
+    mesh_size,
+    problems,
+    resolve,
+)
 from scaletrain.config.form import (
     from_config_dict,
     from_json,
-    leaves,
     load,
     to_config_dict,
     to_json,
@@ -23,6 +29,7 @@ from scaletrain.config.schema import (
     OptimConfig,
     PrecisionConfig,
     RunConfig,
+    leaves,
 )
 
 __all__ = [
@@ -37,10 +44,12 @@ __all__ = [
     "PrecisionConfig",
     "RunConfig",
     "check",
+    "differences",
     "from_config_dict",
     "from_json",
     "leaves",
     "load",
+    "mesh_size",
     "problems",
     "resolve",
     "to_config_dict",

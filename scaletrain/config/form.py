@@ -12,24 +12,14 @@ import importlib.util
 import json
 import pathlib
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import config_dict
 
 from scaletrain.config import rules
-from scaletrain.config.schema import RunConfig
+from scaletrain.config.schema import RunConfig, leaves
 from scaletrain.errors import ConfigError
-
-
-def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yields (dotted path, dataclass field, value) of every setting, in order."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from leaves(value, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", field, value
 
 
 def to_config_dict(config: Any) -> config_dict.ConfigDict:
@@ -119,13 +109,15 @@ def replaced(config: Any, path: str, value: Any) -> Any:
 
 
 def _experiment(spec: str) -> config_dict.ConfigDict:
-    """Returns what `get_config` of FILE[:ARG] returns."""
+    """Returns what `get_config` of FILE[:ARG] returns, or a run's config.json."""
     path, _, arg = spec.partition(":")
     where = f"--config={spec}"
     if not pathlib.Path(path).is_file():
         near = difflib.get_close_matches(path, map(str, _siblings(path)), 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else "give the path of a .py file."
         raise ConfigError([f"{where}; no such file; {hint}"])
+    if path.endswith(".json"):
+        return config_dict.ConfigDict(json.loads(pathlib.Path(path).read_text()))
     module_spec = importlib.util.spec_from_file_location("experiment", path)
     if module_spec is None or module_spec.loader is None:
         raise ConfigError([f"{where}; not a Python file; give the path of a .py file."])
@@ -134,7 +126,7 @@ def _experiment(spec: str) -> config_dict.ConfigDict:
         module_spec.loader.exec_module(module)
         form = module.get_config(arg) if arg else module.get_config()
     except Exception as err:  # the file is the user's: anything can come out of it
-        line = f"{type(err).__name__}: {str(err).strip().splitlines()[:1]}"
+        line = f"{type(err).__name__}: {err}".strip().splitlines()[0]
         raise ConfigError([f"{where}; reading it raised {line}; correct it."]) from err
     if not isinstance(form, config_dict.ConfigDict):
         raise ConfigError(

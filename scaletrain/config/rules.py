@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from scaletrain.config.schema import AxesConfig, MeshConfig, RunConfig
+from scaletrain.config.schema import AxesConfig, MeshConfig, RunConfig, leaves
 from scaletrain.errors import ConfigError
 
 # Intermediate values a layer names for remat="save"; models/ names exactly these.
@@ -39,13 +39,9 @@ def _get(config: Any, path: str) -> Any:
     return config
 
 
-def _values(config: Any, prefix: str = "") -> Iterator[str]:
+def _values(run: RunConfig) -> Iterator[str]:
     """Yields every value outside its own choices or range."""
-    for field in dataclasses.fields(config):
-        value, path = getattr(config, field.name), f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(value):
-            yield from _values(value, f"{path}.")
-            continue
+    for path, field, value in leaves(run):
         choices = field.metadata.get("choices")
         least, most = field.metadata.get("least"), field.metadata.get("most")
         if choices and value not in choices:
@@ -150,6 +146,12 @@ def _layout(run: RunConfig) -> Iterator[str]:
         )
 
 
+def mesh_size(mesh: MeshConfig) -> int | None:
+    """Returns how many devices `mesh` asks for; None when it takes what is there."""
+    sizes = [_get(part, name) for part in (mesh, mesh.dcn) for name in AXES]
+    return None if -1 in sizes else math.prod(sizes)
+
+
 def resolve(run: RunConfig, num_devices: int) -> RunConfig:
     """Returns `run` with the free mesh axis filled from the number of devices.
 
@@ -252,9 +254,11 @@ _NO_EFFECT = (
 def _unused(run: RunConfig) -> Iterator[str]:
     """Yields every setting moved off its default that nothing would read."""
     default = RunConfig()
+    choices = {path: field.metadata.get("choices") for path, field, _ in leaves(run)}
     for path, switch, read_by in _NO_EFFECT:
         value = _get(run, path)
-        if value != _get(default, path) and _get(run, switch) not in read_by:
+        idle = _get(run, switch) in set(choices[switch]) - set(read_by)
+        if idle and value != _get(default, path):
             yield (
                 f"{path}={value!r}; no effect with {switch}={_get(run, switch)}; "
                 f"leave it at {_get(default, path)!r}, or set {switch} to "
@@ -270,3 +274,26 @@ def _unused(run: RunConfig) -> Iterator[str]:
             f"data.end_of_text={run.data.end_of_text!r}; no effect with "
             f"data.tokenizer={run.data.tokenizer}; leave it at ''."
         )
+
+
+# What may change between two attempts at one run; all other settings decide the
+# model, the data or the shape of the optimizer's state.
+_FREE = (
+    "num_steps", "accumulate_steps", "log_every_steps", "eval_every_steps",
+    "model.layers", "model.remat", "model.remat_save", "model.attention",
+    "mesh.", "precision.compute", "precision.reduce", "optim.", "data.cache_dir",
+    "checkpoint.", "eval.",
+)  # fmt: skip
+_HELD = ("optim.name", "optim.accumulate")
+
+
+def differences(then: RunConfig, now: RunConfig) -> tuple[list[str], list[str]]:
+    """Returns the changed settings that stop a resume, and those that do not."""
+    held, free = [], []
+    for path, _, before in leaves(then):
+        after = _get(now, path)
+        if before != after:
+            is_free = path.startswith(_FREE) and path not in _HELD
+            line = f"{path}: {before!r} then, {after!r} now"
+            (free if is_free else held).append(line)
+    return held, free

@@ -151,8 +151,8 @@ class Attention(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         positions_BT: Int[Array, "B T"],
         segments_BT: Int[Array, "B T"],
-        cache: "tuple | None" = None,
-    ) -> "tuple[Float[Array, 'B T D'], tuple | None]":
+        cache: tuple[Array, ...] | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
         """Returns the attention branch and, with a cache, its keys and values.
 
         Args:

@@ -55,9 +55,9 @@ class Block(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         positions_BT: Int[Array, "B T"],
         segments_BT: Int[Array, "B T"],
-        cache: tuple | None,
+        cache: tuple[Array, ...] | None,
         keys_B2: Key[Array, "B 2"] | None,
-    ) -> tuple[Float[Array, "B T D"], tuple | None]:
+    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
         """Returns the layer's output and, with a cache, its keys and values."""
         key_one, key_two = (None, None) if keys_B2 is None else keys_B2.T
         with jax.named_scope("attention"):

@@ -1,0 +1,225 @@
+"""Checkpoints: parameters, optimizer state, step, key, data identity and settings.
+
+One directory a step, written in the background by Orbax under a temporary name and
+renamed when whole; what has no final name does not exist. Arrays are stored under
+their paths, so a checkpoint does not depend on the classes that held them, and are
+restored straight onto whatever mesh there is now.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from scaletrain import config
+from scaletrain.config import RunConfig
+from scaletrain.errors import CheckpointError
+from scaletrain.step import TrainState
+
+Tree = Any
+
+
+def _flat(tree: Tree) -> dict[str, Any]:
+    """Returns the leaves of `tree` by path."""
+    leaves = jax.tree.flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): v for p, v in leaves}
+
+
+class Checkpoints:
+    """The checkpoints of one workdir."""
+
+    def __init__(self, workdir: pathlib.Path, run: RunConfig):
+        self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
+        self.run = run
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=run.checkpoint.keep,
+            keep_period=run.checkpoint.keep_every_steps or None,
+            enable_async_checkpointing=True,
+        )
+        items = ("params", "rest", "about")
+        self._manager = ocp.CheckpointManager(
+            self.folder, options=options, item_names=items
+        )
+
+    def latest(self) -> int | None:
+        """Returns the newest whole step, None when there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, data_fingerprint: str) -> None:
+        """Starts saving; returns once the arrays are off the device.
+
+        Raises:
+          CheckpointError: this save could not start, or the one before it failed.
+        """
+        self.check()
+        about = {
+            "config": json.loads(config.to_json(self.run)),
+            "data": {"fingerprint": data_fingerprint, "next_step": step},
+        }
+        rest = {"step": state.step, "key": state.key, "opt_state": state.opt_state}
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(_flat(state.params)),
+                    rest=ocp.args.StandardSave(_flat(rest)),
+                    about=ocp.args.JsonSave(about),
+                ),
+            )
+        except (OSError, ValueError) as err:
+            raise self._unsaved(err) from err
+
+    def check(self) -> None:
+        """Raises CheckpointError if a save in the background has failed."""
+        try:
+            self._manager.check_for_errors()
+        except (OSError, ValueError, RuntimeError) as err:
+            raise self._unsaved(err) from err
+
+    def finish(self) -> None:
+        """Waits until every save is durable; raises what `check` raises."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError, RuntimeError) as err:
+            raise self._unsaved(err) from err
+
+    def close(self) -> None:
+        """Lets go of the background threads."""
+        self._manager.close()
+
+    def _unsaved(self, err: Exception) -> CheckpointError:
+        reason = str(err).strip().splitlines()[0] if str(err).strip() else repr(err)
+        failure = CheckpointError(
+            f"{self.folder}; a checkpoint could not be written ({reason}); "
+            f"make room or mend it, then start again: step {self.latest()} is whole."
+        )
+        failure.exit_code = 1
+        return failure
+
+    def about(self, step: int) -> Mapping[str, Any]:
+        """Returns the settings and the data identity stored with `step`.
+
+        Raises:
+          CheckpointError: there is no such step.
+        """
+        if step not in self._manager.all_steps():
+            have = ", ".join(map(str, self._manager.all_steps())) or "none"
+            raise CheckpointError(
+                f"--step={step}; {self.folder} has no such checkpoint; "
+                f"it has {have}."
+            )
+        args = ocp.args.Composite(about=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)["about"]
+
+    def agree(self, step: int, data_fingerprint: str) -> list[str]:
+        """Returns the harmless differences between the settings of `step` and now.
+
+        Raises:
+          CheckpointError: a difference that changes the model or the data.
+        """
+        about = self.about(step)
+        then = config.from_json(json.dumps(about["config"]))
+        held, free = config.differences(then, self.run)
+        if about["data"]["fingerprint"] != data_fingerprint:
+            held.append("data: the corpus or its tokenizer is not the one of then")
+        if held:
+            lines = "\n".join(f"  {line}" for line in held)
+            raise CheckpointError(
+                f"{self.folder / str(step)} was made with other settings:\n{lines}\n"
+                "set them back, or train in an empty workdir."
+            )
+        return free
+
+    def restore(self, step: int, state: TrainState) -> TrainState:
+        """Returns the state of `step`, laid out like the abstract `state`.
+
+        Raises:
+          CheckpointError: a leaf is missing, unknown or of another shape.
+        """
+        params = self.restore_params(step, state.params)
+        rest = {"step": state.step, "key": state.key, "opt_state": state.opt_state}
+        rest = self._restore(step, "rest", rest)
+        return TrainState(rest["step"], params, rest["opt_state"], rest["key"])
+
+    def restore_params(self, step: int, params: Tree) -> Tree:
+        """Returns the parameters of `step` alone, laid out like `params`."""
+        return self._restore(step, "params", params)
+
+    def _restore(self, step: int, item: str, tree: Tree) -> Tree:
+        wanted = _flat(tree)
+        self._compare(step, item, wanted)
+        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(wanted)})
+        try:
+            found = self._manager.restore(step, args=args)[item]
+        except (OSError, ValueError) as err:
+            reason = str(err).strip().splitlines()[0]
+            raise CheckpointError(
+                f"{self.folder / str(step)}; could not be read ({reason}); "
+                "remove that folder to go on from the step before it."
+            ) from err
+        return jax.tree.unflatten(jax.tree.structure(tree), [found[k] for k in wanted])
+
+    def _compare(self, step: int, item: str, wanted: Mapping[str, Any]) -> None:
+        stored = self._manager.item_metadata(step)[item]
+        if stored is None:
+            raise CheckpointError(
+                f"{self.folder / str(step)}; {item} is missing; "
+                "remove that folder to go on from the step before it."
+            )
+        stored = dict(stored.tree if hasattr(stored, "tree") else stored)
+        lines = [f"{name}: missing" for name in wanted if name not in stored]
+        lines += [f"{name}: not in this model" for name in stored if name not in wanted]
+        lines += [
+            f"{name}: {tuple(stored[name].shape)} stored, {leaf.shape} wanted"
+            for name, leaf in wanted.items()
+            if name in stored and tuple(stored[name].shape) != leaf.shape
+        ]
+        if lines:
+            listed = "\n".join(f"  {line}" for line in lines[:20])
+            raise CheckpointError(
+                f"{self.folder / str(step)} does not hold this {item}:\n{listed}\n"
+                "use the settings it was made with."
+            )
+
+
+def prepare_workdir(workdir: str) -> pathlib.Path:
+    """Returns the workdir, made if missing.
+
+    Raises:
+      CheckpointError: it cannot be made or written.
+    """
+    path = pathlib.Path(workdir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise CheckpointError(
+            f"--workdir={workdir}; {err.strerror}; give a folder that can be made."
+        ) from err
+    if not os.access(path, os.W_OK):
+        raise CheckpointError(
+            f"--workdir={workdir}; not writable; give a folder you may write to."
+        )
+    return path
+
+
+def params_of(
+    workdir: str, run: RunConfig, step: int | None, params: Tree
+) -> tuple[int, Tree]:
+    """Returns a step (default: the newest) and its parameters laid out like `params`.
+
+    Raises:
+      CheckpointError: the workdir holds no such checkpoint, or one of another model.
+    """
+    with contextlib.closing(Checkpoints(pathlib.Path(workdir), run)) as checkpoints:
+        step = checkpoints.latest() if step is None else step
+        if step is None:
+            raise CheckpointError(
+                f"--workdir={workdir}; no whole checkpoint there; train first."
+            )
+        checkpoints.about(step)
+        return step, checkpoints.restore_params(step, params)

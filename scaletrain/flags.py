@@ -1,0 +1,148 @@
+"""The command line: words to a command, its arguments and checked settings.
+
+Nothing here imports jax, so that help and refusals are immediate.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import pathlib
+from typing import Any, NoReturn
+
+import scaletrain
+from scaletrain import config
+from scaletrain.errors import ConfigError
+
+_EPILOG = """\
+settings: --config.a.b=value overrides any setting, as in --config.num_steps=50
+exit codes: 0 done, 1 the run failed, 2 the request cannot be honoured,
+            75 interrupted, saved, start me again
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Speaks of mistakes the way settings do."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError([f"{message}; see `{self.prog} --help`."])
+
+
+def _parser() -> _Parser:
+    shape: dict[str, Any] = {
+        "allow_abbrev": False,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "epilog": _EPILOG,
+    }
+    parser = _Parser(prog="scaletrain", description=scaletrain.__doc__, **shape)
+    parser.add_argument("--version", action="version", version=scaletrain.__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, words: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=words, description=words, **shape)
+        sub.add_argument("--json", action="store_true", help="print results as JSON")
+        return sub
+
+    def experiment(sub: argparse.ArgumentParser, *, required: bool) -> None:
+        words = "experiment file, with an argument for its get_config"
+        if not required:
+            words += " (default: the settings in the workdir)"
+        sub.add_argument(
+            "--config", metavar="FILE[:ARG]", required=required, help=words
+        )
+
+    def workdir(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--workdir", metavar="DIR", required=True, help="folder of the run"
+        )
+
+    def step(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--step", type=int, help="checkpoint (default: the newest)")
+
+    train = command("train", "train, or go on training, in a workdir")
+    experiment(train, required=True)
+    workdir(train)
+    train.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
+    train.add_argument("--num_processes", type=int, help="with --coordinator")
+    train.add_argument("--process_id", type=int, help="with --coordinator, from 0")
+
+    evaluate = command("eval", "loss, perplexity and bits per byte of a checkpoint")
+    experiment(evaluate, required=False)
+    workdir(evaluate)
+    step(evaluate)
+    evaluate.add_argument(
+        "--split", choices=("validation", "train"), default="validation"
+    )
+
+    generate = command("generate", "text from a checkpoint")
+    experiment(generate, required=False)
+    workdir(generate)
+    step(generate)
+    generate.add_argument(
+        "--prompt", action="append", help="start of the text; repeat for a batch"
+    )
+    generate.add_argument("--max_new_tokens", type=int, default=128)
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 = greedy")
+    generate.add_argument("--top_k", type=int, default=0, help="0 = all tokens")
+    generate.add_argument("--top_p", type=float, default=1.0, help="1 = all tokens")
+    generate.add_argument("--seed", type=int, default=0, help="of the sampling")
+
+    settings = command("config", "the resolved settings and the sharding table")
+    experiment(settings, required=True)
+    return parser
+
+
+def read(argv: list[str]) -> tuple[argparse.Namespace, config.RunConfig]:
+    """Returns a command's arguments and the checked settings it works with.
+
+    Raises:
+      ConfigError: with every problem of the options, the experiment and the overrides.
+    """
+    overrides, plain, problems = [], [], []
+    for arg in argv:
+        if arg.startswith("--config."):
+            path, equals, text = arg.removeprefix("--config.").partition("=")
+            if equals:
+                overrides.append((path, text))
+            else:
+                problems.append(f"{arg}; no value; write {arg}=VALUE.")
+        else:
+            plain.append(arg)
+    args, unknown = _parser().parse_known_args(plain)
+    known = ["--" + name for name in vars(args) if name != "command"]
+    known += ["--config." + path for path, _, _ in config.leaves(config.RunConfig())]
+    for arg in unknown:
+        near = difflib.get_close_matches(arg.partition("=")[0], known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"see {args.command} --help."
+        problems.append(f"{arg}; not an option of {args.command}; {hint}")
+    try:
+        run = _load(args, overrides)
+    except ConfigError as err:
+        raise ConfigError([*problems, *err.problems]) from err
+    if problems:
+        raise ConfigError(problems)
+    return args, run
+
+
+def _load(
+    args: argparse.Namespace, overrides: list[tuple[str, str]]
+) -> config.RunConfig:
+    if args.config:
+        return config.load(args.config, overrides)
+    run = config.load(_settings_of(args.workdir), overrides)
+    if any(path.startswith("mesh.") for path, _ in overrides):
+        return run
+    # Whatever mesh it was trained on, spread it over the devices that are here.
+    return dataclasses.replace(run, mesh=config.MeshConfig(fsdp=-1))
+
+
+def _settings_of(workdir: str) -> str:
+    """Returns the path of the settings a run left in its workdir."""
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.is_file():
+        raise ConfigError(
+            [
+                f"--workdir={workdir}; no config.json there; "
+                "give the workdir of a run that `scaletrain train` started."
+            ]
+        )
+    return str(path)

@@ -1,0 +1,215 @@
+"""Text from a checkpoint: a key/value cache, filled once and extended token by token."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from scaletrain import checkpoint, config, data, mesh, step
+from scaletrain.config import RunConfig
+from scaletrain.errors import ConfigError
+from scaletrain.models import Cache
+from scaletrain.step import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the logits."""
+
+    temperature: float = 0.8  # 0 = always the likeliest
+    top_k: int = 0  # only the k likeliest; 0 = all
+    top_p: float = 1.0  # only the likeliest that hold this probability; 1 = all
+    max_new_tokens: int = 128
+
+    def problems(self) -> list[str]:
+        """Returns what cannot be honoured, as `setting=value; why; what to do`."""
+        found = []
+        if self.temperature < 0:
+            found.append(f"--temperature={self.temperature}; below 0; give 0 or more.")
+        if self.top_k < 0:
+            found.append(f"--top_k={self.top_k}; below 0; give 1 or more, 0 for all.")
+        if not 0 < self.top_p <= 1:
+            found.append(f"--top_p={self.top_p}; outside (0, 1]; give 1 for all.")
+        if self.max_new_tokens < 1:
+            found.append(
+                f"--max_new_tokens={self.max_new_tokens}; below 1; give 1 or more."
+            )
+        if self.temperature == 0:
+            found += [
+                f"--{name}={value}; no effect with --temperature=0; leave it out."
+                for name, value, off in (
+                    ("top_k", self.top_k, 0), ("top_p", self.top_p, 1.0),
+                )
+                if value != off
+            ]  # fmt: skip
+        return found
+
+
+def generate(
+    program: Program,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling,
+    end_id: int,
+    seed: int,
+) -> list[list[int]]:
+    """Returns the new tokens of each prompt, up to and without `end_id`.
+
+    Prompts of different lengths share a batch: the shorter ones are padded on the
+    left with slots that nobody sees, so that every row writes the same slot.
+
+    Args:
+      prompts: token ids; an empty one starts a new document.
+    """
+    prompts = [list(p) or [end_id] for p in prompts]
+    ways = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
+    B = -(-len(prompts) // ways) * ways
+    # A multiple of 64 lets prompts of similar lengths share a compilation.
+    T = -(-max(map(len, prompts)) // 64) * 64
+    tokens_BT = np.zeros((B, T), np.int32)
+    segments_BT = np.zeros((B, T), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens_BT[row, T - len(prompt) :] = prompt
+        segments_BT[row, T - len(prompt) :] = 1
+    positions_BT = np.maximum(np.cumsum(segments_BT, axis=1) - 1, 0).astype(np.int32)
+    unused_B = np.arange(B) >= len(prompts)
+    out_BN = _jitted(program, sampling, end_id)(
+        params, tokens_BT, positions_BT, segments_BT, unused_B, jax.random.key(seed)
+    )
+    rows = np.asarray(jax.device_get(out_BN)).tolist()[: len(prompts)]
+    return [row[: row.index(end_id)] if end_id in row else row for row in rows]
+
+
+@functools.lru_cache(maxsize=8)
+def _jitted(program: Program, sampling: Sampling, end_id: int) -> Any:
+    return jax.jit(
+        functools.partial(_decode, program=program, sampling=sampling, end_id=end_id)
+    )
+
+
+def run(
+    run: RunConfig,
+    workdir: str,
+    at: int | None,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    seed: int,
+) -> list[str]:
+    """Returns the continuation of each prompt under the checkpoint of step `at`.
+
+    Raises:
+      ScaletrainError: no such checkpoint, no tokenizer, or sampling that makes no sense.
+    """
+    if found := sampling.problems():
+        raise ConfigError(found)
+    run = config.resolve(run, jax.device_count())
+    grid = mesh.build(run.mesh)
+    program = step.build(run, grid)
+    tokenizer = data.load_tokenizer(pathlib.Path(workdir) / "tokenizer")
+    ids = [[tokenizer.end_id, *part] for part in tokenizer.encode_batch(list(prompts))]
+    with jax.set_mesh(grid):
+        _, params = checkpoint.params_of(workdir, run, at, program.state.params)
+        new = generate(
+            program,
+            params,
+            ids,
+            sampling=sampling,
+            end_id=tokenizer.end_id,
+            seed=seed,
+        )
+    return [tokenizer.decode(row) for row in new]
+
+
+class _Loop(NamedTuple):
+    """What the decoding loop carries."""
+
+    new: Int[Array, ""]  # tokens drawn so far
+    out_BN: Int[Array, "B N"]
+    token_B1: Int[Array, "B 1"]
+    position_B1: Int[Array, "B 1"]
+    done_B: Array
+    cache: Cache
+
+
+def _decode(
+    params: Any,
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    segments_BT: Int[Array, "B T"],
+    unused_B: Array,
+    key: jax.Array,
+    *,
+    program: Program,
+    sampling: Sampling,
+    end_id: int,
+) -> Int[Array, "B N"]:
+    """Returns the drawn tokens; rows are filled with `end_id` once they end."""
+    run, model = program.run, nnx.merge(program.graphdef, params)
+    B, T = tokens_BT.shape
+    N = sampling.max_new_tokens
+    cache = Cache.empty(run.model, B, T + N, run.precision.compute)
+    logits_BV, cache = model.decode(tokens_BT, positions_BT, segments_BT, cache)
+    ones_B1 = jnp.ones((B, 1), jnp.int32)
+
+    def draw(loop: _Loop, logits_BV: Float[Array, "B V"]) -> _Loop:
+        token_B = sample(logits_BV, jax.random.fold_in(key, loop.new), sampling)
+        token_B = jnp.where(loop.done_B, end_id, token_B)
+        out_BN = jax.lax.dynamic_update_slice_in_dim(
+            loop.out_BN, token_B[:, None], loop.new, 1
+        )
+        return loop._replace(
+            new=loop.new + 1,
+            out_BN=out_BN,
+            token_B1=token_B[:, None],
+            position_B1=loop.position_B1 + 1,
+            done_B=loop.done_B | (token_B == end_id),
+        )
+
+    def body(loop: _Loop) -> _Loop:
+        logits_BV, cache = model.decode(
+            loop.token_B1, loop.position_B1, ones_B1, loop.cache
+        )
+        return draw(loop._replace(cache=cache), logits_BV)
+
+    first = _Loop(
+        new=jnp.zeros((), jnp.int32),
+        out_BN=jnp.full((B, N), end_id, jnp.int32),
+        token_B1=ones_B1,
+        position_B1=positions_BT[:, -1:],
+        done_B=unused_B,
+        cache=cache,
+    )
+    loop = draw(first, logits_BV)
+    loop = jax.lax.while_loop(
+        lambda loop: (loop.new < N) & ~jnp.all(loop.done_B), body, loop
+    )
+    return loop.out_BN
+
+
+def sample(
+    logits_BV: Float[Array, "B V"], key: jax.Array, sampling: Sampling
+) -> Int[Array, "B"]:
+    """Returns one token a row. Top-p keeps the token that crosses the mark."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = logits_BV.astype(jnp.float32) / sampling.temperature
+    if sampling.top_k:
+        k = min(sampling.top_k, logits_BV.shape[-1])
+        least_B1 = jax.lax.top_k(logits_BV, k)[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    if sampling.top_p < 1:
+        sorted_BV = jnp.flip(jnp.sort(logits_BV, axis=-1), axis=-1)
+        shares_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        before_BV = jnp.cumsum(shares_BV, axis=-1) - shares_BV
+        kept_BV = jnp.where(before_BV < sampling.top_p, sorted_BV, jnp.inf)
+        least_B1 = jnp.min(kept_BV, axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    return jax.random.categorical(key, logits_BV).astype(jnp.int32)

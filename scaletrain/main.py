@@ -1,0 +1,95 @@
+"""What `scaletrain` on a command line runs: flags, then settings, then a command.
+
+Process-wide state is set here and nowhere else. A command's module is imported once
+the request is known to make sense.
+"""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from scaletrain import config, flags
+from scaletrain.config import RunConfig
+from scaletrain.errors import ConfigError, ScaletrainError
+
+
+def main() -> None:
+    """Runs the command line and exits with what became of it (see `errors`)."""
+    try:
+        args, run = flags.read(sys.argv[1:])
+        record, words = COMMANDS[args.command](run, args)
+        print(json.dumps(record, indent=2) if args.json else words)
+    except ScaletrainError as err:
+        print(f"scaletrain: {err}", file=sys.stderr)
+        sys.exit(err.exit_code)
+    except KeyboardInterrupt:
+        print("scaletrain: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _train(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    _join_processes(args)
+    from scaletrain import evaluate, train
+
+    found = train.run(run, args.workdir)
+    return found, f"step {found['step']}: validation {evaluate.in_words(found)}"
+
+
+def _eval(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from scaletrain import evaluate
+
+    found = evaluate.run(run, args.workdir, args.step, args.split)
+    return found, f"step {found['step']}: {args.split} {evaluate.in_words(found)}"
+
+
+def _generate(run: RunConfig, args: argparse.Namespace) -> tuple[list[Any], str]:
+    from scaletrain import generate
+
+    sampling = generate.Sampling(
+        args.temperature, args.top_k, args.top_p, args.max_new_tokens
+    )
+    prompts = args.prompt or [""]
+    texts = generate.run(run, args.workdir, args.step, prompts, sampling, args.seed)
+    record = [
+        {"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)
+    ]
+    return record, "\n\n".join(p + t for p, t in zip(prompts, texts, strict=True))
+
+
+def _config(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    import jax
+
+    from scaletrain import mesh, sharding, step
+
+    run = config.resolve(run, config.mesh_size(run.mesh) or jax.device_count())
+    grid = mesh.abstract(run.mesh)
+    with jax.sharding.use_abstract_mesh(grid):
+        table = sharding.table(step.build(run, grid).state.params)
+    settings = config.to_json(run)
+    return json.loads(settings), f"{settings}\n{table}"
+
+
+COMMANDS = {"train": _train, "eval": _eval, "generate": _generate, "config": _config}
+
+
+def _join_processes(args: argparse.Namespace) -> None:
+    """Joins the other processes of the run, if there are any."""
+    given = (args.coordinator, args.num_processes, args.process_id)
+    if given == (None, None, None):
+        return
+    if None in given:
+        raise ConfigError(
+            [
+                "--coordinator, --num_processes, --process_id; only some are given; "
+                "give all three to every process, or none."
+            ]
+        )
+    import jax
+
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(*given)
+
+
+if __name__ == "__main__":
+    main()

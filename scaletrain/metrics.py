@@ -1,0 +1,121 @@
+"""What a run says while it runs: records on disk and one line on the terminal.
+
+FLOPs are counted in two conventions, both without recomputation, N being every matmul
+weight with the output head and without the embedding lookup:
+  mfu       6 N + 6 L d_attn T    a causal query sees half the keys
+  mfu_palm  6 N + 12 L d_attn T   PaLM's (arXiv 2204.02311, appendix B)
+A sliding window caps the keys a query sees in both.
+"""
+
+import json
+import math
+import pathlib
+import sys
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+
+from scaletrain.chips import BF16_PEAK_FLOPS
+from scaletrain.config import ModelConfig, RunConfig
+
+
+def matmul_weights(model: ModelConfig) -> int:
+    """Returns the number of weights a token is multiplied with."""
+    heads = 2 * model.num_heads + 2 * model.num_kv_heads
+    matrices = 3 if model.mlp in ("swiglu", "geglu") else 2
+    layer = model.d_model * (heads * model.d_head + matrices * model.d_ff)
+    return model.num_layers * layer + model.d_model * model.vocab_size
+
+
+def flops_per_token(model: ModelConfig, seq_len: int) -> tuple[float, float]:
+    """Returns forward and backward FLOPs a token: (causal, PaLM's convention)."""
+    weights = 6 * matmul_weights(model)
+    attention = 12 * model.num_layers * model.num_heads * model.d_head
+    causal, palm = seq_len / 2, seq_len
+    if window := model.sliding_window:
+        causal, palm = window * (1 - window / (2 * seq_len)), window
+    return weights + attention * causal, weights + attention * palm
+
+
+def throughput(run: RunConfig, step_time_s: float, devices: list[Any]) -> dict[str, Any]:
+    """Returns speed and both MFUs; None where the chip's peak is not known."""
+    tokens_per_s = run.batch_size * run.seq_len / step_time_s
+    peak = BF16_PEAK_FLOPS.get(devices[0].device_kind)
+    share = tokens_per_s / (peak * len(devices)) if peak else None
+    causal, palm = flops_per_token(run.model, run.seq_len)
+    return {
+        "step_time_s": step_time_s,
+        "tokens_per_s": tokens_per_s,
+        "mfu": share and share * causal,
+        "mfu_palm": share and share * palm,
+        "peak_flops_per_device": peak,
+    }
+
+
+class Recorder:
+    """Writes records to `metrics.jsonl`, TensorBoard and, briefly, the terminal."""
+
+    def __init__(self, workdir: pathlib.Path, run: RunConfig, start_step: int):
+        self.run, self.lead = run, jax.process_index() == 0
+        if not self.lead:
+            return
+        path = workdir / "metrics.jsonl"
+        self._keep(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(workdir), purge_step=start_step + 1)
+
+    @staticmethod
+    def _keep(path: pathlib.Path, start_step: int) -> None:
+        """Drops records of steps that are about to be taken again, and half lines."""
+        if not path.exists():
+            return
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        kept = [line for line in whole if json.loads(line)["step"] <= start_step]
+        temporary = path.with_suffix(".partial")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.replace(path)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends one record; it must hold "step"."""
+        if not self.lead:
+            return
+        # NaN is not JSON: what is not finite is written as null.
+        clean = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in record.items()
+        }
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+        for name, value in clean.items():
+            if isinstance(value, int | float) and name not in ("step", "batch_hash"):
+                self._board.add_scalar(name, value, record["step"])
+
+    def progress(self, record: dict[str, Any]) -> None:
+        """Shows step, loss, speed, MFU and time left on standard error."""
+        if not self.lead:
+            return
+        left = (self.run.num_steps - record["step"]) * record["step_time_s"]
+        mfu = "n/a" if record["mfu"] is None else f"{record['mfu']:.1%}"
+        line = (
+            f"step {record['step']}/{self.run.num_steps}  loss {record['loss']:.4f}  "
+            f"{record['tokens_per_s']:,.0f} tokens/s  MFU {mfu}  "
+            f"ETA {int(left // 60)}m{int(left % 60):02d}s"
+        )
+        live = sys.stderr.isatty() and record["step"] < self.run.num_steps
+        print(f"\r{line}\033[K" if live else line, end="" if live else "\n",
+              file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Makes everything written durable."""
+        if self.lead:
+            self._file.close()
+            self._board.close()
+
+
+def peak_memory_bytes(devices: list[Any]) -> int | None:
+    """Returns the most memory a device here has held; None where it is not counted."""
+    stats = [d.memory_stats() or {} for d in devices if d.process_index == jax.process_index()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    return max(peaks) if peaks else None

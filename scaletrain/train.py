@@ -1,0 +1,238 @@
+"""A training run, told from top to bottom."""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from scaletrain import checkpoint, config, data, evaluate, mesh, metrics, sharding, step
+from scaletrain.config import RunConfig
+from scaletrain.errors import DivergedError, Interrupted
+from scaletrain.step import Program, TrainState
+
+
+def say(line: str) -> None:
+    """Tells the person at the terminal, once however many processes there are."""
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
+def run(run: RunConfig, workdir: str) -> dict[str, Any]:
+    """Trains to `num_steps`, going on from the newest checkpoint of `workdir`.
+
+    Returns:
+      What the last evaluation found, see `evaluate.evaluate`.
+
+    Raises:
+      ScaletrainError: see `errors`; nothing is written before settings, mesh and data
+        are known to fit together.
+    """
+    # 1. Where: the devices that are here.
+    run = config.resolve(run, jax.device_count())
+    grid = mesh.build(run.mesh)
+    # 2. What: the corpus as tokens, the step as a program.
+    corpus = prepare(run)
+    sequences = {s: data.sequences(corpus, s, run) for s in ("train", "validation")}
+    program = step.build(run, grid)
+    # 3. From where: the newest checkpoint, or the seed.
+    folder = checkpoint.prepare_workdir(workdir)
+    checkpoints = checkpoint.Checkpoints(folder, run)
+    with jax.set_mesh(grid), contextlib.closing(checkpoints):
+        start = checkpoints.latest()
+        for line in checkpoints.agree(start, corpus.fingerprint) if start else ():
+            say(f"changed since step {start}: {line}")
+        _leave_settings(folder, run, corpus)
+        say(sharding.table(program.state.params))
+        if start:
+            state = checkpoints.restore(start, program.state)
+            say(f"resuming from step {start} of {checkpoints.folder}")
+        else:
+            state = _initial(program)
+        # 4. The loop.
+        recorder = metrics.Recorder(folder, run, start or 0)
+        with contextlib.closing(recorder):
+            loop = Loop(program, recorder, checkpoints, corpus, sequences)
+            return loop.run(state, start or 0)
+
+
+def prepare(run: RunConfig) -> data.Corpus:
+    """Returns the corpus, read by the first process before the others look for it."""
+    if jax.process_index() == 0:
+        corpus = data.prepare(run, say)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("corpus")
+    if jax.process_index() != 0:
+        corpus = data.prepare(run, say)
+    return corpus
+
+
+def _leave_settings(folder: pathlib.Path, run: RunConfig, corpus: data.Corpus) -> None:
+    """Writes what `eval` and `generate` need to know of the run."""
+    if jax.process_index() == 0:
+        (folder / "config.json").write_text(config.to_json(run), encoding="utf-8")
+        if corpus.tokenizer is not None:
+            corpus.tokenizer.save(folder / "tokenizer")
+
+
+def _initial(program: Program) -> TrainState:
+    layout = jax.tree.map(lambda leaf: leaf.sharding, program.state)
+    make = functools.partial(step.initial_state, program.run, program.tx)
+    return jax.jit(make, out_shardings=layout)()
+
+
+@dataclasses.dataclass
+class Loop:
+    """The steps of one attempt, and what happens between them."""
+
+    program: Program
+    recorder: metrics.Recorder
+    checkpoints: checkpoint.Checkpoints
+    corpus: data.Corpus
+    sequences: dict[str, Any]
+
+    def run(self, state: TrainState, start: int) -> dict[str, Any]:
+        """Takes the steps after `start`; returns the last evaluation.
+
+        The order inside a step matters to resuming: batch, step, records of the step
+        before, checkpoint, evaluation.
+        """
+        run, program = self.program.run, self.program
+        began = time.perf_counter()
+        execute = step.jitted(program).lower(program.state, program.batch).compile()
+        say(f"compiled in {time.perf_counter() - began:.1f} s")
+        batches = self._batches(start)
+        self._pending, self._clock, self._counted = None, time.perf_counter(), start
+        found: dict[str, Any] = {}
+        with _stop_signals() as stopped, jax.transfer_guard("disallow"):
+            for now in range(start + 1, run.num_steps + 1):
+                with jax.profiler.StepTraceAnnotation("train", step_num=now):
+                    state, numbers = self._step(execute, state, batches)
+                # The device works on this step while the host reads the one before.
+                self._record()
+                self._pending = now, numbers
+                self.checkpoints.check()
+                last = now == run.num_steps
+                if last or stopped() or _due(now, run.checkpoint.every_steps):
+                    self._record()
+                    self._save(now, state)
+                if stopped() and not last:
+                    self.checkpoints.finish()
+                    raise Interrupted(
+                        f"stopped by a signal at step {now}; saved; "
+                        "the same command goes on from there."
+                    )
+                if last or _due(now, run.eval_every_steps):
+                    found = self._evaluate(now, state)
+        self.checkpoints.finish()
+        return found or self._evaluate(start, state)
+
+    def _batches(self, start: int) -> Iterator[dict[str, np.ndarray]]:
+        """Yields this process's rows of every batch after step `start`."""
+        run, layout = self.program.run, self.program.batch["tokens"]
+        parts = run.batch_size // layout.shape[0]
+        return data.training_batches(
+            self.sequences["train"],
+            seed=run.seed,
+            batch_size=layout.shape[0],
+            rows=sharding.rows_here(layout),
+            start_step=start * parts,
+        )
+
+    def _step(
+        self, execute: Callable, state: TrainState, batches: Iterator
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Takes one optimizer step, of one batch or of its parts in turn."""
+        hashes, numbers = [], {}
+        parts = self.program.run.batch_size // self.program.batch["tokens"].shape[0]
+        for _ in range(parts):
+            batch = sharding.place(next(batches), self.program.batch)
+            state, numbers = execute(state, batch)
+            hashes.append(numbers["batch_hash"])
+        return state, numbers | {"batch_hash": hashes}
+
+    def _record(self) -> None:
+        """Reads the pending step's numbers; logs, shows and judges them."""
+        if self._pending is None:
+            return
+        (now, numbers), self._pending = self._pending, None
+        numbers = jax.device_get(numbers)
+        run = self.program.run
+        if now == run.num_steps or _due(now, run.log_every_steps):
+            clock = time.perf_counter()
+            pace = (clock - self._clock) / (now - self._counted)
+            self._clock, self._counted = clock, now
+            record = {
+                "step": now,
+                "loss": float(numbers["loss"]),
+                "grad_norm": float(numbers["grad_norm"]),
+                "learning_rate": float(numbers["learning_rate"]),
+                "tokens": now * run.batch_size * run.seq_len,
+                "skipped": int(numbers["skipped"]),
+                "batch_hash": int(sum(map(int, numbers["batch_hash"])) % 2**32),
+                **metrics.throughput(run, pace, jax.devices()),
+                "peak_memory_bytes": metrics.peak_memory_bytes(jax.local_devices()),
+            }
+            self.recorder.write(record)
+            self.recorder.progress(record)
+        if numbers["skipped_in_a_row"] >= run.optim.max_skipped_steps:
+            raise DivergedError(
+                f"step {now}: loss or gradient not finite for "
+                f"{int(numbers['skipped_in_a_row'])} steps in a row "
+                f"(optim.max_skipped_steps); lower optim.learning_rate; "
+                f"step {self.checkpoints.latest()} is the newest checkpoint."
+            )
+
+    def _save(self, now: int, state: TrainState) -> None:
+        if now != self.checkpoints.latest():
+            self.checkpoints.save(now, state, self.corpus.fingerprint)
+
+    def _evaluate(self, now: int, state: TrainState) -> dict[str, Any]:
+        """Returns the validation numbers; the time it takes is no step's."""
+        self._record()
+        began = time.perf_counter()
+        found = evaluate.evaluate(
+            self.program, state.params, self.corpus, self.sequences["validation"]
+        )
+        self.recorder.write({"step": now, **{f"eval_{k}": v for k, v in found.items()}})
+        if found:
+            say(f"step {now}: validation {evaluate.in_words(found)}")
+        self._clock += time.perf_counter() - began
+        return {"step": now, **found}
+
+
+def _due(now: int, every: int) -> bool:
+    return bool(every) and now % every == 0
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turns the first SIGTERM or SIGINT into a request to stop after this step.
+
+    A second one ends the process at once. Several processes would have to agree on
+    the step; they keep the default, which ends them all.
+    """
+    caught: list[int] = []
+    if jax.process_count() > 1:
+        yield lambda: False
+        return
+
+    def catch(number: int, frame: Any) -> None:
+        caught.append(number)
+        say("stopping after this step; a second signal stops at once")
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {n: signal.signal(n, catch) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(caught)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,33 @@
+"""Process-wide settings of the tests; set before any backend starts."""
+
+import pathlib
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--update-golden", action="store_true", help="rewrite the files in golden/"
+    )
+
+
+@pytest.fixture
+def golden(request):
+    """Returns a check that a text equals a committed file to the letter."""
+
+    def check(name, text):
+        path = pathlib.Path(__file__).parent / "golden" / name
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        assert text == path.read_text(), (
+            f"{name} differs. If nothing was meant to change, this is a bug; if it was, "
+            "run pytest --update-golden and review the difference."
+        )
+
+    return check

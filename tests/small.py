@@ -1,0 +1,98 @@
+"""A run small enough for a test, and a few ways to take its steps."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from scaletrain import config, mesh, step
+from scaletrain.config import (
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    PrecisionConfig,
+    RunConfig,
+)
+
+MODEL = ModelConfig(
+    num_layers=2,
+    d_model=32,
+    num_heads=4,
+    num_kv_heads=2,
+    d_head=8,
+    d_ff=64,
+    vocab_size=64,
+)
+RUN = RunConfig(
+    num_steps=20,
+    batch_size=16,
+    seq_len=32,
+    model=MODEL,
+    mesh=MeshConfig(),
+    precision=PrecisionConfig(compute="float32"),
+    optim=OptimConfig(learning_rate=1e-2),
+    data=DataConfig(source="synthetic"),
+)
+
+
+def changed(run, **settings):
+    """Returns `run` with settings exchanged, `a__b` standing for `a.b`."""
+    for path, value in settings.items():
+        head, _, rest = path.partition("__")
+        new = changed(getattr(run, head), **{rest: value}) if rest else value
+        run = dataclasses.replace(run, **{head: new})
+    return run
+
+
+def random_batch(run, seed):
+    """Returns tokens cut into documents of random lengths, with uneven weights."""
+    rng = np.random.default_rng(seed)
+    B, T = run.batch_size, run.seq_len
+    tokens = rng.integers(0, run.model.vocab_size, (B, T + 1), dtype=np.int32)
+    starts = rng.random((B, T)) < 0.1
+    starts[:, 0] = True
+    segments = np.cumsum(starts, axis=1, dtype=np.int32)
+    begin = np.maximum.accumulate(np.where(starts, np.arange(T), 0), axis=1)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segments": segments,
+        "positions": (np.arange(T) - begin).astype(np.int32),
+        "weights": (rng.random((B, T)) < rng.random((B, 1))).astype(np.float32),
+    }
+
+
+class Taken:
+    """A program ready to take steps on the first devices of this machine."""
+
+    def __init__(self, run):
+        devices = config.mesh_size(run.mesh)
+        self.run = config.resolve(run, devices)
+        self.mesh = mesh.build(self.run.mesh, jax.devices()[:devices])
+        self.program = step.build(self.run, self.mesh)
+        layout = jax.tree.map(lambda leaf: leaf.sharding, self.program.state)
+        make = functools.partial(step.initial_state, self.run, self.program.tx)
+        with jax.set_mesh(self.mesh):
+            self.state = jax.jit(make, out_shardings=layout)()
+            lowered = step.jitted(self.program).lower(
+                self.program.state, self.program.batch
+            )
+            self.execute = lowered.compile()
+
+    def step(self, batch):
+        """Takes one optimizer step; returns its numbers as floats."""
+        parts = self.run.batch_size // self.program.batch["tokens"].shape[0]
+        numbers = {}
+        for part in range(parts):
+            placed = {
+                name: jax.device_put(rows[part::parts], self.program.batch[name].sharding)
+                for name, rows in batch.items()
+            }
+            self.state, numbers = self.execute(self.state, placed)
+        return {name: float(value) for name, value in numbers.items()}
+
+    def losses(self, steps):
+        """Returns the losses of the first steps on random batches."""
+        return [self.step(random_batch(self.run, s))["loss"] for s in range(steps)]

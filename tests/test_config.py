@@ -1,0 +1,213 @@
+"""The settings' form, their way in and what must hold between them."""
+
+import dataclasses
+import json
+
+import pytest
+import small
+
+from scaletrain import config
+from scaletrain.config import AxesConfig, MeshConfig, RunConfig
+from scaletrain.errors import ConfigError
+
+EXPERIMENT = """
+from scaletrain.config import RunConfig, to_config_dict
+def get_config(arg="none"):
+    form = to_config_dict(RunConfig(num_steps=7))
+    {body}
+    return form
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    def write(body="pass"):
+        path = tmp_path / "experiment.py"
+        path.write_text(EXPERIMENT.format(body=body))
+        return str(path)
+
+    return write
+
+
+def test_round_trips():
+    run = small.changed(RunConfig(), model__remat="save", model__remat_save=("query",))
+    assert config.from_config_dict(config.to_config_dict(run)) == (run, [])
+    assert config.from_json(config.to_json(run)) == run
+
+
+def test_defaults_are_sound():
+    assert config.problems(RunConfig()) == []
+
+
+def test_overrides_reach_every_kind_of_setting(experiment):
+    run = config.load(
+        experiment(),
+        [
+            ("num_steps", "1_000"),
+            ("optim.learning_rate", "1"),
+            ("model.remat", "save"),
+            ("model.remat_save", "query, key"),
+            ("mesh.dcn.data", "2"),
+            ("num_steps", "9"),
+        ],
+    )
+    assert (run.num_steps, run.optim.learning_rate) == (9, 1.0)
+    assert run.model.remat_save == ("query", "key")
+    assert run.mesh.dcn == AxesConfig(data=2)
+
+
+def test_references_inside_an_experiment_follow_overrides(experiment):
+    body = "form.optim.warmup_steps = form.get_ref('num_steps') // 2"
+    run = config.load(experiment(body), [("num_steps", "100")])
+    assert run.optim.warmup_steps == 50
+
+
+def test_argument_reaches_get_config(experiment):
+    path = experiment("form.seed = len(arg)")
+    assert config.load(path + ":abcdef").seed == 6
+    assert config.load(path).seed == 4
+
+
+def test_all_problems_are_told_at_once(experiment):
+    overrides = [
+        ("modle.num_layers", "3"),
+        ("num_steps", "ten"),
+        ("optim.name", "adam"),
+        ("mesh.tensor", "0"),
+        ("optim.b2", "1.5"),
+        ("data.path", "x"),
+    ]
+    with pytest.raises(ConfigError) as caught:
+        config.load(experiment(), overrides)
+    assert [p.split("=")[0] for p in caught.value.problems] == [
+        "modle.num_layers",
+        "num_steps",
+        "mesh.tensor",
+        "optim.name",
+        "optim.b2",
+        "data.path",
+    ]
+    assert "did you mean model.num_layers?" in str(caught.value)
+
+
+def test_a_mistyped_value_in_an_experiment_is_told(experiment):
+    body = (
+        "from ml_collections import ConfigDict; "
+        "form = ConfigDict(form.to_dict() | {'seq_len': 1.5, 'sede': 1})"
+    )
+    with pytest.raises(ConfigError, match=r"seq_len=1.5; float where int") as caught:
+        config.load(experiment(body))
+    assert "sede=1; no such setting; did you mean seed?" in str(caught.value)
+
+
+def test_an_experiment_that_raises_is_told(experiment):
+    with pytest.raises(ConfigError, match="ZeroDivisionError"):
+        config.load(experiment("1 / 0"))
+    with pytest.raises(ConfigError, match="returned NoneType"):
+        config.load(experiment("return None"))
+
+
+# One line for each rule: the settings that break it, and words of the answer.
+BROKEN = [
+    ({"model__num_kv_heads": 3}, "model.num_kv_heads=3; does not divide"),
+    ({"model__d_head": 7}, "model.d_head=7; odd"),
+    ({"model__remat": "save"}, "names nothing to save"),
+    (
+        {"model__remat": "save", "model__remat_save": ("querry",)},
+        "model.remat_save=querry; no value has that name",
+    ),
+    ({"model__remat_save": ("query",)}, "model.remat_save=.*no effect"),
+    ({"model__sliding_window": 32}, "model.sliding_window=32; no effect"),
+    ({"accumulate_steps": 3}, "accumulate_steps=3; does not divide"),
+    ({"optim__accumulate": "multi_steps"}, "no effect with accumulate_steps=1"),
+    ({"mesh__data": -1, "mesh__fsdp": -1}, "leave one axis free"),
+    ({"mesh__data": -2}, "mesh.data=-2; below -1"),
+    ({"mesh__expert": 2}, "mesh.expert=2; the model has no experts"),
+    ({"mesh__stage": 2}, "mesh.stage=2; layers cannot be split"),
+    ({"mesh__tensor": 4}, "mesh.tensor=4; does not divide model.num_kv_heads=2"),
+    ({"mesh__fsdp": 3}, "mesh.fsdp=3; does not divide model.d_model=32"),
+    ({"mesh__context": 3}, "mesh.context=3; does not divide seq_len=32"),
+    ({"mesh__data": 32}, "batch_size=16; 16 sequences at a time"),
+    ({"mesh__data": 16, "accumulate_steps": 4}, "make batch_size a multiple of 64"),
+    ({"optim__learning_rate": 0.0}, "optim.learning_rate=0; nothing"),
+    ({"optim__learning_rate": float("nan")}, "optim.learning_rate=nan; not finite"),
+    ({"optim__warmup_steps": 20}, "optim.warmup_steps=20; the run has num_steps=20"),
+    (
+        {"optim__schedule": "wsd", "optim__decay_steps": 15, "optim__warmup_steps": 6},
+        "optim.decay_steps=15; with optim.warmup_steps=6",
+    ),
+    ({"optim__decay_steps": 5}, "optim.decay_steps=5; no effect"),
+    ({"optim__schedule": "constant", "optim__final_ratio": 0.5}, "final_ratio=0.5; no"),
+    ({"optim__b1": 1.0}, "optim.b1=1; the average would never move"),
+    ({"optim__name": "sgd", "optim__b2": 0.9}, "optim.b2=0.9; no effect"),
+    ({"optim__name": "lion", "optim__eps": 1e-6}, "optim.eps=1e-06; no effect"),
+    (
+        {"optim__weight_decay": 0.0, "optim__decay_embeddings": "yes"},
+        "optim.decay_embeddings='yes'; no effect",
+    ),
+    ({"data__source": "files"}, "data.path=''; data.source=files reads from it"),
+    ({"data__source": "tfds"}, "give a data set's name"),
+    ({"data__source": "stdlib"}, "model.vocab_size=64; data.tokenizer=bytes"),
+    ({"data__tokenizer": "bpe"}, "data.tokenizer='bpe'; no effect"),
+    ({"data__split": "test"}, "data.split='test'; no effect"),
+    (
+        {"data__source": "stdlib", "model__vocab_size": 512, "data__end_of_text": "<e>"},
+        "data.end_of_text='<e>'; no effect",
+    ),
+    (
+        {
+            "data__source": "stdlib",
+            "model__vocab_size": 512,
+            "data__validation_fraction": 0.0,
+            "eval_every_steps": 5,
+        },
+        "eval_every_steps=5; data.validation_fraction=0",
+    ),
+    ({"checkpoint__keep_every_steps": 5}, "no effect with checkpoint.every_steps=0"),
+    (
+        {"checkpoint__keep_every_steps": 5, "checkpoint__every_steps": 2},
+        "keep_every_steps=5; not a multiple",
+    ),
+    ({"seed": -1}, "seed=-1; below 0"),
+    ({"seed": 2**32}, "seed=4294967296; above"),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), BROKEN)
+def test_each_rule_is_told(settings, words):
+    assert config.problems(small.RUN) == []
+    with pytest.raises(ConfigError, match=words):
+        config.check(small.changed(small.RUN, **settings))
+
+
+def test_the_free_axis_takes_what_is_left():
+    run = small.changed(small.RUN, mesh__data=-1, mesh__tensor=2)
+    assert config.resolve(run, 8).mesh == MeshConfig(data=4, tensor=2)
+    run = small.changed(small.RUN, mesh__fsdp=2, mesh__dcn__data=-1)
+    assert config.resolve(run, 8).mesh.dcn == AxesConfig(data=4)
+
+
+def test_axes_must_multiply_to_the_devices():
+    with pytest.raises(ConfigError, match=r"mesh=\(fsdp=4\); 8 devices are here"):
+        config.resolve(small.changed(small.RUN, mesh__fsdp=4), 8)
+    with pytest.raises(ConfigError, match="mesh.tensor=8; does not divide"):
+        config.resolve(small.changed(small.RUN, mesh__tensor=-1), 8)
+
+
+def test_differences_tell_model_and_data_from_the_rest():
+    now = small.changed(
+        small.RUN, num_steps=30, model__d_ff=128, model__layers="unroll", seed=1
+    )
+    held, free = config.differences(small.RUN, now)
+    assert held == ["seed: 0 then, 1 now", "model.d_ff: 64 then, 128 now"]
+    assert [line.split(":")[0] for line in free] == ["num_steps", "model.layers"]
+
+
+def test_the_set_of_settings_is_frozen(golden):
+    """A new setting is a promise to keep: add it here on purpose."""
+    golden("settings.txt", "\n".join(p for p, _, _ in config.leaves(RunConfig())) + "\n")
+
+
+def test_json_is_plain():
+    assert json.loads(config.to_json(RunConfig()))["mesh"]["dcn"]["data"] == 1
+    assert dataclasses.asdict(RunConfig())["num_steps"] == 100
