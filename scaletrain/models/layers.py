@@ -132,7 +132,7 @@ class Attention(nnx.Module):
 
         def zeros(shape, *axes, when):
             return (
-                param(key, shape, *axes, std=0, dtype=dtype)
+                param(key, shape, *axes, std=0.0, dtype=dtype)
                 if model.bias in when
                 else None
             )
@@ -220,8 +220,8 @@ class Mlp(nnx.Module):
         self.w_up = param(keys[1], (D, F), "embed", "ff", std=D**-0.5, dtype=dtype)
         self.w_down = param(keys[2], (F, D), "ff", "embed", std=out_std, dtype=dtype)
         biases = model.bias == "all"
-        self.b_up = param(key, (F,), "ff", std=0, dtype=dtype) if biases else None
-        self.b_down = param(key, (D,), "norm", std=0, dtype=dtype) if biases else None
+        self.b_up = param(key, (F,), "ff", std=0.0, dtype=dtype) if biases else None
+        self.b_down = param(key, (D,), "norm", std=0.0, dtype=dtype) if biases else None
         self.activation, self.precision = _ACTIVATIONS[model.mlp], precision
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

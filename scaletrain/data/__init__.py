@@ -1,0 +1,29 @@
+"""From a corpus to the batch of a step.
+
+    sources     documents, in an order that never changes
+    tokenizers  text to ids and back
+    tokenise    documents to one token stream a split  (blocks: its files)
+    cache       the streams, made once and kept  (counts: of their bytes)
+    sequences   windows of a stream, by number
+    batches     the rows of step s: a pure function of (seed, s)
+
+What is imported here is all that the rest of scaletrain uses.
+"""
+
+from scaletrain.data.batches import training_batches, validation_batches
+from scaletrain.data.cache import Corpus, Split, baselines, prepare
+from scaletrain.data.sequences import Sequences, sequences
+from scaletrain.data.tokenizers import Tokenizer, load_tokenizer
+
+__all__ = [
+    "Corpus",
+    "Sequences",
+    "Split",
+    "Tokenizer",
+    "baselines",
+    "load_tokenizer",
+    "prepare",
+    "sequences",
+    "training_batches",
+    "validation_batches",
+]

@@ -1,0 +1,96 @@
+"""Batches: the one of step s is a pure function of (seed, s).
+
+How many processes read it, where reading began and how many steps share an optimizer
+update change nothing: a process asks for rows by their number in the global batch and
+reads no others. Grain shuffles, reads, stacks and prefetches.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from scaletrain.data.sequences import Sequences, blank
+
+# Whole batches are read ahead; more threads would only queue for the interpreter.
+_READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
+_ENDLESS = 2**48  # batches; what Grain counts has to fit 64 bits with the rows
+
+
+def training_batches(
+    sequences: Sequences,
+    *,
+    seed: int,
+    batch_size: int,
+    rows: Sequence[int],
+    start_step: int = 0,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields `rows` of the batches from `start_step` on, without end.
+
+    Row r of step s is element s * batch_size + r of all sequences shuffled globally and
+    repeated. Each epoch has its own order: Grain shuffles epoch e with seed + e, so
+    two runs whose seeds differ by one meet the same orders one epoch apart. A batch
+    may reach into the next epoch. Starting late costs nothing.
+
+    Args:
+      sequences: what to draw from.
+      seed: of the order, in [0, 2**32).
+      batch_size: sequences in the global batch.
+      rows: the numbers this process wants of [0, batch_size), in any order.
+      start_step: the first step to read, from 0.
+    """
+    shuffled = grain.MapDataset.source(sequences).shuffle(seed).repeat()
+    picked = _Rows(shuffled, sequences.seq_len, batch_size, rows, _ENDLESS)
+    return _stacked(picked, start_step)
+
+
+def validation_batches(
+    sequences: Sequences, *, batch_size: int, rows: Sequence[int], num_batches: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields `rows` of each batch in the order of the stream, once.
+
+    The last batch is filled up with rows of weight 0, so every process gets as many.
+
+    Args:
+      sequences: what to read.
+      batch_size: sequences in the global batch.
+      rows: the numbers this process wants of [0, batch_size), in any order.
+      num_batches: how many at most; 0 = all.
+    """
+    whole = -(-len(sequences) // batch_size)
+    count = min(num_batches, whole) if num_batches else whole
+    picked = _Rows(sequences, sequences.seq_len, batch_size, rows, count)
+    return _stacked(picked, 0)
+
+
+class _Rows:
+    """The rows of one process, batch after batch, as a source for Grain."""
+
+    def __init__(
+        self,
+        source: Any,
+        seq_len: int,
+        batch_size: int,
+        rows: Sequence[int],
+        num_batches: int,
+    ):
+        assert rows, "a process without rows has nothing to wait for"
+        assert all(0 <= row < batch_size for row in rows)
+        self._source, self._seq_len, self._batch_size = source, seq_len, batch_size
+        self.rows, self._num_batches = tuple(int(row) for row in rows), num_batches
+
+    def __len__(self) -> int:
+        return self._num_batches * len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        step, place = divmod(index, len(self.rows))
+        element = step * self._batch_size + self.rows[place]
+        if element >= len(self._source):
+            return blank(self._seq_len)
+        return self._source[element]
+
+
+def _stacked(picked: _Rows, start: int) -> Iterator[dict[str, np.ndarray]]:
+    batches = grain.MapDataset.source(picked).batch(len(picked.rows))
+    return iter(batches[start:].to_iter_dataset(_READ))

@@ -1,0 +1,86 @@
+"""Token streams on disk: ArrayRecord files of equal blocks, any window in O(1)."""
+
+import hashlib
+import pathlib
+from typing import Any
+
+import grain
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from scaletrain.errors import DataError
+
+BLOCK = 8192  # tokens a record holds; the last one holds what is left
+
+
+class StreamWriter:
+    """Appends tokens to a stream; nothing is whole before `close`."""
+
+    def __init__(self, path: pathlib.Path, dtype: str):
+        # Grain reads single records, so a group of more would be read in vain; tokens
+        # hardly compress, and reading them takes half the time when they are not.
+        options = "group_size:1,uncompressed"
+        self._writer = ArrayRecordWriter(str(path), options)
+        self._pending = np.zeros(0, dtype)
+        self._digest = hashlib.sha256()
+        self.num_tokens = 0
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Appends `tokens`, which the stream's dtype can hold."""
+        self.num_tokens += len(tokens)
+        tokens = np.concatenate([self._pending, tokens.astype(self._pending.dtype)])
+        whole = len(tokens) // BLOCK * BLOCK
+        for start in range(0, whole, BLOCK):
+            self._write(tokens[start : start + BLOCK])
+        self._pending = tokens[whole:]
+
+    def close(self) -> str:
+        """Writes what is left; returns the SHA-256 of all tokens."""
+        if len(self._pending):
+            self._write(self._pending)
+        self._writer.close()
+        return self._digest.hexdigest()
+
+    def _write(self, block: np.ndarray) -> None:
+        content = block.astype(block.dtype.newbyteorder("<")).tobytes()
+        self._digest.update(content)
+        self._writer.write(content)
+
+
+class Stream:
+    """The tokens of a file by their place; threads may share it."""
+
+    def __init__(self, path: pathlib.Path, num_tokens: int, dtype: str):
+        """Opens the file.
+
+        Raises:
+          DataError: it is missing, damaged, or not `num_tokens` long.
+        """
+        self._path, self._num_tokens = path, num_tokens
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        try:
+            self._blocks: Any = grain.sources.ArrayRecordDataSource(str(path))
+        except RuntimeError as err:
+            raise self._damaged(str(err)) from err
+        if len(self._blocks) != -(-num_tokens // BLOCK):
+            raise self._damaged(f"{len(self._blocks)} blocks for {num_tokens} tokens")
+
+    def window(self, start: int, stop: int) -> np.ndarray:
+        """Returns the tokens from `start` up to `stop`, as int32.
+
+        Raises:
+          DataError: the file was damaged since it was opened.
+        """
+        assert 0 <= start < stop <= self._num_tokens
+        first, last = start // BLOCK, (stop - 1) // BLOCK
+        try:
+            # Every block carries its checksum; a flipped bit raises here.
+            content = b"".join(self._blocks[i] for i in range(first, last + 1))
+        except RuntimeError as err:
+            raise self._damaged(str(err)) from err
+        tokens = np.frombuffer(content, self._dtype)
+        return tokens[start - first * BLOCK : stop - first * BLOCK].astype(np.int32)
+
+    def _damaged(self, why: str) -> DataError:
+        remedy = f"delete {self._path.parent}, it is made anew"
+        return DataError(f"{self._path}; the cache is damaged: {why}; {remedy}.")

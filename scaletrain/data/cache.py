@@ -1,0 +1,222 @@
+"""The corpus as tokens: made once, kept in a folder named after what decides it.
+
+A folder holds, for each split, `<split>.array_record` (see `blocks`) and `<split>.npz`
+(see `counts`), the tokenizer if it was trained here, and `index.json`, written last.
+It appears under its name when it is whole and not before.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from scaletrain.config.schema import RunConfig
+from scaletrain.data import sources, tokenizers
+from scaletrain.data.blocks import Stream
+from scaletrain.data.counts import ByteCounts, bits_per_byte
+from scaletrain.data.tokenise import tokenise
+from scaletrain.data.tokenizers import Tokenizer
+from scaletrain.errors import DataError
+
+FORMAT = 1  # of the folder; raise it when its content changes for the same settings
+_DEAD_AFTER_S = 24 * 3600  # since a builder's last sign of life
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One token stream and what it was made of."""
+
+    path: pathlib.Path  # of its blocks
+    dtype: str
+    end_id: int
+    num_tokens: int  # 0 for a validation split that was not asked for
+    num_bytes: int  # of the documents in UTF-8
+    num_documents: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Token streams, and the tokenizer they came from."""
+
+    tokenizer: Tokenizer | None  # None when data.source is "synthetic"
+    fingerprint: str  # of the tokens in their order and of the tokenizer
+    splits: dict[str, Split]  # "train" and "validation"; none when "synthetic"
+
+
+def prepare(run: RunConfig, say: Callable[[str], None]) -> Corpus:
+    """Returns the corpus of `run`, tokenised now if no cache has it.
+
+    Any number of processes may prepare the same corpus at once.
+
+    Args:
+      run: the settings.
+      say: called with lines that tell a person what takes so long.
+
+    Raises:
+      DataError: a corpus or tokenizer that cannot be read as asked.
+    """
+    data, vocab_size = run.data, run.model.vocab_size
+    if data.source == "synthetic":
+        return Corpus(None, _sha256(["synthetic", vocab_size]), {})
+    tokenizer = tokenizers.given(data)
+    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"model.vocab_size={vocab_size}; the tokenizer has {tokenizer.vocab_size} "
+            f"ids; set model.vocab_size to at least {tokenizer.vocab_size}."
+        )
+    folder = _folder(run, tokenizer)
+    _sweep(folder.parent)
+    if corpus := _whole(folder, tokenizer, say):
+        return corpus
+    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.partial"
+    try:
+        partial.mkdir(parents=True)
+    except OSError as err:
+        raise DataError(
+            f"data.cache_dir={data.cache_dir!r}; no folder can be made in it: {err}; "
+            "set it to a local folder you may write to."
+        ) from err
+    try:
+        _seal(partial, tokenise(run, tokenizer, partial, say))
+        _install(partial, folder, lambda: _whole(folder, tokenizer, say) is not None)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return _open(folder, tokenizer)
+
+
+def baselines(corpus: Corpus) -> dict[str, float]:
+    """Returns bits per byte of the validation split under byte-counting models.
+
+    See `counts.bits_per_byte`; empty without a validation split.
+
+    Raises:
+      DataError: the cache is damaged.
+    """
+    if not corpus.splits or corpus.splits["validation"].num_bytes == 0:
+        return {}
+    paths = [corpus.splits[s].path.with_suffix(".npz") for s in ("train", "validation")]
+    train, validation = map(ByteCounts.load, paths)
+    return bits_per_byte(train, validation)
+
+
+def _folder(run: RunConfig, tokenizer: Tokenizer | None) -> pathlib.Path:
+    """Returns where the tokens of these settings and this corpus belong."""
+    data = run.data
+    if "://" in data.cache_dir:
+        raise DataError(
+            f"data.cache_dir={data.cache_dir!r}; blocks are read from local files; "
+            "set it to a local or mounted folder."
+        )
+    key = _sha256(
+        [
+            FORMAT,
+            [data.source, data.path, data.text_field, data.split],
+            data.validation_fraction,
+            tokenizer.fingerprint if tokenizer else ["bpe", run.model.vocab_size],
+            sources.identity(data),
+        ]
+    )
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    root = data.cache_dir or pathlib.Path(home) / "scaletrain"
+    return pathlib.Path(root).expanduser() / key[:32]
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _seal(folder: pathlib.Path, found: dict[str, Any]) -> None:
+    """Writes the index: what was found, the size of every file, and a checksum."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    index = found | {"files": sizes}
+    content = json.dumps({"index": index, "sha256": _sha256(index)}, indent=1)
+    (folder / "index.json").write_text(content, encoding="utf-8")
+
+
+def _index(folder: pathlib.Path) -> dict[str, Any]:
+    text = (folder / "index.json").read_text(encoding="utf-8", errors="replace")
+    try:
+        sealed = json.loads(text)
+        index = sealed["index"]
+        if sealed["sha256"] != _sha256(index):
+            raise ValueError("its checksum is another")
+    except (ValueError, KeyError, TypeError) as err:
+        why = f"its index.json is damaged: {err}"
+        raise DataError(f"{folder}; {why}; delete the folder.") from err
+    return index
+
+
+def _open(folder: pathlib.Path, tokenizer: Tokenizer | None) -> Corpus:
+    """Returns the corpus in `folder`.
+
+    Raises:
+      FileNotFoundError: there is none.
+      DataError: it is damaged.
+    """
+    index = _index(folder)
+    for name, size in index["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise DataError(f"{path}; not {size} bytes any more; delete {folder}.")
+    tokenizer = tokenizer or tokenizers.load_tokenizer(folder / "tokenizer")
+    if tokenizer.fingerprint != index["tokenizer"]:
+        raise DataError(f"{folder}; its tokenizer is damaged; delete the folder.")
+    splits = {}
+    for name, counts in index["splits"].items():
+        path = folder / f"{name}.array_record"
+        splits[name] = Split(path, index["dtype"], tokenizer.end_id, **counts)
+        Stream(path, splits[name].num_tokens, index["dtype"])  # raises if it is damaged
+    return Corpus(tokenizer, index["fingerprint"], splits)
+
+
+def _whole(
+    folder: pathlib.Path, tokenizer: Tokenizer | None, say: Callable[[str], None]
+) -> Corpus | None:
+    """Returns the corpus in `folder` if there is one to rely on."""
+    try:
+        return _open(folder, tokenizer)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except DataError as err:
+        say(f"{err} Making it anew.")
+        return None
+
+
+def _install(
+    partial: pathlib.Path, folder: pathlib.Path, taken: Callable[[], bool]
+) -> None:
+    """Gives a whole folder its name, unless another builder was faster."""
+    while True:
+        try:
+            partial.rename(folder)
+            return
+        except OSError as err:
+            if err.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        if taken():
+            return
+        # What has the name is damaged. It moves aside in one step, so that no other
+        # builder ever sees half of it.
+        aside = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.partial"
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sweep(root: pathlib.Path) -> None:
+    """Removes what builders left that died long ago."""
+    for folder in root.glob(".*.partial"):
+        with contextlib.suppress(FileNotFoundError):  # its builder has just finished
+            signs = [folder.stat().st_mtime]
+            signs += [path.stat().st_mtime for path in folder.rglob("*")]
+            if time.time() - max(signs) > _DEAD_AFTER_S:
+                shutil.rmtree(folder, ignore_errors=True)

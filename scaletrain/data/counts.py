@@ -1,0 +1,62 @@
+"""What counting bytes alone achieves: the yardstick of bits per byte."""
+
+import pathlib
+import zipfile
+from collections.abc import Sequence
+
+import numpy as np
+
+from scaletrain.errors import DataError
+
+
+class ByteCounts:
+    """How often a byte, and a byte after another of its document, occurred."""
+
+    def __init__(self):
+        self.order0 = np.zeros(256, np.int64)
+        self.order1 = np.zeros((256, 256), np.int64)  # [the byte before, the byte]
+
+    def add(self, documents: Sequence[bytes]) -> None:
+        """Counts whole documents."""
+        text = np.frombuffer(b"".join(documents), np.uint8)
+        pairs = text[:-1].astype(np.uint16) * 256 + text[1:]
+        ends = np.cumsum([len(document) for document in documents])[:-1] - 1
+        inside = np.delete(pairs, ends)
+        self.order0 += np.bincount(text, minlength=256)
+        self.order1 += np.bincount(inside, minlength=256 * 256).reshape(256, 256)
+
+    def save(self, path: pathlib.Path) -> None:
+        """Writes the counts to a .npz file."""
+        np.savez(path, order0=self.order0, order1=self.order1)
+
+    @classmethod
+    def load(cls, path: pathlib.Path) -> "ByteCounts":
+        """Returns the counts of a .npz file.
+
+        Raises:
+          DataError: it is missing or damaged.
+        """
+        counts = cls()
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                counts.order0, counts.order1 = stored["order0"], stored["order1"]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as err:
+            remedy = f"delete {path.parent}, it is made anew"
+            raise DataError(f"{path}; damaged: {err}; {remedy}.") from err
+        return counts
+
+
+def bits_per_byte(train: ByteCounts, validation: ByteCounts) -> dict[str, float]:
+    """Returns the bits a byte of `validation` costs under models of `train`.
+
+    Both models add one to every count. `order1` knows the byte before, and takes the
+    first byte of a document for one of `order0`. The ends of documents cost nothing.
+    """
+    cost0 = -np.log2((train.order0 + 1) / (train.order0.sum() + 256))
+    before = train.order1.sum(axis=1, keepdims=True)
+    cost1 = -np.log2((train.order1 + 1) / (before + 256))
+    first = validation.order0 - validation.order1.sum(axis=0)
+    total = validation.order0.sum()
+    order1 = (validation.order1 * cost1).sum() + first @ cost0
+    order0 = validation.order0 @ cost0
+    return {"order0": float(order0 / total), "order1": float(order1 / total)}

@@ -1,0 +1,118 @@
+"""Windows of a token stream as training examples, by number."""
+
+from typing import Protocol
+
+import numpy as np
+
+from scaletrain.config.schema import RunConfig
+from scaletrain.data.blocks import Stream
+from scaletrain.data.cache import Corpus, Split
+from scaletrain.errors import DataError
+
+# What an example is made of; each is [seq_len].
+FIELDS = {
+    "tokens": np.int32,
+    "targets": np.int32,  # the tokens one place later
+    "segments": np.int32,  # documents numbered from 1; 0 is padding
+    "positions": np.int32,  # in the document, or in the window if it began before
+    "weights": np.float32,  # 1 for a token that counts, 0 for padding
+}
+_NUM_SYNTHETIC = {"train": 2**20, "validation": 64}
+
+
+class Sequences(Protocol):
+    """Examples of `seq_len` tokens in any order; threads may share them."""
+
+    split: Split | None  # None when they are synthetic
+    seq_len: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
+
+
+def sequences(corpus: Corpus, split: str, run: RunConfig) -> Sequences:
+    """Returns the examples of "train" or "validation".
+
+    Training drops what is left over at the end of the stream; validation pads it.
+
+    Raises:
+      DataError: no such split, or a training split of less than one sequence.
+    """
+    if split not in _NUM_SYNTHETIC:
+        raise DataError(f"split={split!r}; there are {' and '.join(_NUM_SYNTHETIC)}.")
+    if corpus.tokenizer is None:
+        return RandomSequences(run, split)
+    found = corpus.splits[split]
+    if split == "train" and found.num_tokens < run.seq_len + 1:
+        raise DataError(
+            f"seq_len={run.seq_len}; the training split has only {found.num_tokens} "
+            f"tokens; set seq_len to at most {found.num_tokens - 1}, or give more text."
+        )
+    whole, rest = divmod(max(found.num_tokens - 1, 0), run.seq_len)
+    keep_rest = split == "validation" and rest > 0
+    return StreamSequences(found, run.seq_len, whole + keep_rest)
+
+
+def blank(seq_len: int) -> dict[str, np.ndarray]:
+    """Returns an example that is padding from end to end."""
+    return {name: np.zeros(seq_len, dtype) for name, dtype in FIELDS.items()}
+
+
+class StreamSequences:
+    """Example i predicts the tokens from i * seq_len + 1 on."""
+
+    def __init__(self, split: Split, seq_len: int, num_sequences: int):
+        self.split: Split | None = split
+        self.seq_len = seq_len
+        self._num_sequences = num_sequences
+        self._num_tokens, self._end_id = split.num_tokens, split.end_id
+        self._stream = Stream(split.path, split.num_tokens, split.dtype)
+
+    def __len__(self) -> int:
+        return self._num_sequences
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        start = index * self.seq_len
+        stop = min(start + self.seq_len + 1, self._num_tokens)
+        return _example(self._stream.window(start, stop), self._end_id, self.seq_len)
+
+
+class RandomSequences:
+    """Uniform random tokens: nothing to learn, nothing to read, nothing to wait for."""
+
+    split: Split | None = None
+
+    def __init__(self, run: RunConfig, split: str):
+        self.seq_len = run.seq_len
+        self._vocab_size, self._seed = run.model.vocab_size, run.seed
+        self._num_sequences = _NUM_SYNTHETIC[split]
+        # The numbers of the validation examples go on after the training ones.
+        self._first = 0 if split == "train" else _NUM_SYNTHETIC["train"]
+
+    def __len__(self) -> int:
+        return self._num_sequences
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        rng = np.random.default_rng((self._seed, self._first + index))
+        window = rng.integers(0, self._vocab_size, self.seq_len + 1, dtype=np.int32)
+        return _example(window, -1, self.seq_len)
+
+
+def _example(window: np.ndarray, end_id: int, seq_len: int) -> dict[str, np.ndarray]:
+    """Returns the example of a window of at most seq_len + 1 tokens."""
+    real = len(window) - 1
+    starts = window[:-1] == end_id
+    starts[0] = True  # also of a window that begins inside a document
+    places = np.arange(real, dtype=np.int32)
+    example = blank(seq_len)
+    example["tokens"][:real] = window[:-1]
+    example["targets"][:real] = window[1:]
+    example["segments"][:real] = np.cumsum(starts)
+    example["positions"][:real] = places - np.maximum.accumulate(places * starts)
+    example["weights"][:real] = 1.0
+    return example

@@ -1,0 +1,172 @@
+"""Documents to token streams, in one pass and bounded memory."""
+
+import hashlib
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from scaletrain.config.schema import DataConfig, RunConfig
+from scaletrain.data.blocks import StreamWriter
+from scaletrain.data.counts import ByteCounts
+from scaletrain.data.sources import Document, documents
+from scaletrain.data.tokenizers import Tokenizer, train_bpe
+from scaletrain.errors import DataError
+
+_CHUNK = 2**20  # characters that are tokenised at once; a longer document goes alone
+_BPE_CHARACTERS = 20_000_000  # of the training documents a tokenizer is trained on
+_SAY_EVERY_S = 10.0
+
+
+def split_of(name: str, validation_fraction: float) -> str:
+    """Returns the split of a document: its name decides, not its place or a seed."""
+    hashed = int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:8], "big")
+    return "validation" if hashed / 2**64 < validation_fraction else "train"
+
+
+def tokenise(
+    run: RunConfig,
+    tokenizer: Tokenizer | None,
+    folder: pathlib.Path,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Writes the splits into `folder`; returns what its index has to say of them.
+
+    Without a tokenizer one is trained on the training documents and saved there too.
+
+    Raises:
+      DataError: documents that cannot be read, or a split that none of them falls to.
+    """
+    began = time.monotonic()
+    if tokenizer is None:
+        tokenizer = _trained(run, folder, say)
+    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+    names = ("train", "validation")
+    writers = {n: _SplitWriter(folder / n, dtype, tokenizer.end_id) for n in names}
+    said, num_bytes = time.monotonic(), 0
+    for chunk in _chunks(documents(run.data)):
+        ids = tokenizer.encode_batch([document.text for document in chunk])
+        assigned = [split_of(d.name, run.data.validation_fraction) for d in chunk]
+        for name, writer in writers.items():
+            rows = zip(chunk, ids, assigned, strict=True)
+            writer.add([(d, tokens) for d, tokens, split in rows if split == name])
+        num_bytes = sum(writer.num_bytes for writer in writers.values())
+        if time.monotonic() - said > _SAY_EVERY_S:
+            say(f"tokenising ... {num_bytes / 1e6:.1f} MB")
+            said = time.monotonic()
+    _check(run.data, {n: writer.num_documents for n, writer in writers.items()})
+    content = hashlib.sha256(tokenizer.fingerprint.encode())
+    splits = {}
+    for name, writer in writers.items():
+        content.update(writer.close().encode())
+        splits[name] = writer.counts()
+    num_tokens = sum(split["num_tokens"] for split in splits.values())
+    say(
+        f"tokenised {num_bytes / 1e6:.1f} MB into {num_tokens / 1e6:.2f} M tokens "
+        f"in {time.monotonic() - began:.1f} s"
+    )
+    return {
+        "dtype": dtype,
+        "tokenizer": tokenizer.fingerprint,
+        "fingerprint": content.hexdigest(),
+        "splits": splits,
+    }
+
+
+class _SplitWriter:
+    """The stream, the counts and the byte statistics of one split."""
+
+    def __init__(self, stem: pathlib.Path, dtype: str, end_id: int):
+        self._stream = StreamWriter(stem.with_suffix(".array_record"), dtype)
+        self._bytes, self._bytes_path = ByteCounts(), stem.with_suffix(".npz")
+        self._end = np.array([end_id])
+        self.num_bytes = self.num_documents = 0
+
+    def add(self, rows: list[tuple[Document, np.ndarray]]) -> None:
+        """Appends documents, each behind an end of text."""
+        if not rows:
+            return
+        parts = []
+        for document, tokens in rows:
+            if np.any(tokens == self._end):
+                raise DataError(
+                    f"{document.name}; the tokenizer makes its end of text out of this "
+                    "document's text; set data.end_of_text to a token that no text has."
+                )
+            parts += [self._end, tokens]
+        self._stream.add(np.concatenate(parts))
+        encoded = [document.text.encode("utf-8") for document, _ in rows]
+        self._bytes.add(encoded)
+        self.num_bytes += sum(map(len, encoded))
+        self.num_documents += len(rows)
+
+    def close(self) -> str:
+        """Closes the last document and the files; returns a digest of the tokens."""
+        if self.num_documents:
+            self._stream.add(self._end)
+        self._bytes.save(self._bytes_path)
+        return self._stream.close()
+
+    def counts(self) -> dict[str, int]:
+        """Returns the numbers of `cache.Split`."""
+        return {
+            "num_tokens": self._stream.num_tokens,
+            "num_bytes": self.num_bytes,
+            "num_documents": self.num_documents,
+        }
+
+
+def _trained(run: RunConfig, folder: pathlib.Path, say: Callable) -> Tokenizer:
+    vocab_size = run.model.vocab_size
+    say(f"training a byte-level BPE tokenizer of {vocab_size} ids")
+    tokenizer = train_bpe(_training_texts(run.data), vocab_size)
+    if tokenizer.vocab_size < vocab_size:
+        say(
+            f"model.vocab_size={vocab_size}; the training documents have pairs for "
+            f"{tokenizer.vocab_size} ids only; the rest of the table stays unused."
+        )
+    tokenizer.save(folder / "tokenizer")
+    return tokenizer
+
+
+def _training_texts(data: DataConfig) -> Iterator[str]:
+    """Yields the first training documents, cut where there is enough of them."""
+    left = _BPE_CHARACTERS
+    for document in documents(data):
+        if split_of(document.name, data.validation_fraction) == "train":
+            yield document.text[:left]
+            left -= len(document.text)
+        if left <= 0:
+            return
+
+
+def _chunks(found: Iterable[Document]) -> Iterator[list[Document]]:
+    """Yields documents in lists worth a batch of the tokenizer's threads."""
+    chunk, size = [], 0
+    for document in found:
+        chunk.append(document)
+        size += len(document.text)
+        if size >= _CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _check(data: DataConfig, num_documents: dict[str, int]) -> None:
+    """Raises DataError if a split that was asked for has no documents."""
+    total, fraction = sum(num_documents.values()), data.validation_fraction
+    where = f"data.path={data.path!r}" if data.path else f"data.source={data.source}"
+    if total == 0:
+        raise DataError(f"{where}; it has no text at all; name files that have some.")
+    for name, count in num_documents.items():
+        if count == 0 and (name == "train" or fraction > 0):
+            remedy = "lower" if name == "train" else "raise"
+            off = "" if name == "train" else ", or set it to 0 and evaluate nothing"
+            raise DataError(
+                f"data.validation_fraction={fraction}; none of the {total} documents "
+                f"falls to the {name} split; {remedy} it, cut the corpus into more "
+                f"documents{off}."
+            )

@@ -1,0 +1,92 @@
+"""Every attention implementation against a float64 loop over single tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from scaletrain.models.attention import IMPLEMENTATIONS, attend
+
+
+def reference(q, k, v, q_segments, kv_segments, q_start, window):
+    """Returns attention one query at a time, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    out = np.zeros((B, T, N, H))
+    for b, t, n in np.ndindex(B, T, N):
+        slot = q_start + t
+        first = max(0, slot - window + 1) if window else 0
+        seen = [
+            s for s in range(first, slot + 1) if kv_segments[b, s] == q_segments[b, t]
+        ]
+        scores = np.array([q[b, t, n] @ k[b, s, n * K // N] for s in seen]) / H**0.5
+        shares = np.exp(scores - scores.max())
+        out[b, t, n] = (shares / shares.sum()) @ v[b, seen, n * K // N]
+    return out
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("N", "K"), [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("window", [0, 1, 5])
+def test_equals_the_reference(implementation, N, K, window):
+    B, T, S, H, start = 2, 9, 16, 8, 4
+    rng = np.random.default_rng(N + window)
+    q, k, v = (
+        rng.normal(size=shape).astype(np.float32)
+        for shape in ((B, T, N, H), (B, S, K, H), (B, S, K, H))
+    )
+    kv_segments = np.sort(rng.integers(0, 3, (B, S)), axis=1).astype(np.int32)
+    q_segments = kv_segments[:, start : start + T]
+    out = attend(
+        *map(jnp.asarray, (q, k, v)),
+        q_segments_BT=jnp.asarray(q_segments),
+        kv_segments_BS=jnp.asarray(kv_segments),
+        q_start=start,
+        window=window,
+        implementation=implementation,
+    )
+    wanted = reference(q, k, v, q_segments, kv_segments, start, window)
+    np.testing.assert_allclose(out, wanted, atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_packed_equals_unpacked(implementation):
+    """Documents in one sequence get what each gets alone, gradients included."""
+    N, K, H, lengths = 4, 2, 8, (5, 1, 10)
+    keys = jax.random.split(jax.random.key(0), 3)
+    T = sum(lengths)
+    shapes = ((1, T, N, H), (1, T, K, H), (1, T, K, H))
+    q, k, v = (jax.random.normal(key, s) for key, s in zip(keys, shapes, strict=True))
+    segments = jnp.repeat(jnp.arange(3), jnp.array(lengths))[None]
+
+    def run(q, k, v, segments):
+        out = attend(
+            q, k, v, q_segments_BT=segments, kv_segments_BS=segments,
+            implementation=implementation,
+        )  # fmt: skip
+        return jnp.sum(jnp.sin(out)), out
+
+    grad = jax.value_and_grad(run, (0, 1, 2), has_aux=True)
+    (_, packed), packed_grads = grad(q, k, v, segments)
+    edges = np.cumsum((0, *lengths))
+    for start, stop in zip(edges, edges[1:], strict=False):
+        part = [x[:, start:stop] for x in (q, k, v)]
+        (_, alone), grads = grad(*part, jnp.zeros((1, stop - start), int))
+        np.testing.assert_allclose(packed[:, start:stop], alone, atol=1e-6)
+        for whole, own in zip(packed_grads, grads, strict=True):
+            np.testing.assert_allclose(whole[:, start:stop], own, atol=1e-6)
+
+
+def test_softmax_runs_in_the_reduce_precision():
+    """In bfloat16 the shares of 512 equal scores would not sum to one."""
+    q = jnp.zeros((1, 512, 1, 8), jnp.bfloat16)
+    v = jnp.ones((1, 512, 1, 8), jnp.bfloat16)
+    segments = jnp.zeros((1, 512), int)
+    text = str(
+        jax.make_jaxpr(
+            lambda q, v: attend(q, q, v, q_segments_BT=segments, kv_segments_BS=segments)
+        )(q, v)
+    )
+    assert "f32[1,1,1,512,512] = exp" in text
+    assert "bf16[1,1,1,512,512] = exp" not in text
