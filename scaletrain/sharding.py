@@ -7,7 +7,6 @@ replicated unless a rule says so.
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -181,17 +180,18 @@ def place(
     """Returns global arrays laid out like `batch` from the rows of `rows_here`."""
     here = np.array(rows_here(batch["tokens"]))
 
-    def shards(name: str, index: tuple[slice, ...]) -> np.ndarray:
-        start, stop, _ = index[0].indices(batch[name].shape[0])
-        first, end = np.searchsorted(here, (start, stop))
-        return rows[name][first:end, index[1]]
-
-    return {
-        name: jax.make_array_from_callback(
-            shape.shape, shape.sharding, functools.partial(shards, name)
+    def array(name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        shards = []
+        indices = shape.sharding.addressable_devices_indices_map(shape.shape)
+        for device, (row_slice, columns) in indices.items():
+            start, stop, _ = row_slice.indices(shape.shape[0])
+            first, end = np.searchsorted(here, (start, stop))
+            shards.append(jax.device_put(rows[name][first:end, columns], device))
+        return jax.make_array_from_single_device_arrays(
+            shape.shape, shape.sharding, shards
         )
-        for name, shape in batch.items()
-    }
+
+    return {name: array(name, shape) for name, shape in batch.items()}
 
 
 def table(params: Tree) -> str:

@@ -1,0 +1,44 @@
+# Every target makes the virtual environment it needs. CONSTRAINTS= installs the
+# newest versions the package admits instead of those that are tested.
+PYTHON ?= python3
+CONSTRAINTS ?= -c constraints.txt
+BIN := .venv/bin
+WORKDIR ?= runs/quickstart
+
+.PHONY: quickstart test check format
+
+quickstart: .venv/installed
+	$(BIN)/scaletrain train --config=experiments/quickstart.py --workdir=$(WORKDIR)
+	@echo
+	$(BIN)/scaletrain generate --workdir=$(WORKDIR) --prompt='def main(' \
+		--max_new_tokens=80
+	@echo
+	@echo 'Try next:'
+	@echo "  $(BIN)/scaletrain generate --workdir=$(WORKDIR) --prompt='import ' --temperature=0.5"
+	@echo "  $(BIN)/scaletrain train --config=experiments/quickstart.py --workdir=$(WORKDIR) --config.num_steps=1000"
+
+test: .venv/dev
+	$(BIN)/pytest -q
+
+check: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: .venv/dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and \
+		"scaletrain needs Python 3.12 or newer; set PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet $(CONSTRAINTS) --editable .
+	touch $@
+
+.venv/dev: .venv/installed
+	$(BIN)/pip install --quiet $(CONSTRAINTS) --editable '.[dev]'
+	touch $@

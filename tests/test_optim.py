@@ -1,0 +1,158 @@
+"""One contract for every optimizer and every schedule."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+import small
+
+from scaletrain import optim
+from scaletrain.config import MeshConfig, OptimConfig, RunConfig
+from scaletrain.config.schema import leaves
+
+CHOICES = {path: field.metadata.get("choices") for path, field, _ in leaves(RunConfig())}
+OPTIMIZERS = CHOICES["optim.name"]
+RATES = {"sgd": 1.0, "lion": 3e-3}
+
+
+def with_optimizer(name, **settings):
+    rate = RATES.get(name, 1e-2)
+    return small.changed(
+        small.RUN, optim__name=name, optim__learning_rate=rate, **settings
+    )
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_learns_one_batch(name):
+    taken = small.Taken(with_optimizer(name, num_steps=40))
+    batch = small.random_batch(taken.run, 0)
+    losses = [taken.step(batch)["loss"] for _ in range(40)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_does_not_depend_on_mesh_or_accumulation(name):
+    alone = small.Taken(with_optimizer(name)).losses(3)
+    spread = with_optimizer(name, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    parts = with_optimizer(
+        name, accumulate_steps=4, optim__accumulate="multi_steps"
+    )
+    np.testing.assert_allclose(small.Taken(spread).losses(3), alone, rtol=1e-4)
+    np.testing.assert_allclose(small.Taken(parts).losses(3), alone, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_decay_reaches_matrices_alone(name):
+    """With no gradient a matrix shrinks by rate x decay; nothing else moves."""
+    for embeddings in ("no", "yes"):
+        run = with_optimizer(
+            name,
+            optim__weight_decay=0.5,
+            optim__decay_embeddings=embeddings,
+            optim__schedule="constant",
+            model__bias="all",
+        )
+        taken = small.Taken(run)
+        before = jax.device_get(taken.state.params)
+        batch = small.random_batch(run, 0)
+        taken.step(batch | {"weights": np.zeros_like(batch["weights"])})
+        kept = 1 - 0.5 * run.optim.learning_rate
+        after = jax.device_get(taken.state.params)
+        for (path, one), two in zip(
+            jax.tree.flatten_with_path(before)[0], jax.tree.leaves(after), strict=True
+        ):
+            name_ = path[-1].key
+            decays = name_.startswith("w") and (name_ != "w_head" or embeddings == "yes")
+            decays |= name_ == "embedding" and embeddings == "yes"
+            np.testing.assert_allclose(two, one * (kept if decays else 1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_keeps_the_parameters_precision(name):
+    state = small.Taken(with_optimizer(name)).state
+    kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(state.opt_state)}
+    assert kinds <= {"float32", "int32"}
+
+
+def test_adamw_is_optax_adamw():
+    run = with_optimizer("adamw", optim__schedule="constant", optim__clip_norm=0.0)
+    taken = small.Taken(run)
+    before = jax.device_get(taken.state.params)
+    o = run.optim
+    plain = optax.adamw(
+        o.learning_rate, o.b1, o.b2, o.eps, weight_decay=o.weight_decay,
+        mask=jax.tree.map_with_path(
+            lambda p, _: p[-1].key.startswith("w") and p[-1].key != "w_head", before
+        ),
+    )  # fmt: skip
+    state = plain.init(before)
+    for seed in range(3):
+        batch = small.random_batch(run, seed)
+        grads = gradient(taken, batch)
+        updates, state = plain.update(grads, state, before)
+        before = optax.apply_updates(before, updates)
+        taken.step(batch)
+    for one, two in zip(
+        jax.tree.leaves(before), jax.tree.leaves(taken.state.params), strict=True
+    ):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def gradient(taken, batch):
+    """Returns the mean gradient, by differentiating the evaluation step."""
+    from scaletrain import step
+
+    def loss(params):
+        sums = step.eval_step(params, batch, program=taken.program)
+        return sums.loss / sums.weight
+
+    return jax.grad(loss)(jax.device_get(taken.state.params))
+
+
+def test_muon_orthogonalises_matrices_seen_as_inputs_by_outputs():
+    run = with_optimizer("muon", optim__weight_decay=0.0, optim__schedule="constant")
+    taken = small.Taken(run)
+    before = jax.device_get(taken.state.params)["blocks"]["attention"]
+    taken.step(small.random_batch(run, 0))
+    after = jax.device_get(taken.state.params)["blocks"]["attention"]
+    for name, inputs in (("wq", 32), ("wo", 32)):
+        moved = (after[name] - before[name])[0].reshape(inputs, -1)
+        values = np.linalg.svd(moved, compute_uv=False)
+        assert values.max() / values.min() < 3
+        rms = 1e-2 * optim.MUON_RMS
+        np.testing.assert_allclose(np.sqrt((moved**2).mean()), rms, rtol=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("constant", {4: 1, 50: 1, 99: 1}),
+        ("cosine", {4: 1, 52: 0.55, 100: 0.1}),
+        ("linear", {4: 1, 52: 0.55, 100: 0.1}),
+        ("wsd", {4: 1, 79: 1, 90: 0.55, 100: 0.1}),
+        ("inverse_sqrt", {4: 1, 16: 0.5, 64: 0.25}),
+    ],
+)
+def test_schedules_hit_their_marks(name, wanted):
+    assert set(CHOICES["optim.schedule"]) == {
+        "constant", "cosine", "linear", "wsd", "inverse_sqrt",
+    }  # fmt: skip
+    o = OptimConfig(learning_rate=2.0, schedule=name, warmup_steps=4)
+    rate = optim.schedule(RunConfig(num_steps=100, optim=o))
+    np.testing.assert_allclose([rate(i) for i in range(4)], [0.5, 1, 1.5, 2])
+    for step, share in wanted.items():
+        np.testing.assert_allclose(rate(step), 2 * share, rtol=0.02)
+
+
+def test_clipping_bounds_the_gradient():
+    """SGD without momentum moves the parameters by rate x clip_norm at most."""
+    run = with_optimizer(
+        "sgd", optim__b1=0.0, optim__clip_norm=0.5, optim__weight_decay=0.0,
+        optim__schedule="constant",
+    )  # fmt: skip
+    taken = small.Taken(run)
+    before = jax.device_get(taken.state.params)
+    numbers = taken.step(small.random_batch(run, 0))
+    moved = jax.tree.map(lambda a, b: a - b, before, jax.device_get(taken.state.params))
+    assert numbers["grad_norm"] > 0.5
+    np.testing.assert_allclose(optax.tree.norm(moved), 0.5, rtol=1e-4)

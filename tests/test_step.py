@@ -1,0 +1,137 @@
+"""The step: one result however it is cut, and nothing that is not finite gets in."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+from scaletrain import step
+from scaletrain.config import AxesConfig, MeshConfig
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return small.Taken(small.RUN).losses(8)
+
+
+CUTS = {
+    "data2 fsdp2 tensor2": {"mesh": MeshConfig(data=2, fsdp=2, tensor=2)},
+    "data8": {"mesh": MeshConfig(data=8)},
+    "fsdp8": {"mesh": MeshConfig(fsdp=8)},
+    "tensor2": {"mesh": MeshConfig(tensor=2)},
+    "fsdp4 context2": {"mesh": MeshConfig(fsdp=4, context=2)},
+    "dcn": {"mesh": MeshConfig(fsdp=2, tensor=2, dcn=AxesConfig(data=2))},
+    "accumulate": {"accumulate_steps": 4},
+    "multi_steps": {"accumulate_steps": 4, "optim__accumulate": "multi_steps"},
+    "accumulate fsdp4": {"accumulate_steps": 4, "mesh": MeshConfig(fsdp=4)},
+    "multi_steps fsdp4": {
+        "accumulate_steps": 4,
+        "optim__accumulate": "multi_steps",
+        "mesh": MeshConfig(fsdp=4),
+    },
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_one_result_however_the_batch_is_cut(alone, cut):
+    losses = small.Taken(small.changed(small.RUN, **CUTS[cut])).losses(8)
+    np.testing.assert_allclose(losses, alone, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cut", ["data2 fsdp2 tensor2", "accumulate", "multi_steps"])
+def test_dropout_does_not_depend_on_the_cut(cut):
+    run = small.changed(small.RUN, model__dropout=0.2)
+    plain = small.Taken(run).losses(2)
+    assert plain != small.Taken(small.RUN).losses(2)
+    losses = small.Taken(small.changed(run, **CUTS[cut])).losses(2)
+    np.testing.assert_allclose(losses, plain, rtol=1e-4)
+
+
+def test_batch_hash_knows_its_rows_whatever_their_order():
+    tokens = jnp.asarray(small.random_batch(small.RUN, 0)["tokens"])
+    assert step._hash(tokens) == step._hash(tokens[::-1])
+    assert step._hash(tokens) == step._hash(tokens[:8]) + step._hash(tokens[8:])
+    assert step._hash(tokens) != step._hash(tokens.at[3, 5].add(1))
+    swapped = tokens.at[0, :2].set(tokens[0, 1::-1])
+    assert step._hash(tokens) != step._hash(swapped)
+
+
+@pytest.mark.parametrize("mode", ["whole", "microbatch", "multi_steps"])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_what_is_not_finite_never_reaches_the_state(mode, poison):
+    """One poisoned row: the update is skipped whole, counted, and the next one works."""
+    run = small.RUN
+    if mode != "whole":
+        run = small.changed(run, accumulate_steps=4, optim__accumulate=mode)
+    clean, hurt = small.Taken(run), small.Taken(run)
+    batches = [small.random_batch(run, seed) for seed in range(3)]
+    clean.step(batches[0])
+    hurt.step(batches[0])
+    before = jax.device_get(hurt.state.params)
+    bad = batches[1]["weights"].copy()
+    bad[5, 3] = poison
+    numbers = hurt.step(batches[1] | {"weights": bad})
+    assert (numbers["skipped"], numbers["skipped_in_a_row"]) == (1, 1)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(hurt.state.params))
+    assert int(hurt.state.step) == 2
+    one, two = clean.step(batches[2]), hurt.step(batches[2])
+    assert (two["skipped"], two["skipped_in_a_row"]) == (1, 0)
+    # The schedule counts updates, so that the skipped step left no trace at all.
+    assert one["loss"] == two["loss"]
+    assert one["learning_rate"] == two["learning_rate"]
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get(clean.state.params),
+        jax.device_get(hurt.state.params),
+    )
+
+
+def test_z_loss_pulls_the_partition_function_down():
+    def log_z(weight):
+        taken = small.Taken(small.changed(small.RUN, optim__z_loss=weight))
+        batch = small.random_batch(small.RUN, 0)
+        for _ in range(10):
+            taken.step(batch)
+        sums = step.eval_step(
+            taken.state.params, jax.tree.map(jnp.asarray, batch), program=taken.program
+        )
+        return float(sums.z / sums.weight)
+
+    assert log_z(0.1) < log_z(0.0)
+
+
+def test_state_is_donated_and_stays_where_it_is():
+    taken = small.Taken(small.changed(small.RUN, mesh=MeshConfig(fsdp=8)))
+    before = taken.state
+    layout = jax.tree.map(lambda x: x.sharding, before)
+    taken.step(small.random_batch(small.RUN, 0))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
+    assert jax.tree.map(lambda x: x.sharding, taken.state) == layout
+
+
+def test_every_mesh_starts_from_the_same_parameters():
+    one = small.Taken(small.RUN).state.params
+    run = small.changed(small.RUN, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    two = small.Taken(run).state.params
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(two))
+
+
+def test_ten_steps_are_golden(golden):
+    losses = small.Taken(small.RUN).losses(10)
+    golden("losses_cpu.txt", "".join(f"{loss!r}\n" for loss in losses))
+
+
+def test_parameter_table_is_golden(golden):
+    from scaletrain import sharding
+
+    run = small.changed(small.RUN, mesh=MeshConfig(fsdp=2, tensor=2))
+    golden("parameters.txt", sharding.table(small.Taken(run).program.state.params) + "\n")
+
+
+def test_weights_are_gathered_and_gradients_scattered_by_fsdp():
+    """The compiled step keeps no replicated weight and loses no collective."""
+    run = small.changed(small.RUN, mesh=MeshConfig(fsdp=8))
+    text = small.Taken(run).execute.as_text()
+    assert "all-gather" in text
+    assert "reduce-scatter" in text or "all-reduce" in text

@@ -1,0 +1,266 @@
+"""Whole runs: what they leave, and that a resumed one is the uninterrupted one."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import small
+
+from scaletrain import config, train
+from scaletrain.config import DataConfig, MeshConfig
+from scaletrain.errors import CheckpointError, DivergedError, Interrupted
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def text_run(tmp_path_factory):
+    """A run over real text: this repository's own tests."""
+    cache = tmp_path_factory.mktemp("cache")
+    return small.changed(
+        small.RUN,
+        num_steps=30,
+        log_every_steps=1,
+        model__vocab_size=272,
+        mesh__data=1,
+        data=DataConfig(
+            source="files",
+            path=str(REPOSITORY / "tests" / "*.py"),
+            validation_fraction=0.2,
+            cache_dir=str(cache),
+        ),
+        checkpoint__every_steps=7,
+        eval__num_batches=2,
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Runs see one device unless they ask for more."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    whole = train.mesh.build
+    monkeypatch.setattr(
+        train.mesh, "build", lambda c: whole(c, jax.devices()[: config.mesh_size(c)])
+    )
+
+
+def records(workdir):
+    lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def steps(workdir, name):
+    return {r["step"]: r[name] for r in records(workdir) if name in r}
+
+
+@pytest.fixture(scope="module")
+def straight(text_run, tmp_path_factory):
+    """The uninterrupted run."""
+    workdir = tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 1)
+        whole = train.mesh.build
+        patch.setattr(train.mesh, "build", lambda c: whole(c, jax.devices()[:1]))
+        train.run(text_run, str(workdir))
+    return workdir
+
+
+def test_a_run_leaves_what_is_promised(straight, text_run):
+    assert config.from_json((straight / "config.json").read_text()) == text_run
+    names = {p.name for p in straight.iterdir()}
+    assert {"config.json", "metrics.jsonl", "checkpoints", "tokenizer"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    kept = sorted(int(p.name) for p in (straight / "checkpoints").iterdir())
+    assert kept == [21, 28, 30]
+    record = records(straight)[5]
+    assert record["step"] == 6
+    assert record["tokens"] == 6 * 16 * 32
+    assert record["mfu"] is None
+    assert record["tokens_per_s"] == pytest.approx(16 * 32 / record["step_time_s"])
+    last = records(straight)[-1]
+    assert last["eval_bits_per_byte"] < 8
+    assert last["eval_bits_per_byte_order0"] > last["eval_bits_per_byte_order1"]
+    assert steps(straight, "loss")[30] < steps(straight, "loss")[1]
+
+
+def command(run, workdir, tmp_path, devices=1):
+    """Returns the command line and environment that train `run` in a process."""
+    path = tmp_path / "run.json"
+    path.write_text(config.to_json(run))
+    line = [sys.executable, "-m", "scaletrain.main", "train"]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    return [*line, f"--config={path}", f"--workdir={workdir}"], env
+
+
+def start_and_signal(run, workdir, tmp_path, at, number):
+    """Starts a run and signals it once it has taken `at` steps."""
+    line, env = command(run, workdir, tmp_path)
+    process = subprocess.Popen(line, env=env, stderr=subprocess.PIPE, text=True)
+    metrics = pathlib.Path(workdir) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.exists() and metrics.read_text().count("\n") >= at:
+            break
+        time.sleep(0.01)
+    process.send_signal(number)
+    return process.wait(60), process.stderr.read()
+
+
+def test_killed_and_resumed_equals_straight_to_the_last_bit(
+    straight, text_run, tmp_path
+):
+    workdir = tmp_path / "killed"
+    # Long enough that the kill lands before the end; the schedule is the last 30.
+    code, _ = start_and_signal(text_run, workdir, tmp_path, 15, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert max(steps(workdir, "loss")) < 30
+    line, env = command(text_run, workdir, tmp_path)
+    done = subprocess.run(line, env=env, capture_output=True, text=True, check=True)
+    assert "resuming from step " in done.stderr
+    assert steps(workdir, "loss") == steps(straight, "loss")
+    assert steps(workdir, "batch_hash") == steps(straight, "batch_hash")
+    assert steps(workdir, "grad_norm") == steps(straight, "grad_norm")
+
+
+def test_resumed_on_eight_devices_equals_one(straight, text_run, tmp_path, monkeypatch):
+    workdir = tmp_path / "moved"
+    train.run(dataclasses.replace(text_run, num_steps=14), str(workdir))
+    # The first half must follow the whole run's schedule for the losses to agree.
+    first = steps(workdir, "loss")
+    workdir = tmp_path / "moved_on"
+    line, env = command(text_run, workdir, tmp_path)
+    code, _ = start_and_signal(text_run, workdir, tmp_path, 15, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    moved = small.changed(text_run, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    line, env = command(moved, workdir, tmp_path, devices=8)
+    done = subprocess.run(line, env=env, capture_output=True, text=True, check=True)
+    assert "mesh.fsdp: 1 then, 2 now" in done.stderr
+    assert steps(workdir, "batch_hash") == steps(straight, "batch_hash")
+    one, eight = steps(straight, "loss"), steps(workdir, "loss")
+    np.testing.assert_allclose(
+        [eight[s] for s in one], [one[s] for s in one], rtol=1e-5
+    )
+    assert first.keys() == set(range(1, 15))
+
+
+def test_sigterm_saves_and_says_start_again(straight, text_run, tmp_path):
+    workdir = tmp_path / "stopped"
+    run = dataclasses.replace(text_run, num_steps=3000)
+    code, said = start_and_signal(run, workdir, tmp_path, 9, signal.SIGTERM)
+    assert code == Interrupted.exit_code == 75
+    assert "saved; the same command goes on" in said
+    last = max(steps(workdir, "loss"))
+    assert (workdir / "checkpoints" / str(last)).is_dir()
+
+
+def test_finished_runs_only_evaluate(straight, text_run):
+    before = steps(straight, "loss")
+    found = train.run(text_run, str(straight))
+    assert found["step"] == 30
+    assert steps(straight, "loss") == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model__d_ff": 96}, "model.d_ff: 64 then, 96 now"),
+        ({"seed": 5, "seq_len": 16}, "(?s)seq_len: 32 then, 16 now.*seed: 0 then"),
+        ({"optim__name": "lion"}, "optim.name: 'adamw' then, 'lion' now"),
+    ],
+)
+def test_another_model_is_refused(straight, text_run, settings, words):
+    with pytest.raises(CheckpointError, match=words):
+        train.run(small.changed(text_run, num_steps=31, **settings), str(straight))
+
+
+def test_another_corpus_is_refused(text_run, tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for i in range(20):
+        (corpus / f"{i}.txt").write_text(f"document {i} " * 50)
+    run = small.changed(text_run, num_steps=2, data__path=str(corpus / "*.txt"))
+    train.run(run, str(tmp_path / "run"))
+    (corpus / "3.txt").write_text("something else")
+    with pytest.raises(CheckpointError, match="the corpus or its tokenizer is not"):
+        train.run(dataclasses.replace(run, num_steps=3), str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_a_checkpoint_must_match_leaf_by_leaf(text_run, tmp_path, monkeypatch, change):
+    from scaletrain import checkpoint
+
+    run = dataclasses.replace(text_run, num_steps=1)
+    whole = checkpoint._flat
+
+    def altered(tree):
+        flat = whole(tree)
+        if "norm/scale" in flat:
+            if change == "missing":
+                del flat["norm/scale"]
+            elif change == "extra":
+                flat["surplus"] = flat["norm/scale"]
+            else:
+                flat["norm/scale"] = flat["norm/scale"][:-1]
+        return flat
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_flat", altered)
+        train.run(run, str(tmp_path))
+    words = {
+        "missing": "norm/scale: missing",
+        "extra": "surplus: not in this model",
+        "shape": r"norm/scale: \(31,\) stored, \(32,\) wanted",
+    }
+    with pytest.raises(CheckpointError, match=words[change]):
+        train.run(dataclasses.replace(run, num_steps=2), str(tmp_path))
+
+
+def test_a_half_written_step_is_not_there(straight, text_run, tmp_path):
+    """A step directory without its final name is ignored and cleared away."""
+    run = dataclasses.replace(text_run, num_steps=7)
+    train.run(run, str(tmp_path))
+    folder = tmp_path / "checkpoints"
+    (folder / "7").rename(folder / "9.orbax-checkpoint-tmp-3")
+    train.run(run, str(tmp_path))
+    assert [p.name for p in folder.iterdir()] == ["7"]
+
+
+def test_a_failed_save_fails_the_run(text_run, tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    def fail(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "check_for_errors", fail)
+    with pytest.raises(CheckpointError, match="no space left on device") as caught:
+        train.run(text_run, str(tmp_path))
+    assert caught.value.exit_code == 1
+    assert max(steps(tmp_path, "loss"), default=0) < 3
+
+
+def test_numbers_that_stay_broken_end_the_run(text_run, tmp_path):
+    run = small.changed(
+        text_run, optim__learning_rate=1e30, optim__name="sgd", optim__b1=0.0,
+        optim__clip_norm=0.0, optim__max_skipped_steps=3,
+    )  # fmt: skip
+    with pytest.raises(DivergedError, match="not finite for 3 steps in a row"):
+        train.run(run, str(tmp_path))
+    assert records(tmp_path)[-1]["loss"] is None
+    assert steps(tmp_path, "skipped")[max(steps(tmp_path, "skipped"))] >= 2
+
+
+def test_multi_steps_reads_the_same_batches(straight, text_run, tmp_path):
+    run = small.changed(
+        text_run, num_steps=4, accumulate_steps=4, optim__accumulate="multi_steps"
+    )
+    train.run(run, str(tmp_path))
+    whole = steps(straight, "batch_hash")
+    assert steps(tmp_path, "batch_hash") == {s: whole[s] for s in range(1, 5)}
