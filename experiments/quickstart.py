@@ -21,22 +21,22 @@ def get_config():
     """Returns the settings; float32, since most CPUs multiply bfloat16 slowly."""
     return to_config_dict(
         RunConfig(
-            num_steps=300,
+            num_steps=400,
             batch_size=16,
             seq_len=256,
-            log_every_steps=10,
+            log_every_steps=20,
             model=ModelConfig(
                 num_layers=4,
-                d_model=256,
-                num_heads=4,
-                num_kv_heads=2,
+                d_model=128,
+                num_heads=2,
+                num_kv_heads=1,
                 d_head=64,
-                d_ff=768,
+                d_ff=384,
                 vocab_size=2048,
             ),
             precision=PrecisionConfig(compute="float32"),
             optim=OptimConfig(learning_rate=3e-3, warmup_steps=20),
-            data=DataConfig(tokenizer="bpe", validation_fraction=0.02),
+            data=DataConfig(tokenizer="bpe", validation_fraction=0.01),
             checkpoint=CheckpointConfig(every_steps=100),
         )
     )

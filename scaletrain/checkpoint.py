@@ -40,10 +40,16 @@ class Checkpoints:
             max_to_keep=run.checkpoint.keep,
             keep_period=run.checkpoint.keep_every_steps or None,
             enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
         )
-        items = ("params", "rest", "about")
         self._manager = ocp.CheckpointManager(
-            self.folder, options=options, item_names=items
+            self.folder,
+            options=options,
+            item_handlers={
+                "params": ocp.StandardCheckpointHandler(),
+                "rest": ocp.StandardCheckpointHandler(),
+                "about": ocp.JsonCheckpointHandler(),
+            },
         )
 
     def latest(self) -> int | None:

@@ -58,7 +58,7 @@ def schedule(run: RunConfig) -> optax.Schedule:
         reach = max(warmup, 1)
 
         def main(step):
-            return peak * jnp.sqrt(reach / (reach + step))
+            return peak * jnp.sqrt(reach / (reach + jnp.maximum(step, 0)))
 
     # The first step already learns: 1/warmup of the peak, not 0.
     up = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))

@@ -16,19 +16,19 @@ from scaletrain.config import RunConfig
 from scaletrain.losses import LossSums, next_token_loss
 from scaletrain.models import Decoder
 
-Batch = dict[str, jax.Array]  # tokens, targets, segments, positions, weights: [B, T]
+Batch = dict[str, Any]  # tokens, targets, segments, positions, weights: [B, T]
 Tree = Any
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that changes from step to step."""
+    """All that changes from step to step: arrays, or their shapes or shardings."""
 
-    step: Int[Array, ""]  # optimizer steps taken
+    step: Any  # optimizer steps taken
     params: Tree
     opt_state: Any
-    key: UInt[Array, "2"]  # the run's random key, as data
+    key: Any  # the run's random key, as data
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,6 +8,8 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tests compile for longer than they run: a third of the time without LLVM's passes.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_addoption(parser):

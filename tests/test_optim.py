@@ -6,7 +6,7 @@ import optax
 import pytest
 import small
 
-from scaletrain import optim
+from scaletrain import optim, step
 from scaletrain.config import MeshConfig, OptimConfig, RunConfig
 from scaletrain.config.schema import leaves
 
@@ -100,7 +100,7 @@ def test_adamw_is_optax_adamw():
 
 def gradient(taken, batch):
     """Returns the mean gradient, by differentiating the evaluation step."""
-    from scaletrain import step
+    batch = jax.tree.map(jax.numpy.asarray, batch)
 
     def loss(params):
         sums = step.eval_step(params, batch, program=taken.program)
@@ -140,8 +140,8 @@ def test_schedules_hit_their_marks(name, wanted):
     o = OptimConfig(learning_rate=2.0, schedule=name, warmup_steps=4)
     rate = optim.schedule(RunConfig(num_steps=100, optim=o))
     np.testing.assert_allclose([rate(i) for i in range(4)], [0.5, 1, 1.5, 2])
-    for step, share in wanted.items():
-        np.testing.assert_allclose(rate(step), 2 * share, rtol=0.02)
+    for at, share in wanted.items():
+        np.testing.assert_allclose(rate(at), 2 * share, rtol=0.02)
 
 
 def test_clipping_bounds_the_gradient():

@@ -47,7 +47,7 @@ def test_constrain_pins_the_layout():
     [
         ({}, (1, 1)),
         ({"data": 8}, (8, 1)),
-        ({"data": 2, "tensor": 4}, (2, 1)),
+        ({"data": 4, "tensor": 2}, (4, 1)),
         ({"fsdp": 4, "context": 2}, (4, 2)),
     ],
 )

@@ -96,22 +96,27 @@ def command(run, workdir, tmp_path, devices=1):
     path = tmp_path / "run.json"
     path.write_text(config.to_json(run))
     line = [sys.executable, "-m", "scaletrain.main", "train"]
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as in this process
+    }
     return [*line, f"--config={path}", f"--workdir={workdir}"], env
 
 
 def start_and_signal(run, workdir, tmp_path, at, number):
     """Starts a run and signals it once it has taken `at` steps."""
     line, env = command(run, workdir, tmp_path)
-    process = subprocess.Popen(line, env=env, stderr=subprocess.PIPE, text=True)
     metrics = pathlib.Path(workdir) / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if metrics.exists() and metrics.read_text().count("\n") >= at:
-            break
-        time.sleep(0.01)
-    process.send_signal(number)
-    return process.wait(60), process.stderr.read()
+    with subprocess.Popen(line, env=env, stderr=subprocess.PIPE, text=True) as process:
+        while time.monotonic() < deadline and process.poll() is None:
+            if metrics.exists() and metrics.read_text().count("\n") >= at:
+                break
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    return process.returncode, said
 
 
 def test_killed_and_resumed_equals_straight_to_the_last_bit(
@@ -198,7 +203,7 @@ def test_a_checkpoint_must_match_leaf_by_leaf(text_run, tmp_path, monkeypatch, c
     from scaletrain import checkpoint
 
     run = dataclasses.replace(text_run, num_steps=1)
-    whole = checkpoint._flat
+    whole, shorter = checkpoint._flat, jax.numpy.ones(31)
 
     def altered(tree):
         flat = whole(tree)
@@ -208,7 +213,7 @@ def test_a_checkpoint_must_match_leaf_by_leaf(text_run, tmp_path, monkeypatch, c
             elif change == "extra":
                 flat["surplus"] = flat["norm/scale"]
             else:
-                flat["norm/scale"] = flat["norm/scale"][:-1]
+                flat["norm/scale"] = shorter
         return flat
 
     with monkeypatch.context() as patch:
@@ -228,7 +233,7 @@ def test_a_half_written_step_is_not_there(straight, text_run, tmp_path):
     run = dataclasses.replace(text_run, num_steps=7)
     train.run(run, str(tmp_path))
     folder = tmp_path / "checkpoints"
-    (folder / "7").rename(folder / "9.orbax-checkpoint-tmp-3")
+    (folder / "7").rename(folder / "9.orbax-checkpoint-tmp")
     train.run(run, str(tmp_path))
     assert [p.name for p in folder.iterdir()] == ["7"]
 
