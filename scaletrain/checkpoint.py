@@ -116,8 +116,7 @@ class Checkpoints:
         if step not in self._manager.all_steps():
             have = ", ".join(map(str, self._manager.all_steps())) or "none"
             raise CheckpointError(
-                f"--step={step}; {self.folder} has no such checkpoint; "
-                f"it has {have}."
+                f"--step={step}; {self.folder} has no such checkpoint; it has {have}."
             )
         args = ocp.args.Composite(about=ocp.args.JsonRestore())
         return self._manager.restore(step, args=args)["about"]

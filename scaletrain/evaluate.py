@@ -14,7 +14,9 @@ from scaletrain.errors import DataError
 from scaletrain.step import Program
 
 
-def evaluate(program: Program, params: Any, corpus: Any, sequences: Any) -> dict[str, Any]:
+def evaluate(
+    program: Program, params: Any, corpus: Any, sequences: Any
+) -> dict[str, Any]:
     """Returns the numbers of a split, empty when it has no sequences.
 
     `loss` is in nats per token. `bits_per_byte` spreads the loss of all predicted
@@ -41,7 +43,11 @@ def evaluate(program: Program, params: Any, corpus: Any, sequences: Any) -> dict
         out = execute(params, sharding.place(batch, shapes))
         sums += [float(v) for v in jax.device_get((out.loss, out.weight))]
     loss = sums[0] / sums[1]
-    found = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": int(sums[1])}
+    found = {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700)),
+        "tokens": int(sums[1]),
+    }
     split = sequences.split
     if split is not None:
         nats = loss * (split.num_tokens - 1)

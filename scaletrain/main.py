@@ -19,7 +19,8 @@ def main() -> None:
     try:
         args, run = flags.read(sys.argv[1:])
         record, words = COMMANDS[args.command](run, args)
-        print(json.dumps(record, indent=2) if args.json else words)
+        if not vars(args).get("process_id"):  # one result, however many processes
+            print(json.dumps(record, indent=2) if args.json else words)
     except ScaletrainError as err:
         print(f"scaletrain: {err}", file=sys.stderr)
         sys.exit(err.exit_code)
@@ -51,9 +52,7 @@ def _generate(run: RunConfig, args: argparse.Namespace) -> tuple[list[Any], str]
     )
     prompts = args.prompt or [""]
     texts = generate.run(run, args.workdir, args.step, prompts, sampling, args.seed)
-    record = [
-        {"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)
-    ]
+    record = [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
     return record, "\n\n".join(p + t for p, t in zip(prompts, texts, strict=True))
 
 

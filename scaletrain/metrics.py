@@ -38,7 +38,9 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> tuple[float, float]:
     return weights + attention * causal, weights + attention * palm
 
 
-def throughput(run: RunConfig, step_time_s: float, devices: list[Any]) -> dict[str, Any]:
+def throughput(
+    run: RunConfig, step_time_s: float, devices: list[Any]
+) -> dict[str, Any]:
     """Returns speed and both MFUs; None where the chip's peak is not known."""
     tokens_per_s = run.batch_size * run.seq_len / step_time_s
     peak = BF16_PEAK_FLOPS.get(devices[0].device_kind)
@@ -104,8 +106,12 @@ class Recorder:
             f"ETA {int(left // 60)}m{int(left % 60):02d}s"
         )
         live = sys.stderr.isatty() and record["step"] < self.run.num_steps
-        print(f"\r{line}\033[K" if live else line, end="" if live else "\n",
-              file=sys.stderr, flush=True)
+        print(
+            f"\r{line}\033[K" if live else line,
+            end="" if live else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def close(self) -> None:
         """Makes everything written durable."""
@@ -116,6 +122,10 @@ class Recorder:
 
 def peak_memory_bytes(devices: list[Any]) -> int | None:
     """Returns the most memory a device here has held; None where it is not counted."""
-    stats = [d.memory_stats() or {} for d in devices if d.process_index == jax.process_index()]
+    stats = [
+        d.memory_stats() or {}
+        for d in devices
+        if d.process_index == jax.process_index()
+    ]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     return max(peaks) if peaks else None

@@ -40,7 +40,11 @@ class GuardState(NamedTuple):
 def schedule(run: RunConfig) -> optax.Schedule:
     """Returns optimizer step -> learning rate."""
     o, steps = run.optim, run.num_steps
-    peak, final, warmup = o.learning_rate, o.learning_rate * o.final_ratio, o.warmup_steps
+    peak, final, warmup = (
+        o.learning_rate,
+        o.learning_rate * o.final_ratio,
+        o.warmup_steps,
+    )
     rest = steps - warmup
     if o.schedule == "constant":
         main = optax.constant_schedule(peak)
@@ -121,7 +125,8 @@ def optimizer(run: RunConfig, logical: Tree) -> optax.GradientTransformation:
     o = run.optim
     decays = _map_axes(
         lambda axes: (
-            _is_matrix(axes) and (o.decay_embeddings == "yes" or not _is_embedding(axes))
+            _is_matrix(axes)
+            and (o.decay_embeddings == "yes" or not _is_embedding(axes))
         ),
         logical,
     )

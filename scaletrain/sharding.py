@@ -141,7 +141,9 @@ def nested(flat: dict[tuple[str, ...], Any]) -> Tree:
     return tree
 
 
-def of_state(state: Any, params: Tree, shardings: Tree, mesh: Mesh | AbstractMesh) -> Any:
+def of_state(
+    state: Any, params: Tree, shardings: Tree, mesh: Mesh | AbstractMesh
+) -> Any:
     """Returns shardings for a state whose leaves mirror parameters.
 
     A leaf whose path ends in a parameter's path and has its shape is laid out like
@@ -171,7 +173,9 @@ def _names(path: Any) -> tuple[str, ...]:
 def rows_here(batch: jax.ShapeDtypeStruct) -> list[int]:
     """Returns the rows of a sharded [B, ...] batch that this process's devices hold."""
     indices = batch.sharding.addressable_devices_indices_map(batch.shape).values()
-    return sorted({r for index in indices for r in range(*index[0].indices(batch.shape[0]))})
+    return sorted(
+        {r for index in indices for r in range(*index[0].indices(batch.shape[0]))}
+    )
 
 
 def place(
@@ -203,11 +207,15 @@ def table(params: Tree) -> str:
         total, count = total + size, count + math.prod(leaf.shape)
         split = ", ".join(str(entry) for entry in leaf.sharding.spec)
         shape = "x".join(map(str, leaf.shape))
-        rows.append(("/".join(_names(path)), shape, str(leaf.dtype), f"({split})", f"{size:,}"))
+        rows.append(
+            ("/".join(_names(path)), shape, str(leaf.dtype), f"({split})", f"{size:,}")
+        )
     rows.append((f"{count:,} parameters", "", "", "", f"{total:,}"))
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     lines = []
     for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row[:4], widths, strict=False)]
+        cells = [
+            cell.ljust(width) for cell, width in zip(row[:4], widths, strict=False)
+        ]
         lines.append("  ".join([*cells, row[4].rjust(widths[4])]).rstrip())
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """A training run, told from top to bottom."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -98,6 +99,9 @@ class Loop:
     checkpoints: checkpoint.Checkpoints
     corpus: data.Corpus
     sequences: dict[str, Any]
+    _pending: tuple[int, dict[str, Any], Any] | None = None  # step, numbers, when ready
+    _clock: float = 0.0  # when the step that was counted last was ready
+    _counted: int = 0
 
     def run(self, state: TrainState, start: int) -> dict[str, Any]:
         """Takes the steps after `start`; returns the last evaluation.
@@ -110,15 +114,16 @@ class Loop:
         execute = step.jitted(program).lower(program.state, program.batch).compile()
         say(f"compiled in {time.perf_counter() - began:.1f} s")
         batches = self._batches(start)
-        self._pending, self._clock, self._counted = None, time.perf_counter(), start
+        self._clock, self._counted = time.perf_counter(), start
+        watch = concurrent.futures.ThreadPoolExecutor(1)
         found: dict[str, Any] = {}
-        with _stop_signals() as stopped, jax.transfer_guard("disallow"):
+        with watch, _stop_signals() as stopped, jax.transfer_guard("disallow"):
             for now in range(start + 1, run.num_steps + 1):
                 with jax.profiler.StepTraceAnnotation("train", step_num=now):
                     state, numbers = self._step(execute, state, batches)
                 # The device works on this step while the host reads the one before.
                 self._record()
-                self._pending = now, numbers
+                self._pending = now, numbers, watch.submit(_ready_at, numbers)
                 self.checkpoints.check()
                 last = now == run.num_steps
                 if last or stopped() or _due(now, run.checkpoint.every_steps):
@@ -163,11 +168,11 @@ class Loop:
         """Reads the pending step's numbers; logs, shows and judges them."""
         if self._pending is None:
             return
-        (now, numbers), self._pending = self._pending, None
+        (now, numbers, ready_at), self._pending = self._pending, None
         numbers = jax.device_get(numbers)
         run = self.program.run
         if now == run.num_steps or _due(now, run.log_every_steps):
-            clock = time.perf_counter()
+            clock = ready_at.result()
             pace = (clock - self._clock) / (now - self._counted)
             self._clock, self._counted = clock, now
             record = {
@@ -198,15 +203,20 @@ class Loop:
     def _evaluate(self, now: int, state: TrainState) -> dict[str, Any]:
         """Returns the validation numbers; the time it takes is no step's."""
         self._record()
-        began = time.perf_counter()
         found = evaluate.evaluate(
             self.program, state.params, self.corpus, self.sequences["validation"]
         )
         self.recorder.write({"step": now, **{f"eval_{k}": v for k, v in found.items()}})
-        if found:
+        if found and now < self.program.run.num_steps:
             say(f"step {now}: validation {evaluate.in_words(found)}")
-        self._clock += time.perf_counter() - began
+        self._clock, self._counted = time.perf_counter(), now
         return {"step": now, **found}
+
+
+def _ready_at(numbers: dict[str, Any]) -> float:
+    """Returns when the device had them; reading them may come a step later."""
+    jax.block_until_ready(numbers)
+    return time.perf_counter()
 
 
 def _due(now: int, every: int) -> bool:

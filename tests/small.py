@@ -87,7 +87,9 @@ class Taken:
         numbers = {}
         for part in range(parts):
             placed = {
-                name: jax.device_put(rows[part::parts], self.program.batch[name].sharding)
+                name: jax.device_put(
+                    rows[part::parts], self.program.batch[name].sharding
+                )
                 for name, rows in batch.items()
             }
             self.state, numbers = self.execute(self.state, placed)

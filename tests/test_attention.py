@@ -85,7 +85,9 @@ def test_softmax_runs_in_the_reduce_precision():
     segments = jnp.zeros((1, 512), int)
     text = str(
         jax.make_jaxpr(
-            lambda q, v: attend(q, q, v, q_segments_BT=segments, kv_segments_BS=segments)
+            lambda q, v: attend(
+                q, q, v, q_segments_BT=segments, kv_segments_BS=segments
+            )
         )(q, v)
     )
     assert "f32[1,1,1,512,512] = exp" in text

@@ -151,7 +151,11 @@ BROKEN = [
     ({"data__tokenizer": "bpe"}, "data.tokenizer='bpe'; no effect"),
     ({"data__split": "test"}, "data.split='test'; no effect"),
     (
-        {"data__source": "stdlib", "model__vocab_size": 512, "data__end_of_text": "<e>"},
+        {
+            "data__source": "stdlib",
+            "model__vocab_size": 512,
+            "data__end_of_text": "<e>",
+        },
         "data.end_of_text='<e>'; no effect",
     ),
     (
@@ -205,7 +209,9 @@ def test_differences_tell_model_and_data_from_the_rest():
 
 def test_the_set_of_settings_is_frozen(golden):
     """A new setting is a promise to keep: add it here on purpose."""
-    golden("settings.txt", "\n".join(p for p, _, _ in config.leaves(RunConfig())) + "\n")
+    golden(
+        "settings.txt", "\n".join(p for p, _, _ in config.leaves(RunConfig())) + "\n"
+    )
 
 
 def test_json_is_plain():

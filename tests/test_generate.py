@@ -51,7 +51,12 @@ def test_greedy_equals_the_full_forward(taken):
 
 def test_stops_at_end_of_text(taken):
     free = generate(
-        taken.program, taken.state.params, [[5, 9, 2]], sampling=GREEDY, end_id=63, seed=0
+        taken.program,
+        taken.state.params,
+        [[5, 9, 2]],
+        sampling=GREEDY,
+        end_id=63,
+        seed=0,
     )[0]
     end_id = free[4]
     out = generate(
@@ -112,11 +117,14 @@ def test_only_allowed_tokens_are_drawn(sampling, allowed):
 @pytest.mark.parametrize(
     ("sampling", "words"),
     [
-        (Sampling(temperature=-1), "--temperature=-1; below 0"),
+        (Sampling(temperature=-1.0), "--temperature=-1.0; below 0"),
         (Sampling(top_k=-1), "--top_k=-1; below 0"),
-        (Sampling(top_p=0), r"--top_p=0; outside \(0, 1\]"),
+        (Sampling(top_p=0.0), r"--top_p=0.0; outside \(0, 1\]"),
         (Sampling(max_new_tokens=0), "--max_new_tokens=0; below 1"),
-        (Sampling(temperature=0, top_k=5), "--top_k=5; no effect with --temperature=0"),
+        (
+            Sampling(temperature=0.0, top_k=5),
+            "--top_k=5; no effect with --temperature=0",
+        ),
     ],
 )
 def test_sampling_that_makes_no_sense_is_told(sampling, words):

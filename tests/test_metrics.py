@@ -55,7 +55,9 @@ def test_mfu_is_told_for_known_chips_alone():
     assert found["mfu_palm"] / found["mfu"] == pytest.approx(palm / causal)
     unknown = types.SimpleNamespace(device_kind="cpu")
     found = metrics.throughput(run, 2.0, [unknown])
-    assert (found["mfu"], found["mfu_palm"], found["peak_flops_per_device"]) == (None,) * 3
+    assert (found["mfu"], found["mfu_palm"], found["peak_flops_per_device"]) == (
+        None,
+    ) * 3
 
 
 def test_records_are_json_whatever_the_numbers(tmp_path):

@@ -33,7 +33,8 @@ def decoder(seed=0, precision=FLOAT32, **settings):
     leaves, tree = jax.tree.flatten(state)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     leaves = [
-        x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)
+        x + 0.1 * jax.random.normal(k, x.shape)
+        for x, k in zip(leaves, keys, strict=True)
     ]
     return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
 
@@ -129,7 +130,9 @@ def test_remat_keeps_what_it_is_told_to(names, capsys):
         return capsys.readouterr().out.splitlines()
 
     kept = residuals(remat="save", remat_save=names)
-    assert {n for n in names if any(f"named '{n}'" in line for line in kept)} == set(names)
+    assert {n for n in names if any(f"named '{n}'" in line for line in kept)} == set(
+        names
+    )
     assert len(kept) < len(residuals())
     assert len(residuals(remat="full")) < len(kept)
 
@@ -147,10 +150,15 @@ def test_bfloat16_stays_bfloat16():
 def test_weight_gradients_are_summed_in_the_reduce_precision():
     x = jnp.ones((2, 3, 4), jnp.bfloat16)
     w = jnp.ones((4, 5))
-    for reduce, wanted in (("float32", "f32[4,5] = dot_general"), ("bfloat16", "bf16[4,5]")):
+    for reduce, wanted in (
+        ("float32", "f32[4,5] = dot_general"),
+        ("bfloat16", "bf16[4,5]"),
+    ):
         p = PrecisionConfig(reduce=reduce)
         grad = jax.make_jaxpr(
-            jax.grad(lambda w, p=p: project("btd,df->btf", x, w, p).sum().astype("float32"))
+            jax.grad(
+                lambda w, p=p: project("btd,df->btf", x, w, p).sum().astype("float32")
+            )
         )(w)
         assert wanted in str(grad)
 
@@ -227,7 +235,9 @@ def test_decoding_equals_the_full_forward(settings, layers):
     tokens, positions, segments = inputs()
     full = model(tokens, positions, segments)
     cache = Cache.empty(model.model, 2, 14, "float32")
-    logits, cache = model.decode(tokens[:, :5], positions[:, :5], segments[:, :5], cache)
+    logits, cache = model.decode(
+        tokens[:, :5], positions[:, :5], segments[:, :5], cache
+    )
     np.testing.assert_allclose(logits, full[:, 4], atol=2e-5)
     for t in range(5, 12):
         one = slice(t, t + 1)

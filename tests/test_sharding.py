@@ -82,7 +82,8 @@ def test_table_adds_up():
     taken = small.Taken(run)
     text = sharding.table(taken.program.state.params)
     here = sum(
-        leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(taken.state.params)
+        leaf.addressable_shards[0].data.nbytes
+        for leaf in jax.tree.leaves(taken.state.params)
     )
     count = sum(leaf.size for leaf in jax.tree.leaves(taken.state.params))
     assert text.splitlines()[-1].split() == [f"{count:,}", "parameters", f"{here:,}"]

@@ -73,7 +73,9 @@ def test_what_is_not_finite_never_reaches_the_state(mode, poison):
     bad[5, 3] = poison
     numbers = hurt.step(batches[1] | {"weights": bad})
     assert (numbers["skipped"], numbers["skipped_in_a_row"]) == (1, 1)
-    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(hurt.state.params))
+    jax.tree.map(
+        np.testing.assert_array_equal, before, jax.device_get(hurt.state.params)
+    )
     assert int(hurt.state.step) == 2
     one, two = clean.step(batches[2]), hurt.step(batches[2])
     assert (two["skipped"], two["skipped_in_a_row"]) == (1, 0)
@@ -114,7 +116,9 @@ def test_every_mesh_starts_from_the_same_parameters():
     one = small.Taken(small.RUN).state.params
     run = small.changed(small.RUN, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     two = small.Taken(run).state.params
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(two))
+    jax.tree.map(
+        np.testing.assert_array_equal, jax.device_get(one), jax.device_get(two)
+    )
 
 
 def test_ten_steps_are_golden(golden):
@@ -126,7 +130,9 @@ def test_parameter_table_is_golden(golden):
     from scaletrain import sharding
 
     run = small.changed(small.RUN, mesh=MeshConfig(fsdp=2, tensor=2))
-    golden("parameters.txt", sharding.table(small.Taken(run).program.state.params) + "\n")
+    golden(
+        "parameters.txt", sharding.table(small.Taken(run).program.state.params) + "\n"
+    )
 
 
 def test_weights_are_gathered_and_gradients_scattered_by_fsdp():

@@ -4,6 +4,13 @@ Nothing here imports jax: a configuration can be built, printed and compared wit
 touching a device.
 """
 
+from scaletrain.config.form import (
+    from_config_dict,
+    from_json,
+    load,
+    to_config_dict,
+    to_json,
+)
 from scaletrain.config.rules import (
     REMAT_NAMES,
     check,
@@ -11,13 +18,6 @@ from scaletrain.config.rules import (
     mesh_size,
     problems,
     resolve,
-)
-from scaletrain.config.form import (
-    from_config_dict,
-    from_json,
-    load,
-    to_config_dict,
-    to_json,
 )
 from scaletrain.config.schema import (
     AxesConfig,

@@ -91,7 +91,9 @@ def from_config_dict(form: config_dict.ConfigDict) -> tuple[RunConfig, list[str]
     run, problems = RunConfig(), []
     for path, value in flat.items():
         if path not in known:
-            problems.append(f"{path}={value!r}; no such setting; " + _nearest(path, known))
+            problems.append(
+                f"{path}={value!r}; no such setting; " + _nearest(path, known)
+            )
             continue
         typed, problem = _typed(path, known[path].type, value)
         if problem:

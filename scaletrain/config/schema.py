@@ -83,9 +83,7 @@ class PrecisionConfig:
 class OptimConfig:
     """The optimizer, its schedule and what happens to a gradient before it."""
 
-    name: str = setting(
-        "adamw", choices=("adamw", "adafactor", "lion", "muon", "sgd")
-    )
+    name: str = setting("adamw", choices=("adamw", "adafactor", "lion", "muon", "sgd"))
     learning_rate: float = setting(3e-4, least=0.0)  # at its peak
     schedule: str = setting(
         "cosine", choices=("constant", "cosine", "linear", "wsd", "inverse_sqrt")
@@ -109,7 +107,9 @@ class DataConfig:
     """Where text comes from and how it becomes tokens."""
 
     source: str = setting("stdlib", choices=("stdlib", "files", "tfds", "synthetic"))
-    path: str = ""  # files: path or glob, local or fsspec; tfds: name[/config][:version]
+    path: str = (
+        ""  # files: path or glob, local or fsspec; tfds: name[/config][:version]
+    )
     text_field: str = "text"  # column of jsonl, parquet or tfds that holds the text
     split: str = "train"  # of a tfds data set
     tokenizer: str = "bytes"  # bytes | bpe | path of a tokenizer.json or a .model file

@@ -233,9 +233,7 @@ class Mlp(nnx.Module):
             hidden_BTF = self.activation(up_BTF)
         else:
             gate_BTF = project("btd,df->btf", x_BTD, self.w_gate[...], p)
-            hidden_BTF = (
-                self.activation(checkpoint_name(gate_BTF, "mlp_gate")) * up_BTF
-            )
+            hidden_BTF = self.activation(checkpoint_name(gate_BTF, "mlp_gate")) * up_BTF
         return biased(
             project("btf,fd->btd", hidden_BTF, self.w_down[...], p), self.b_down, p
         )

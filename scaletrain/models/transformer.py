@@ -92,9 +92,7 @@ def _rematerialised(model: ModelConfig, function: Callable) -> Callable:
     }[model.remat]
     # Inside a scan nothing can be merged across iterations; preventing it would only
     # put barriers in XLA's way.
-    return jax.checkpoint(
-        function, policy=policy, prevent_cse=model.layers == "unroll"
-    )
+    return jax.checkpoint(function, policy=policy, prevent_cse=model.layers == "unroll")
 
 
 class Decoder(nnx.Module):

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Trains on this machine's CPU with several processes that talk over loopback, each
+# with its own fake devices: what a pod does, at the smallest scale.
+#
+#   launch/local.sh --processes=2 --devices=4 -- \
+#       --config=experiments/quickstart.py --workdir=runs/local --config.mesh.data=-1
+#
+# Everything after -- goes to `scaletrain train` unchanged. If one process fails, the
+# others are ended and its exit code is returned.
+set -euo pipefail
+
+processes=2
+devices=4
+while [[ $# -gt 0 ]]; do
+  case "$1" in
+    --processes=*) processes="${1#*=}" ;;
+    --devices=*) devices="${1#*=}" ;;
+    --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+    --) shift; break ;;
+    *) echo "local.sh: $1; unknown; see --help." >&2; exit 2 ;;
+  esac
+  shift
+done
+
+root="$(cd "$(dirname "$0")/.." && pwd)"
+scaletrain="$root/.venv/bin/scaletrain"
+[[ -x "$scaletrain" ]] || scaletrain=scaletrain
+port="$("$(dirname "$(command -v "$scaletrain")")/python3" -c \
+  'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
+
+export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES="$devices"
+children=()
+for ((id = 0; id < processes; id++)); do
+  "$scaletrain" train "$@" --coordinator="127.0.0.1:$port" \
+    --num_processes="$processes" --process_id="$id" &
+  children+=($!)
+done
+trap 'kill "${children[@]}" 2>/dev/null || true' EXIT
+for ((id = 0; id < processes; id++)); do
+  code=0
+  wait -n || code=$?
+  [[ $code -eq 0 ]] || exit "$code"
+done
