@@ -1,4 +1,4 @@
-"""Text from a checkpoint: a key/value cache, filled once and extended token by token."""
+"""Text from a checkpoint: a key/value cache, filled once, extended token by token."""
 
 import dataclasses
 import functools
@@ -106,7 +106,7 @@ def run(
     """Returns the continuation of each prompt under the checkpoint of step `at`.
 
     Raises:
-      ScaletrainError: no such checkpoint, no tokenizer, or sampling that makes no sense.
+      ScaletrainError: no such checkpoint, no tokenizer, or senseless sampling.
     """
     if found := sampling.problems():
         raise ConfigError(found)
@@ -196,7 +196,7 @@ def _decode(
 
 def sample(
     logits_BV: Float[Array, "B V"], key: jax.Array, sampling: Sampling
-) -> Int[Array, "B"]:
+) -> Int[Array, " B"]:
     """Returns one token a row. Top-p keeps the token that crosses the mark."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)

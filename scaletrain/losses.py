@@ -1,4 +1,4 @@
-"""Token losses. Every reduction returns its sum and says what it is to be divided by."""
+"""Token losses. Every reduction returns its sum and what to divide it by."""
 
 from typing import NamedTuple
 

@@ -5,7 +5,8 @@ micro-batch is the number of weighted tokens known, and dividing once by it make
 cutting of a batch give the gradient of the whole batch.
 """
 
-from typing import Any, NamedTuple
+import functools
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,7 @@ def schedule(run: RunConfig) -> optax.Schedule:
         o.warmup_steps,
     )
     rest = steps - warmup
+    main: optax.Schedule
     if o.schedule == "constant":
         main = optax.constant_schedule(peak)
     elif o.schedule == "cosine":
@@ -59,14 +61,15 @@ def schedule(run: RunConfig) -> optax.Schedule:
             [optax.constant_schedule(peak), down], [rest - decay]
         )
     else:
-        reach = max(warmup, 1)
-
-        def main(step):
-            return peak * jnp.sqrt(reach / (reach + jnp.maximum(step, 0)))
+        main = functools.partial(_inverse_sqrt, peak, max(warmup, 1))
 
     # The first step already learns: 1/warmup of the peak, not 0.
     up = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
     return optax.join_schedules([up, main], [warmup]) if warmup else main
+
+
+def _inverse_sqrt(peak: float, reach: int, step: Any) -> Any:
+    return peak * jnp.sqrt(reach / (reach + jnp.maximum(step, 0)))
 
 
 def _is_matrix(axes: tuple[str, ...]) -> bool:
@@ -165,7 +168,7 @@ def guarded(inner: optax.GradientTransformation) -> optax.GradientTransformation
         guard = GuardState(new, loss, norm, in_a_row, state.skipped + (~good))
         return jax.tree.map(jnp.zeros_like, sums)._replace(params=updates), guard
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(cast(Any, init), cast(Any, update))
 
 
 def _accumulated(
@@ -189,7 +192,7 @@ def _accumulated(
         done = multi.has_updated(state)
         return jax.tree.map(lambda u: jnp.where(done, u, 0), updates), state
 
-    return optax.GradientTransformation(multi.init, update)
+    return optax.GradientTransformation(multi.init, cast(Any, update))
 
 
 def as_sums(params: Tree) -> Sums:

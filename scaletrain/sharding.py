@@ -113,24 +113,31 @@ def param(
 
 
 def constrain(x: Float[Array, "..."], *axes: str) -> Float[Array, "..."]:
-    """Returns `x` with its sharding pinned to these logical axes on the current mesh."""
+    """Returns `x` pinned to these logical axes on the current mesh."""
     partition = spec(*axes)
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition)
 
 
-def of_params(params: nnx.State, mesh: Mesh | AbstractMesh) -> Tree:
-    """Returns the sharding of every parameter, as nested dicts."""
-    return nested(
-        {
-            path: named(mesh, "/".join(path), leaf.shape, leaf.get_metadata("logical"))
-            for path, leaf in nnx.to_flat_state(params)
-        }
+def logical_axes(params: nnx.State) -> Tree:
+    """Returns the logical axes of every parameter, as nested dicts."""
+    flat = nnx.to_flat_state(params)
+    return _nested(
+        {tuple(map(str, path)): leaf.get_metadata("logical") for path, leaf in flat}
     )
 
 
-def nested(flat: dict[tuple[str, ...], Any]) -> Tree:
+def of_params(params: Tree, logical: Tree, mesh: Mesh | AbstractMesh) -> Tree:
+    """Returns the sharding of every parameter."""
+
+    def layout(path: Any, leaf: Any, axes: tuple[str, ...]) -> NamedSharding:
+        return named(mesh, "/".join(_names(path)), leaf.shape, axes)
+
+    return jax.tree.map_with_path(layout, params, logical)
+
+
+def _nested(flat: dict[tuple[str, ...], Any]) -> Tree:
     """Returns nested dicts of a flat dict with tuple keys."""
     tree: dict[str, Any] = {}
     for path, leaf in flat.items():
@@ -172,10 +179,18 @@ def _names(path: Any) -> tuple[str, ...]:
 
 def rows_here(batch: jax.ShapeDtypeStruct) -> list[int]:
     """Returns the rows of a sharded [B, ...] batch that this process's devices hold."""
-    indices = batch.sharding.addressable_devices_indices_map(batch.shape).values()
-    return sorted(
-        {r for index in indices for r in range(*index[0].indices(batch.shape[0]))}
-    )
+    here = {
+        row
+        for index in _shards(batch).values()
+        for row in range(*index[0].indices(batch.shape[0]))
+    }
+    return sorted(here)
+
+
+def _shards(array: jax.ShapeDtypeStruct) -> dict[Any, tuple[slice, ...]]:
+    """Returns what each device of this process holds of a sharded array."""
+    indices = array.sharding.addressable_devices_indices_map(array.shape)
+    return {device: index for device, index in indices.items() if index is not None}
 
 
 def place(
@@ -186,8 +201,7 @@ def place(
 
     def array(name: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
         shards = []
-        indices = shape.sharding.addressable_devices_indices_map(shape.shape)
-        for device, (row_slice, columns) in indices.items():
+        for device, (row_slice, columns) in _shards(shape).items():
             start, stop, _ = row_slice.indices(shape.shape[0])
             first, end = np.searchsorted(here, (start, stop))
             shards.append(jax.device_put(rows[name][first:end, columns], device))

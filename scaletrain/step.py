@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,7 @@ def train_step(
     sums = optim.Sums(grads, sums.loss, sums.weight, jnp.zeros(()))
     whole = optim.as_sums(state.params)
     updates, opt_state = program.tx.update(sums, state.opt_state, whole)
-    params = optax.apply_updates(state.params, updates.params)
+    params = optax.apply_updates(state.params, cast(optim.Sums, updates).params)
     guard = optim.guard_of(opt_state)
     metrics = {
         "loss": guard.loss,
@@ -148,13 +148,11 @@ def build(run: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
         lambda: Decoder(run.model, run.precision, jax.random.key(run.seed))
     )
     graphdef, abstract = nnx.split(model)
-    flat = dict(nnx.to_flat_state(abstract))
-    logical = sharding.nested({k: v.get_metadata("logical") for k, v in flat.items()})
+    logical = sharding.logical_axes(abstract)
     tx = optim.optimizer(run, logical)
     state = jax.eval_shape(functools.partial(initial_state, run, tx))
-    layout = sharding.of_state(
-        state, state.params, sharding.of_params(abstract, mesh), mesh
-    )
+    params = sharding.of_params(state.params, logical, mesh)
+    layout = sharding.of_state(state, state.params, params, mesh)
 
     def placed(leaf, where):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)

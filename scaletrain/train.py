@@ -67,13 +67,11 @@ def run(run: RunConfig, workdir: str) -> dict[str, Any]:
 
 def prepare(run: RunConfig) -> data.Corpus:
     """Returns the corpus, read by the first process before the others look for it."""
-    if jax.process_index() == 0:
-        corpus = data.prepare(run, say)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("corpus")
-    if jax.process_index() != 0:
-        corpus = data.prepare(run, say)
-    return corpus
+    if jax.process_count() == 1:
+        return data.prepare(run, say)
+    corpus = data.prepare(run, say) if jax.process_index() == 0 else None
+    multihost_utils.sync_global_devices("corpus")
+    return corpus or data.prepare(run, say)
 
 
 def _leave_settings(folder: pathlib.Path, run: RunConfig, corpus: data.Corpus) -> None:

@@ -28,7 +28,7 @@ def golden(request):
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
         assert text == path.read_text(), (
-            f"{name} differs. If nothing was meant to change, this is a bug; if it was, "
+            f"{name} differs. If nothing was meant to change, this is a bug; if so, "
             "run pytest --update-golden and review the difference."
         )
 

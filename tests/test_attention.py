@@ -1,5 +1,7 @@
 """Every attention implementation against a float64 loop over single tokens."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,7 +72,7 @@ def test_packed_equals_unpacked(implementation):
     grad = jax.value_and_grad(run, (0, 1, 2), has_aux=True)
     (_, packed), packed_grads = grad(q, k, v, segments)
     edges = np.cumsum((0, *lengths))
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         part = [x[:, start:stop] for x in (q, k, v)]
         (_, alone), grads = grad(*part, jnp.zeros((1, stop - start), int))
         np.testing.assert_allclose(packed[:, start:stop], alone, atol=1e-6)

@@ -30,7 +30,7 @@ def test_matmul_weights_are_the_matrices_of_the_model(settings):
 
 
 def test_flops_of_llama_1b():
-    """Against the sums done by hand: N = 16 (2 x 2048^2 x 1.25 + 3 x 2048 x 8192) + head."""
+    """Against the sums done by hand."""
     model = dataclasses.replace(
         small.MODEL, num_layers=16, d_model=2048, num_heads=32, num_kv_heads=8,
         d_head=64, d_ff=8192, vocab_size=32_768,

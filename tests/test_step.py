@@ -60,7 +60,7 @@ def test_batch_hash_knows_its_rows_whatever_their_order():
 @pytest.mark.parametrize("mode", ["whole", "microbatch", "multi_steps"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_what_is_not_finite_never_reaches_the_state(mode, poison):
-    """One poisoned row: the update is skipped whole, counted, and the next one works."""
+    """One poisoned row: the update is skipped whole and counted; the next one works."""
     run = small.RUN
     if mode != "whole":
         run = small.changed(run, accumulate_steps=4, optim__accumulate=mode)

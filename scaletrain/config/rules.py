@@ -53,7 +53,7 @@ def _values(run: RunConfig) -> Iterator[str]:
         elif most is not None and value > most:
             yield f"{path}={value}; above {most}; give {most} or less."
         if field.name in AXES and value == 0:
-            yield f"{path}=0; an axis has at least one device; give 1, or -1 for the rest."
+            yield f"{path}=0; an axis has one device or more; give 1, or -1 for all."
 
 
 def _model(run: RunConfig) -> Iterator[str]:

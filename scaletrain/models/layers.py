@@ -96,7 +96,7 @@ def rotate(
 
 
 def dropped(
-    x_BTD: Float[Array, "B T D"], keys_B: Key[Array, "B"] | None, rate: float
+    x_BTD: Float[Array, "B T D"], keys_B: Key[Array, " B"] | None, rate: float
 ) -> Float[Array, "B T D"]:
     """Returns `x` with a share `rate` of its values zeroed and the rest scaled up.
 

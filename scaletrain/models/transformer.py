@@ -122,7 +122,7 @@ class Decoder(nnx.Module):
         tokens_BT: Int[Array, "B T"],
         positions_BT: Int[Array, "B T"],
         segments_BT: Int[Array, "B T"],
-        dropout_B: Key[Array, "B"] | None = None,
+        dropout_B: Key[Array, " B"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Returns logits in `precision.reduce`.
 
@@ -176,7 +176,7 @@ class Decoder(nnx.Module):
         positions_BT: Int[Array, "B T"],
         segments_BT: Int[Array, "B T"],
         cache: Cache | None,
-        dropout_B: Key[Array, "B"] | None,
+        dropout_B: Key[Array, " B"] | None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Returns the last layer's output and every layer's keys and values."""
         graphdef, params = nnx.split(self.blocks)
