@@ -33,14 +33,18 @@ def _flat(tree: Tree) -> dict[str, Any]:
 class Checkpoints:
     """The checkpoints of one workdir."""
 
-    def __init__(self, workdir: pathlib.Path, run: RunConfig):
+    def __init__(
+        self, workdir: pathlib.Path, run: RunConfig, *, read_only: bool = False
+    ):
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
         self.run = run
         options = ocp.CheckpointManagerOptions(
             max_to_keep=run.checkpoint.keep,
             keep_period=run.checkpoint.keep_every_steps or None,
             enable_async_checkpointing=True,
-            cleanup_tmp_directories=True,
+            # A reader must not clear away what a trainer is writing.
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -220,11 +224,13 @@ def params_of(
     Raises:
       CheckpointError: the workdir holds no such checkpoint, or one of another model.
     """
-    with contextlib.closing(Checkpoints(pathlib.Path(workdir), run)) as checkpoints:
+    path = pathlib.Path(workdir)
+    missing = f"--workdir={workdir}; no whole checkpoint there; train first."
+    if not (path / "checkpoints").is_dir():
+        raise CheckpointError(missing)
+    with contextlib.closing(Checkpoints(path, run, read_only=True)) as checkpoints:
         step = checkpoints.latest() if step is None else step
         if step is None:
-            raise CheckpointError(
-                f"--workdir={workdir}; no whole checkpoint there; train first."
-            )
+            raise CheckpointError(missing)
         checkpoints.about(step)
         return step, checkpoints.restore_params(step, params)

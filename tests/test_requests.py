@@ -153,10 +153,10 @@ def test_every_command_has_help(command):
 
 
 def test_config_prints_settings_that_are_settings(tmp_path):
-    done = scaletrain("config", QUICKSTART, "--json", "--config.num_steps=9")
+    done = scaletrain("config", QUICKSTART, "--json", "--config.seed=9")
     path = tmp_path / "again.json"
     path.write_text(done.stdout)
-    assert config.load(str(path)).num_steps == 9
+    assert config.load(str(path)).seed == 9
     table = scaletrain("config", QUICKSTART).stdout
     assert "blocks/attention/wq" in table
     assert "parameters" in table.splitlines()[-1]

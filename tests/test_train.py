@@ -269,3 +269,28 @@ def test_multi_steps_reads_the_same_batches(straight, text_run, tmp_path):
     train.run(run, str(tmp_path))
     whole = steps(straight, "batch_hash")
     assert steps(tmp_path, "batch_hash") == {s: whole[s] for s in range(1, 5)}
+
+
+def test_eval_and_generate_read_what_a_run_left(straight, tmp_path):
+    """From the workdir alone, on the mesh that is here, without writing to it."""
+    before = sorted(str(p) for p in straight.rglob("*"))
+
+    def ask(*args):
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+        line = [sys.executable, "-m", "scaletrain.main", *args, f"--workdir={straight}"]
+        return subprocess.run(
+            [*line, "--json"], env=env, capture_output=True, text=True, check=False
+        )
+
+    found = json.loads(ask("eval").stdout)
+    assert found["loss"] == pytest.approx(records(straight)[-1]["eval_loss"], rel=1e-5)
+    older = json.loads(ask("eval", "--step=21", "--split=train").stdout)
+    assert older["step"] == 21
+    gone = ask("eval", "--step=5")
+    assert gone.returncode == 2
+    assert "--step=5;" in gone.stderr
+    assert "it has 21, 28, 30" in gone.stderr
+    texts = json.loads(ask("generate", "--prompt=def ", "--prompt=x").stdout)
+    assert [t["prompt"] for t in texts] == ["def ", "x"]
+    assert all(t["text"] for t in texts)
+    assert sorted(str(p) for p in straight.rglob("*")) == before
