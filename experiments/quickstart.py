@@ -21,7 +21,7 @@ def get_config():
     """Returns the settings; float32, since most CPUs multiply bfloat16 slowly."""
     return to_config_dict(
         RunConfig(
-            num_steps=400,
+            num_steps=300,
             batch_size=16,
             seq_len=256,
             log_every_steps=20,

@@ -9,6 +9,8 @@ import json
 import sys
 from typing import Any
 
+from absl import logging
+
 from scaletrain import config, flags
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError, ScaletrainError
@@ -16,6 +18,8 @@ from scaletrain.errors import ConfigError, ScaletrainError
 
 def main() -> None:
     """Runs the command line and exits with what became of it (see `errors`)."""
+    # Orbax warns of choices that are made on purpose here; what fails is raised.
+    logging.set_verbosity(logging.ERROR)
     try:
         args, run = flags.read(sys.argv[1:])
         record, words = COMMANDS[args.command](run, args)
