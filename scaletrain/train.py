@@ -34,18 +34,18 @@ def run(run: RunConfig, workdir: str) -> dict[str, Any]:
       What the last evaluation found, see `evaluate.evaluate`.
 
     Raises:
-      ScaletrainError: see `errors`; nothing is written before settings, mesh and data
-        are known to fit together.
+      ScaletrainError: see `errors`; the workdir stays empty until settings, mesh and
+        data are known to fit together.
     """
     # 1. Where: the devices that are here.
     run = config.resolve(run, jax.device_count())
     grid = mesh.build(run.mesh)
+    folder = checkpoint.prepare_workdir(workdir)
     # 2. What: the corpus as tokens, the step as a program.
     corpus = prepare(run)
     sequences = {s: data.sequences(corpus, s, run) for s in ("train", "validation")}
     program = step.build(run, grid)
     # 3. From where: the newest checkpoint, or the seed.
-    folder = checkpoint.prepare_workdir(workdir)
     checkpoints = checkpoint.Checkpoints(folder, run)
     with jax.set_mesh(grid), contextlib.closing(checkpoints):
         start = checkpoints.latest()

@@ -26,12 +26,15 @@ def taken():
 def full_forward(taken, prompt, count, end_id):
     """Returns greedy tokens, running the whole sequence again for each."""
     model = nnx.merge(taken.program.graphdef, taken.state.params)
+    forward = jax.jit(lambda *inputs: model(*inputs))
     tokens = list(prompt)
     for _ in range(count):
-        ids = jnp.asarray([tokens])
-        positions = jnp.arange(len(tokens))[None]
-        logits = model(ids, positions, jnp.ones_like(ids))
-        tokens.append(int(logits[0, -1].argmax()))
+        # Slots after the last token are of no document, and of no effect.
+        ids, segments = np.zeros((2, 1, 32), np.int32)
+        ids[0, : len(tokens)], segments[0, : len(tokens)] = tokens, 1
+        positions = np.arange(32, dtype=np.int32)[None]
+        logits = forward(*map(jnp.asarray, (ids, positions, segments)))
+        tokens.append(int(logits[0, len(tokens) - 1].argmax()))
         if tokens[-1] == end_id:
             return tokens[len(prompt) : -1]
     return tokens[len(prompt) :]

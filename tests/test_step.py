@@ -1,5 +1,7 @@
 """The step: one result however it is cut, and nothing that is not finite gets in."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,9 +123,14 @@ def test_every_mesh_starts_from_the_same_parameters():
     )
 
 
-def test_ten_steps_are_golden(golden):
+def test_ten_steps_are_golden(request):
+    """Other processors round sums in another order: 1e-5, where steps differ by 1e-2."""
+    path = pathlib.Path(__file__).parent / "golden" / "losses.txt"
     losses = small.Taken(small.RUN).losses(10)
-    golden("losses_cpu.txt", "".join(f"{loss!r}\n" for loss in losses))
+    if request.config.getoption("--update-golden"):
+        path.write_text("".join(f"{loss!r}\n" for loss in losses))
+    wanted = [float(line) for line in path.read_text().splitlines()]
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
 
 
 def test_parameter_table_is_golden(golden):
