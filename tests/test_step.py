@@ -124,7 +124,7 @@ def test_every_mesh_starts_from_the_same_parameters():
 
 
 def test_ten_steps_are_golden(request):
-    """Other processors round sums in another order: 1e-5, where steps differ by 1e-2."""
+    """Other processors round in another order: 1e-5, where steps differ by 1e-2."""
     path = pathlib.Path(__file__).parent / "golden" / "losses.txt"
     losses = small.Taken(small.RUN).losses(10)
     if request.config.getoption("--update-golden"):
