@@ -191,7 +191,7 @@ class Loop:
                 f"step {now}: loss or gradient not finite for "
                 f"{int(numbers['skipped_in_a_row'])} steps in a row "
                 f"(optim.max_skipped_steps); lower optim.learning_rate; "
-                f"step {self.checkpoints.latest()} is the newest checkpoint."
+                f"newest checkpoint: {self.checkpoints.latest()}."
             )
 
     def _save(self, now: int, state: TrainState) -> None:
