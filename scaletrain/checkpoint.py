@@ -106,7 +106,7 @@ class Checkpoints:
         reason = str(err).strip().splitlines()[0] if str(err).strip() else repr(err)
         failure = CheckpointError(
             f"{self.folder}; a checkpoint could not be written ({reason}); "
-            f"make room or mend it, then start again; newest whole step: {self.latest()}."
+            f"make room, then start again; newest whole step: {self.latest()}."
         )
         failure.exit_code = 1
         return failure
