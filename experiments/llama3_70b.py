@@ -14,6 +14,7 @@ from scaletrain.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
+    RopeConfig,
     RunConfig,
     to_config_dict,
 )
@@ -37,7 +38,7 @@ def get_config():
                 d_ff=28_672,
                 vocab_size=128_256,
                 norm_eps=1e-5,
-                rope_base=500_000.0,
+                rope=RopeConfig(base=500_000.0),
                 remat="full",
             ),
             mesh=MeshConfig(fsdp=128, tensor=4),

@@ -14,6 +14,7 @@ from scaletrain.config import (
     DataConfig,
     ModelConfig,
     OptimConfig,
+    RopeConfig,
     RunConfig,
     to_config_dict,
 )
@@ -39,7 +40,7 @@ def get_config(arg: str = ""):
                 d_head=64,
                 d_ff=8192,
                 vocab_size=32_768,
-                rope_base=500_000.0,
+                rope=RopeConfig(base=500_000.0),
                 layers="unroll",
                 remat="full",
             ),

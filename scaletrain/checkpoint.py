@@ -7,14 +7,17 @@ restored straight onto whatever mesh there is now.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from scaletrain import config
 from scaletrain.config import RunConfig
@@ -38,9 +41,12 @@ class Checkpoints:
     ):
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
         self.run = run
+        keeps = [policy.LatestN(run.checkpoint.keep), policy.CustomSteps([0])]
+        if every := run.checkpoint.keep_every_steps:
+            keeps.append(policy.EveryNSteps(every))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=run.checkpoint.keep,
-            keep_period=run.checkpoint.keep_every_steps or None,
+            # Step 0 is an import: other runs may adapt it.
+            preservation_policy=policy.AnyPreservationPolicy(keeps),
             enable_async_checkpointing=True,
             # A reader must not clear away what a trainer is writing.
             cleanup_tmp_directories=not read_only,
@@ -67,20 +73,28 @@ class Checkpoints:
           CheckpointError: this save could not start, or the one before it failed.
         """
         self.check()
-        about = {
-            "config": json.loads(config.to_json(self.run)),
-            "data": {"fingerprint": data_fingerprint, "next_step": step},
-        }
         rest = {"step": state.step, "key": state.key, "opt_state": state.opt_state}
+        self._save(
+            step,
+            {"fingerprint": data_fingerprint, "next_step": step},
+            params=ocp.args.StandardSave(_flat(state.params)),
+            rest=ocp.args.StandardSave(_flat(rest)),
+        )
+
+    def save_import(self, params: Mapping[str, Any]) -> None:
+        """Saves weights by path as step 0, in the formats they have.
+
+        Raises:
+          CheckpointError: they could not be saved.
+        """
+        self._save(0, None, params=ocp.args.StandardSave(dict(params)))
+        self.finish()
+
+    def _save(self, step: int, data: Mapping[str, Any] | None, **items: Any) -> None:
+        about = {"config": json.loads(config.to_json(self.run)), "data": data}
+        items["about"] = ocp.args.JsonSave(about)
         try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(_flat(state.params)),
-                    rest=ocp.args.StandardSave(_flat(rest)),
-                    about=ocp.args.JsonSave(about),
-                ),
-            )
+            self._manager.save(step, args=ocp.args.Composite(**items))
         except (OSError, ValueError) as err:
             raise self._unsaved(err) from err
 
@@ -125,16 +139,26 @@ class Checkpoints:
         args = ocp.args.Composite(about=ocp.args.JsonRestore())
         return self._manager.restore(step, args=args)["about"]
 
+    def settings(self, step: int) -> RunConfig:
+        """Returns the settings stored with `step`."""
+        return config.from_json(json.dumps(self.about(step)["config"]))
+
+    def is_import(self, step: int) -> bool:
+        """Returns whether `step` holds weights alone, brought from elsewhere."""
+        return self.about(step)["data"] is None
+
     def agree(self, step: int, data_fingerprint: str) -> list[str]:
         """Returns the harmless differences between the settings of `step` and now.
 
         Raises:
           CheckpointError: a difference that changes the model or the data.
         """
-        about = self.about(step)
-        then = config.from_json(json.dumps(about["config"]))
-        held, free = config.differences(then, self.run)
-        if about["data"]["fingerprint"] != data_fingerprint:
+        data = self.about(step)["data"]
+        held, free = config.differences(self.settings(step), self.run)
+        if data is None:  # an import has seen no data and has no optimizer
+            held = [line for line in held if line.startswith(("model.", "lora."))]
+            free = []
+        elif data["fingerprint"] != data_fingerprint:
             held.append("data: the corpus or its tokenizer is not the one of then")
         if held:
             lines = "\n".join(f"  {line}" for line in held)
@@ -145,7 +169,9 @@ class Checkpoints:
         return free
 
     def restore(self, step: int, state: TrainState) -> TrainState:
-        """Returns the state of `step`, laid out like the abstract `state`.
+        """Returns `state` with what `step` holds, laid out like it is.
+
+        What is frozen is not in a run's checkpoints and stays as it is given.
 
         Raises:
           CheckpointError: a leaf is missing, unknown or of another shape.
@@ -153,11 +179,16 @@ class Checkpoints:
         params = self.restore_params(step, state.params)
         rest = {"step": state.step, "key": state.key, "opt_state": state.opt_state}
         rest = self._restore(step, "rest", rest)
-        return TrainState(rest["step"], params, rest["opt_state"], rest["key"])
+        return dataclasses.replace(state, params=params, **rest)
 
     def restore_params(self, step: int, params: Tree) -> Tree:
         """Returns the parameters of `step` alone, laid out like `params`."""
         return self._restore(step, "params", params)
+
+    def dtypes(self, step: int) -> dict[str, np.dtype]:
+        """Returns the format each parameter of `step` is stored in, by path."""
+        stored = self._stored(step, "params")
+        return {name: np.dtype(leaf.dtype) for name, leaf in stored.items()}
 
     def _restore(self, step: int, item: str, tree: Tree) -> Tree:
         wanted = _flat(tree)
@@ -174,13 +205,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(tree), [found[k] for k in wanted])
 
     def _compare(self, step: int, item: str, wanted: Mapping[str, Any]) -> None:
-        stored = self._manager.item_metadata(step)[item]
-        if stored is None:
-            raise CheckpointError(
-                f"{self.folder / str(step)}; {item} is missing; "
-                "remove that folder to go on from the step before it."
-            )
-        stored = dict(stored.tree if hasattr(stored, "tree") else stored)
+        stored = self._stored(step, item)
         lines = [f"{name}: missing" for name in wanted if name not in stored]
         lines += [f"{name}: not in this model" for name in stored if name not in wanted]
         lines += [
@@ -194,6 +219,16 @@ class Checkpoints:
                 f"{self.folder / str(step)} does not hold this {item}:\n{listed}\n"
                 "use the settings it was made with."
             )
+
+    def _stored(self, step: int, item: str) -> dict[str, Any]:
+        """Returns shape and format of what `item` of `step` holds, by path."""
+        stored = self._manager.item_metadata(step)[item]
+        if stored is None:
+            raise CheckpointError(
+                f"{self.folder / str(step)}; {item} is missing; "
+                "remove that folder to go on from the step before it."
+            )
+        return dict(stored.tree if hasattr(stored, "tree") else stored)
 
 
 def prepare_workdir(workdir: str) -> pathlib.Path:
@@ -216,13 +251,14 @@ def prepare_workdir(workdir: str) -> pathlib.Path:
     return path
 
 
-def params_of(
-    workdir: str, run: RunConfig, step: int | None, params: Tree
-) -> tuple[int, Tree]:
-    """Returns a step (default: the newest) and its parameters laid out like `params`.
+@contextlib.contextmanager
+def reading(
+    workdir: str, run: RunConfig, step: int | None
+) -> Iterator[tuple[Checkpoints, int]]:
+    """Yields the checkpoints of a workdir and the step that is meant (None: newest).
 
     Raises:
-      CheckpointError: the workdir holds no such checkpoint, or one of another model.
+      CheckpointError: the workdir holds no such checkpoint.
     """
     path = pathlib.Path(workdir)
     missing = f"--workdir={workdir}; no whole checkpoint there; train first."
@@ -233,4 +269,54 @@ def params_of(
         if step is None:
             raise CheckpointError(missing)
         checkpoints.about(step)
-        return step, checkpoints.restore_params(step, params)
+        yield checkpoints, step
+
+
+def weights_of(
+    workdir: str, run: RunConfig, step: int | None, state: TrainState
+) -> tuple[int, Tree]:
+    """Returns a step (default: the newest) and its weights laid out like `state`.
+
+    Raises:
+      CheckpointError: the workdir holds no such checkpoint, or one of another model.
+    """
+    with reading(workdir, run, step) as (checkpoints, step):
+        params = checkpoints.restore_params(step, state.params)
+        begun_from = checkpoints.settings(step).init_from
+    run = dataclasses.replace(run, init_from=begun_from)
+    frozen = initial_weights(run, state.frozen) if state.frozen else {}
+    return step, dataclasses.replace(state, params=params, frozen=frozen).weights
+
+
+def initial_weights(run: RunConfig, weights: Tree) -> Tree:
+    """Returns the weights of `init_from`, laid out like `weights`.
+
+    Raises:
+      CheckpointError: they are not where init_from says.
+    """
+    workdir, step = origin(run.init_from)
+    try:
+        with reading(workdir, run, step) as (checkpoints, step):
+            return checkpoints.restore_params(step, weights)
+    except CheckpointError as err:
+        raise CheckpointError(f"init_from={run.init_from}; {err}") from err
+
+
+def origin(init_from: str) -> tuple[str, int | None]:
+    """Returns the workdir and the step, if it has one, of WORKDIR or WORKDIR@STEP."""
+    workdir, at, step = init_from.rpartition("@")
+    return (workdir, int(step)) if at and step.isdigit() else (init_from, None)
+
+
+def pinned(run: RunConfig) -> RunConfig:
+    """Returns `run` with the step in `init_from`, so that it means one thing for good.
+
+    Raises:
+      CheckpointError: there is no checkpoint.
+    """
+    if not run.init_from:
+        return run
+    workdir, step = origin(run.init_from)
+    with reading(workdir, run, step) as (_, step):
+        path = pathlib.Path(workdir).absolute()
+        return dataclasses.replace(run, init_from=f"{path}@{step}")

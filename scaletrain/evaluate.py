@@ -15,7 +15,7 @@ from scaletrain.step import Program
 
 
 def evaluate(
-    program: Program, params: Any, corpus: Any, sequences: Any
+    program: Program, weights: Any, corpus: Any, sequences: Any
 ) -> dict[str, Any]:
     """Returns the numbers of a split, empty when it has no sequences.
 
@@ -40,7 +40,7 @@ def evaluate(
     sums = np.zeros(2)
     execute = _jitted(program)
     for batch in batches:
-        out = execute(params, sharding.place(batch, shapes))
+        out = execute(weights, sharding.place(batch, shapes))
         sums += [float(v) for v in jax.device_get((out.loss, out.weight))]
     loss = sums[0] / sums[1]
     found = {
@@ -71,10 +71,10 @@ def run(run: RunConfig, workdir: str, at: int | None, split: str) -> dict[str, A
     grid = mesh.build(run.mesh)
     program = step.build(run, grid)
     with jax.set_mesh(grid):
-        at, params = checkpoint.params_of(workdir, run, at, program.state.params)
+        at, weights = checkpoint.weights_of(workdir, run, at, program.state)
         corpus = data.prepare(run, lambda line: print(line, file=sys.stderr))
         sequences = data.sequences(corpus, split, run)
-        found = evaluate(program, params, corpus, sequences)
+        found = evaluate(program, weights, corpus, sequences)
     if not found:
         raise DataError(
             f"--split={split}; it holds no sequence of seq_len={run.seq_len}; "

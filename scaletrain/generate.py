@@ -54,7 +54,7 @@ class Sampling:
 
 def generate(
     program: Program,
-    params: Any,
+    weights: Any,
     prompts: Sequence[Sequence[int]],
     *,
     sampling: Sampling,
@@ -82,7 +82,7 @@ def generate(
     positions_BT = np.maximum(np.cumsum(segments_BT, axis=1) - 1, 0).astype(np.int32)
     unused_B = np.arange(B) >= len(prompts)
     out_BN = _jitted(program, sampling, end_id)(
-        params, tokens_BT, positions_BT, segments_BT, unused_B, jax.random.key(seed)
+        weights, tokens_BT, positions_BT, segments_BT, unused_B, jax.random.key(seed)
     )
     rows = np.asarray(jax.device_get(out_BN)).tolist()[: len(prompts)]
     return [row[: row.index(end_id)] if end_id in row else row for row in rows]
@@ -116,10 +116,10 @@ def run(
     tokenizer = data.load_tokenizer(pathlib.Path(workdir) / "tokenizer")
     ids = [[tokenizer.end_id, *part] for part in tokenizer.encode_batch(list(prompts))]
     with jax.set_mesh(grid):
-        _, params = checkpoint.params_of(workdir, run, at, program.state.params)
+        _, weights = checkpoint.weights_of(workdir, run, at, program.state)
         new = generate(
             program,
-            params,
+            weights,
             ids,
             sampling=sampling,
             end_id=tokenizer.end_id,
@@ -140,7 +140,7 @@ class _Loop(NamedTuple):
 
 
 def _decode(
-    params: Any,
+    weights: Any,
     tokens_BT: Int[Array, "B T"],
     positions_BT: Int[Array, "B T"],
     segments_BT: Int[Array, "B T"],
@@ -152,7 +152,7 @@ def _decode(
     end_id: int,
 ) -> Int[Array, "B N"]:
     """Returns the drawn tokens; rows are filled with `end_id` once they end."""
-    run, model = program.run, nnx.merge(program.graphdef, params)
+    run, model = program.run, nnx.merge(program.graphdef, weights)
     B, T = tokens_BT.shape
     N = sampling.max_new_tokens
     cache = Cache.empty(run.model, B, T + N, run.precision.compute)

@@ -17,25 +17,49 @@ import jax
 from tensorboardX import SummaryWriter
 
 from scaletrain.chips import BF16_PEAK_FLOPS
-from scaletrain.config import ModelConfig, RunConfig
+from scaletrain.config import GATED, LINEARS, ModelConfig, RunConfig, adapted
 
 
 def matmul_weights(model: ModelConfig) -> int:
-    """Returns the number of weights a token is multiplied with."""
-    heads = 2 * model.num_heads + 2 * model.num_kv_heads
-    matrices = 3 if model.mlp in ("swiglu", "geglu") else 2
-    layer = model.d_model * (heads * model.d_head + matrices * model.d_ff)
+    """Returns the number of weights a token is multiplied with, without adapters."""
+    layer = sum(rows * columns for rows, columns in _linears(model).values())
     return model.num_layers * layer + model.d_model * model.vocab_size
 
 
-def flops_per_token(model: ModelConfig, seq_len: int) -> tuple[float, float]:
-    """Returns forward and backward FLOPs a token: (causal, PaLM's convention)."""
-    weights = 6 * matmul_weights(model)
-    attention = 12 * model.num_layers * model.num_heads * model.d_head
-    causal, palm = seq_len / 2, seq_len
-    if window := model.sliding_window:
-        causal, palm = window * (1 - window / (2 * seq_len)), window
-    return weights + attention * causal, weights + attention * palm
+def _linears(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Returns the (inputs, outputs) of the matrices of a layer."""
+    D, F = model.d_model, model.d_ff
+    NH, KH = model.num_heads * model.d_head, model.num_kv_heads * model.d_head
+    sizes = ((D, NH), (D, KH), (D, KH), (NH, D), (D, F), (D, F), (F, D))
+    return {
+        name: size
+        for name, size in zip(LINEARS, sizes, strict=True)
+        if name != "mlp/gate" or model.mlp in GATED
+    }
+
+
+def flops_per_token(run: RunConfig) -> tuple[float, float]:
+    """Returns forward and backward FLOPs a token: (causal, PaLM's convention).
+
+    A frozen matrix has no gradient of its own: 4 FLOPs a weight instead of 6.
+    """
+    model, lora = run.model, run.lora
+    linears = _linears(model)
+    adapters = sum(lora.rank * sum(linears.get(name, ())) for name in adapted(lora))
+    weights = (4 if lora.rank else 6) * matmul_weights(model)
+    weights += 6 * model.num_layers * adapters
+    per_key = 12 * model.num_heads * model.d_head
+    seen = [_keys_seen(model, i, run.seq_len) for i in range(model.num_layers)]
+    causal, palm = (per_key * sum(each) for each in zip(*seen, strict=True))
+    return weights + causal, weights + palm
+
+
+def _keys_seen(model: ModelConfig, layer: int, seq_len: int) -> tuple[float, float]:
+    """Returns the keys a query sees on average: (causal, PaLM's convention)."""
+    window, every = model.sliding_window, model.global_every
+    if not 0 < window < seq_len or (every and (layer + 1) % every == 0):
+        return seq_len / 2, seq_len
+    return window * (1 - window / (2 * seq_len)), window
 
 
 def throughput(
@@ -45,7 +69,7 @@ def throughput(
     tokens_per_s = run.batch_size * run.seq_len / step_time_s
     peak = BF16_PEAK_FLOPS.get(devices[0].device_kind)
     share = tokens_per_s / (peak * len(devices)) if peak else None
-    causal, palm = flops_per_token(run.model, run.seq_len)
+    causal, palm = flops_per_token(run)
     return {
         "step_time_s": step_time_s,
         "tokens_per_s": tokens_per_s,

@@ -74,11 +74,11 @@ def _inverse_sqrt(peak: float, reach: int, step: Any) -> Any:
 
 def _is_matrix(axes: tuple[str, ...]) -> bool:
     """Whether a parameter with these logical axes is multiplied, not added."""
-    return "embed" in axes
+    return "embed" in axes or "rank" in axes
 
 
 def _is_embedding(axes: tuple[str, ...]) -> bool:
-    return "vocab" in axes
+    return "vocab" in axes or "positions" in axes
 
 
 def _map_axes(function: Any, logical: Tree) -> Tree:
@@ -87,7 +87,7 @@ def _map_axes(function: Any, logical: Tree) -> Tree:
 
 def _muon_dims(axes: tuple[str, ...]) -> Any:
     """Returns which dims of a matrix are its input and its output; None = use Adam."""
-    if not _is_matrix(axes) or _is_embedding(axes):
+    if not _is_matrix(axes) or _is_embedding(axes) or "rank" in axes:
         return None
     dims = [i for i, axis in enumerate(axes) if axis != "layers"]
     embed = axes.index("embed")

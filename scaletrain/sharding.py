@@ -35,6 +35,8 @@ class Rules:
     layers: MeshAxes = None
     embed: MeshAxes = "fsdp"
     norm: MeshAxes = None
+    rank: MeshAxes = None
+    positions: MeshAxes = None
     # both
     heads: MeshAxes = "tensor"
     kv_heads: MeshAxes = "tensor"

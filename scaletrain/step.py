@@ -26,9 +26,15 @@ class TrainState:
     """All that changes from step to step: arrays, or their shapes or shardings."""
 
     step: Any  # optimizer steps taken
-    params: Tree
+    params: Tree  # what is trained
+    frozen: Tree  # what is not: the weights beside adapters
     opt_state: Any
     key: Any  # the run's random key, as data
+
+    @property
+    def weights(self) -> Tree:
+        """Every parameter of the model."""
+        return _joined(self.params, self.frozen)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,7 +63,7 @@ def train_step(
     batch_hash = _hash(batch["tokens"])
     batch["key"] = _row_keys(state.key, state.step, batch["tokens"])
 
-    loss = functools.partial(_objective, program=program)
+    loss = functools.partial(_objective, frozen=state.frozen, program=program)
     grad = jax.value_and_grad(loss, has_aux=True)
     if parts > 1:
         grad = optax.microbatching.microbatch(grad, 1, rows // parts)
@@ -84,22 +90,25 @@ def train_step(
         "batch_hash": batch_hash,
     }
     ended = getattr(opt_state, "mini_step", 0) == 0
-    return TrainState(state.step + ended, params, opt_state, state.key), metrics
+    state = dataclasses.replace(
+        state, step=state.step + ended, params=params, opt_state=opt_state
+    )
+    return state, metrics
 
 
-def eval_step(params: Tree, batch: Batch, *, program: Program) -> LossSums:
+def eval_step(weights: Tree, batch: Batch, *, program: Program) -> LossSums:
     """Returns the summed loss of one batch, without dropout."""
-    logits_BTV = nnx.merge(program.graphdef, params)(
+    logits_BTV = nnx.merge(program.graphdef, weights)(
         batch["tokens"], batch["positions"], batch["segments"]
     )
     return next_token_loss(logits_BTV, batch["targets"], batch["weights"])
 
 
 def _objective(
-    params: Tree, batch: Batch, *, program: Program
+    params: Tree, batch: Batch, *, frozen: Tree, program: Program
 ) -> tuple[jax.Array, LossSums]:
     """Returns what is differentiated: the summed loss with its z-loss."""
-    logits_BTV = nnx.merge(program.graphdef, params)(
+    logits_BTV = nnx.merge(program.graphdef, _joined(params, frozen))(
         batch["tokens"], batch["positions"], batch["segments"], batch["key"]
     )
     sums = next_token_loss(logits_BTV, batch["targets"], batch["weights"])
@@ -129,14 +138,57 @@ def _row_keys(
     )
 
 
+def _joined(one: Tree, two: Tree) -> Tree:
+    """Returns two nested dicts without a common leaf as one."""
+    both = {**one, **two}
+    for name in one.keys() & two.keys():
+        both[name] = _joined(one[name], two[name])
+    return both
+
+
+def _parted(weights: Tree, run: RunConfig) -> tuple[Tree, Tree]:
+    """Returns what `run` trains of a nested dict of weights, and the rest of it."""
+    if run.lora.rank == 0:
+        return weights, {}
+
+    def pick(tree: Tree, adapters: bool) -> Tree:
+        found = {}
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                value = pick(value, adapters)
+                if value:
+                    found[name] = value
+            elif name.startswith("lora_") == adapters:
+                found[name] = value
+        return found
+
+    return pick(weights, True), pick(weights, False)
+
+
+def _as_multiplied(frozen: Tree, run: RunConfig) -> Tree:
+    """Returns `frozen` with its matrices in the precision they are multiplied in.
+
+    Nothing updates them, so the bits that a matmul would drop are not kept. Norms and
+    biases are used in `precision.reduce` and stay as they are.
+    """
+
+    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+        is_matrix = path[-1].key in ("weight", "embedding", "positions")
+        return leaf.astype(run.precision.compute) if is_matrix else leaf
+
+    return jax.tree.map_with_path(cast, frozen)
+
+
 def initial_state(run: RunConfig, tx: optax.GradientTransformation) -> TrainState:
     """Returns the state before the first step; the same on every mesh."""
     key = jax.random.key(run.seed)
     model_key, run_key = jax.random.split(key)
-    params = nnx.to_pure_dict(nnx.state(Decoder(run.model, run.precision, model_key)))
+    model = Decoder(run.model, run.precision, model_key, run.lora)
+    params, frozen = _parted(nnx.to_pure_dict(nnx.state(model)), run)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
+        frozen=_as_multiplied(frozen, run),
         opt_state=tx.init(optim.as_sums(params)),
         key=jax.random.key_data(run_key),
     )
@@ -144,15 +196,16 @@ def initial_state(run: RunConfig, tx: optax.GradientTransformation) -> TrainStat
 
 def build(run: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
     """Returns the program of a resolved run on a mesh; holds no device memory."""
-    model = nnx.eval_shape(
-        lambda: Decoder(run.model, run.precision, jax.random.key(run.seed))
-    )
+    key = jax.random.key(run.seed)
+    model = nnx.eval_shape(lambda: Decoder(run.model, run.precision, key, run.lora))
     graphdef, abstract = nnx.split(model)
-    logical = sharding.logical_axes(abstract)
+    logical, logical_frozen = _parted(sharding.logical_axes(abstract), run)
     tx = optim.optimizer(run, logical)
     state = jax.eval_shape(functools.partial(initial_state, run, tx))
     params = sharding.of_params(state.params, logical, mesh)
+    frozen = sharding.of_params(state.frozen, logical_frozen, mesh)
     layout = sharding.of_state(state, state.params, params, mesh)
+    layout = dataclasses.replace(layout, frozen=frozen)
 
     def placed(leaf, where):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)

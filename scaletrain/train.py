@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import pathlib
 import signal
 import sys
@@ -41,23 +40,21 @@ def run(run: RunConfig, workdir: str) -> dict[str, Any]:
     run = config.resolve(run, jax.device_count())
     grid = mesh.build(run.mesh)
     folder = checkpoint.prepare_workdir(workdir)
+    run = checkpoint.pinned(_as_begun(run, folder))
     # 2. What: the corpus as tokens, the step as a program.
     corpus = prepare(run)
     sequences = {s: data.sequences(corpus, s, run) for s in ("train", "validation")}
     program = step.build(run, grid)
-    # 3. From where: the newest checkpoint, or the seed.
+    # 3. From where: the newest checkpoint, other weights, or the seed.
     checkpoints = checkpoint.Checkpoints(folder, run)
     with jax.set_mesh(grid), contextlib.closing(checkpoints):
         start = checkpoints.latest()
-        for line in checkpoints.agree(start, corpus.fingerprint) if start else ():
-            say(f"changed since step {start}: {line}")
+        if start is not None:
+            for line in checkpoints.agree(start, corpus.fingerprint):
+                say(f"changed since step {start}: {line}")
         _leave_settings(folder, run, corpus)
         say(sharding.table(program.state.params))
-        if start:
-            state = checkpoints.restore(start, program.state)
-            say(f"resuming from step {start} of {checkpoints.folder}")
-        else:
-            state = _initial(program)
+        state = _first(program, checkpoints, start)
         # 4. The loop.
         recorder = metrics.Recorder(folder, run, start or 0)
         with contextlib.closing(recorder):
@@ -82,9 +79,47 @@ def _leave_settings(folder: pathlib.Path, run: RunConfig, corpus: data.Corpus) -
             corpus.tokenizer.save(folder / "tokenizer")
 
 
+def _as_begun(run: RunConfig, folder: pathlib.Path) -> RunConfig:
+    """Returns `run` with the step that `init_from` meant when the run began."""
+    path = folder / "config.json"
+    if not run.init_from or not path.is_file():
+        return run
+    then = config.from_json(path.read_text(encoding="utf-8")).init_from
+    workdir = str(pathlib.Path(run.init_from).absolute())
+    same = checkpoint.origin(then)[0] == workdir
+    return dataclasses.replace(run, init_from=then) if same else run
+
+
+def _first(
+    program: Program, checkpoints: checkpoint.Checkpoints, start: int | None
+) -> TrainState:
+    """Returns the state that the first step of this attempt takes."""
+    run, wanted = program.run, program.state
+    frozen = checkpoint.initial_weights(run, wanted.frozen) if wanted.frozen else {}
+    if start is not None and not checkpoints.is_import(start):
+        say(f"resuming from step {start} of {checkpoints.folder}")
+        return checkpoints.restore(start, dataclasses.replace(wanted, frozen=frozen))
+    state = dataclasses.replace(_initial(program), frozen=frozen)
+    if start is not None:
+        say(f"starting from the import in {checkpoints.folder}")
+        params = checkpoints.restore_params(start, wanted.params)
+    elif run.init_from and not wanted.frozen:
+        say(f"starting from the weights of {run.init_from}")
+        params = checkpoint.initial_weights(run, wanted.params)
+    else:
+        return state
+    return dataclasses.replace(state, params=params)
+
+
 def _initial(program: Program) -> TrainState:
+    """Returns the state of the seed, without what is frozen."""
     layout = jax.tree.map(lambda leaf: leaf.sharding, program.state)
-    make = functools.partial(step.initial_state, program.run, program.tx)
+    layout = dataclasses.replace(layout, frozen={})
+
+    def make() -> TrainState:
+        state = step.initial_state(program.run, program.tx)
+        return dataclasses.replace(state, frozen={})
+
     return jax.jit(make, out_shardings=layout)()
 
 
@@ -202,7 +237,7 @@ class Loop:
         """Returns the validation numbers; the time it takes is no step's."""
         self._record()
         found = evaluate.evaluate(
-            self.program, state.params, self.corpus, self.sequences["validation"]
+            self.program, state.weights, self.corpus, self.sequences["validation"]
         )
         self.recorder.write({"step": now, **{f"eval_{k}": v for k, v in found.items()}})
         if found and now < self.program.run.num_steps:

@@ -10,17 +10,36 @@ import pytest
 import small
 from flax import nnx
 
-from scaletrain.config import PrecisionConfig
+from scaletrain.config import PrecisionConfig, RopeConfig
 from scaletrain.models import Cache, Decoder
-from scaletrain.models.layers import Norm, dropped, look_up, project, rotate
+from scaletrain.models.layers import (
+    Norm,
+    dropped,
+    look_up,
+    project,
+    rotary_rates,
+    rotate,
+)
 
 FLOAT32 = PrecisionConfig(compute="float32")
 # Settings beyond the default, each of which every property below must survive.
 VARIANTS = [
     {},
-    {"qk_norm": "rms", "head": "tied", "mlp": "geglu"},
+    {"qk_norm": "head", "head": "tied", "mlp": "geglu"},
     {"bias": "all", "mlp": "gelu", "logit_soft_cap": 5.0},
     {"bias": "qkv", "mlp": "relu2", "sliding_window": 4, "num_kv_heads": 1},
+    {
+        "norm": "rms_plus_one",
+        "norm_order": "both",
+        "embed_scale": 4.0,
+        "attention_scale": 0.2,
+        "attention_soft_cap": 3.0,
+        "rope": RopeConfig(local_base=100.0, scaling="linear", factor=8.0),
+        "sliding_window": 4,
+        "global_every": 2,
+    },
+    {"norm": "layer", "bias": "all", "positions": "learned", "max_positions": 16},
+    {"norm_order": "post", "qk_norm": "all"},
 ]
 
 
@@ -57,7 +76,7 @@ def test_no_token_sees_a_later_one(settings):
         x, _ = params_with._layers(embedded, positions, segments, None, None)
         return params_with._logits(x)[0, t].sum()
 
-    embedded = model._embed(tokens)
+    embedded = model._embed(tokens, positions)
     for t in (0, 5, 11):
         grad = jax.grad(logit)(embedded, t)[0]
         reach = np.abs(np.asarray(grad)).sum(axis=-1)
@@ -193,7 +212,7 @@ def test_embedding_gradient_adds_repeated_rows_in_float32():
 
 def test_norm_equals_its_definition():
     x = np.random.default_rng(0).normal(size=(2, 3, 8)) * 10
-    norm = Norm(8, 1e-6, FLOAT32)
+    norm = Norm((8,), small.MODEL, FLOAT32)
     norm.scale[...] = jnp.arange(8.0)
     wanted = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * np.arange(8)
     np.testing.assert_allclose(norm(jnp.asarray(x, jnp.float32)), wanted, rtol=1e-5)
@@ -202,14 +221,16 @@ def test_norm_equals_its_definition():
 def test_rotation_depends_on_distance_alone():
     q, k = (jax.random.normal(jax.random.key(i), (1, 1, 1, 8)) for i in (0, 1))
 
+    rates = rotary_rates(RopeConfig(), 8)
+
     def score(i, j):
-        one = rotate(q, jnp.array([[i]]), 10_000.0)
-        two = rotate(k, jnp.array([[j]]), 10_000.0)
+        one = rotate(q, jnp.array([[i]]), rates)
+        two = rotate(k, jnp.array([[j]]), rates)
         return float((one * two).sum())
 
     assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
     assert score(7, 3) != pytest.approx(score(7, 4), abs=1e-2)
-    np.testing.assert_allclose(rotate(q, jnp.array([[0]]), 10_000.0), q)
+    np.testing.assert_allclose(rotate(q, jnp.array([[0]]), rates), q)
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean():

@@ -125,9 +125,10 @@ def test_muon_orthogonalises_matrices_seen_as_inputs_by_outputs():
     grads = gradient(taken, small.random_batch(run, 0))["blocks"]["attention"]
     taken.step(small.random_batch(run, 0))
     after = jax.device_get(taken.state.params)["blocks"]["attention"]
-    for name, inputs in (("wq", 32), ("wo", 32)):
-        moved = (after[name] - before[name])[0].reshape(inputs, -1)
-        raw = grads[name][0].reshape(inputs, -1)
+    for name, inputs in (("q", 32), ("o", 32)):
+        moved = (after[name]["weight"] - before[name]["weight"])[0]
+        moved = moved.reshape(inputs, -1)
+        raw = grads[name]["weight"][0].reshape(inputs, -1)
         assert spread(moved) < 2 < 5 < spread(raw)
         rms = 1e-2 * optim.MUON_RMS
         np.testing.assert_allclose(np.sqrt((moved**2).mean()), rms, rtol=0.2)

@@ -158,5 +158,5 @@ def test_config_prints_settings_that_are_settings(tmp_path):
     path.write_text(done.stdout)
     assert config.load(str(path)).seed == 9
     table = scaletrain("config", QUICKSTART).stdout
-    assert "blocks/attention/wq" in table
+    assert "blocks/attention/q/weight" in table
     assert "parameters" in table.splitlines()[-1]

@@ -71,9 +71,9 @@ def test_optimizer_state_lies_like_its_parameters():
         leaf
         for path, leaf in flat
         if "'mlp'" in jax.tree_util.keystr(path)
-        and "'w_up'" in jax.tree_util.keystr(path)
+        and "'up'" in jax.tree_util.keystr(path)
     ]
-    wanted = program.state.params["blocks"]["mlp"]["w_up"].sharding
+    wanted = program.state.params["blocks"]["mlp"]["up"]["weight"].sharding
     assert [leaf.sharding for leaf in moments] == [wanted, wanted]
 
 

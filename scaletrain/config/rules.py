@@ -9,7 +9,14 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from scaletrain.config.schema import AxesConfig, MeshConfig, RunConfig, leaves
+from scaletrain.config.schema import (
+    LINEARS,
+    AxesConfig,
+    MeshConfig,
+    RunConfig,
+    adapted,
+    leaves,
+)
 from scaletrain.errors import ConfigError
 
 # Intermediate values a layer names for remat="save"; models/ names exactly these.
@@ -29,7 +36,7 @@ def problems(run: RunConfig) -> list[str]:
     found = list(_values(run))
     if found:  # the rules below divide by these values
         return found + list(_unused(run))
-    rules = (_model, _batch, _layout, _optim, _data, _cadence, _unused)
+    rules = (_model, _lora, _batch, _layout, _optim, _data, _cadence, _unused)
     return [problem for rule in rules for problem in rule(run)]
 
 
@@ -76,10 +83,37 @@ def _model(run: RunConfig) -> Iterator[str]:
             "model.remat=save; model.remat_save names nothing to save; "
             "name values in model.remat_save, or set model.remat=full."
         )
-    if m.sliding_window >= run.seq_len:
+    if m.positions == "learned" and m.max_positions < run.seq_len:
         yield (
-            f"model.sliding_window={m.sliding_window}; no effect with "
-            f"seq_len={run.seq_len}; set it below seq_len, or to 0."
+            f"model.max_positions={m.max_positions}; learned positions for fewer "
+            f"tokens than seq_len={run.seq_len}; set it to seq_len or more."
+        )
+    if m.rope.scaling == "llama3" and m.rope.low_freq >= m.rope.high_freq:
+        yield (
+            f"model.rope.low_freq={m.rope.low_freq}; not below model.rope.high_freq="
+            f"{m.rope.high_freq}; lower it."
+        )
+
+
+def _lora(run: RunConfig) -> Iterator[str]:
+    lora = run.lora
+    if lora.rank == 0:
+        return
+    for target in lora.targets:
+        one = dataclasses.replace(lora, targets=(target,))
+        if not adapted(one):
+            yield (
+                f"lora.targets={target}; no matrix has that name; "
+                f"pick from {', '.join(LINEARS)}, with * and ? for parts."
+            )
+    if not lora.targets:
+        yield "lora.targets=(); nothing would be trained; name matrices."
+    if lora.alpha == 0:
+        yield "lora.alpha=0; the adapters would have no effect; give a positive number."
+    if not run.init_from:
+        yield (
+            f"lora.rank={lora.rank}; adapters need weights to adapt; "
+            "set init_from to the workdir of an import or of a run."
         )
 
 
@@ -236,6 +270,13 @@ def _cadence(run: RunConfig) -> Iterator[str]:
 # (setting, the setting that decides whether it is read, values under which it is)
 _NO_EFFECT = (
     ("model.remat_save", "model.remat", ("save",)),
+    ("model.rope.base", "model.positions", ("rope",)),
+    ("model.rope.local_base", "model.positions", ("rope",)),
+    ("model.rope.scaling", "model.positions", ("rope",)),
+    ("model.rope.factor", "model.rope.scaling", ("linear", "llama3")),
+    ("model.rope.low_freq", "model.rope.scaling", ("llama3",)),
+    ("model.rope.high_freq", "model.rope.scaling", ("llama3",)),
+    ("model.rope.original_len", "model.rope.scaling", ("llama3",)),
     ("optim.decay_steps", "optim.schedule", ("wsd",)),
     ("optim.final_ratio", "optim.schedule", ("cosine", "linear", "wsd")),
     ("optim.b1", "optim.name", ("adamw", "lion", "muon", "sgd")),
@@ -264,6 +305,18 @@ def _unused(run: RunConfig) -> Iterator[str]:
                 f"leave it at {_get(default, path)!r}, or set {switch} to "
                 f"{' or '.join(read_by)}."
             )
+    # (setting, the number that has to be set for it to be read)
+    for path, switch in (
+        ("model.global_every", "model.sliding_window"),
+        ("model.rope.local_base", "model.sliding_window"),
+        ("lora.alpha", "lora.rank"),
+        ("lora.targets", "lora.rank"),
+    ):
+        if _get(run, switch) == 0 and _get(run, path) != _get(default, path):
+            yield (
+                f"{path}={_get(run, path)!r}; no effect with {switch}=0; "
+                f"set {switch}, or leave it at {_get(default, path)!r}."
+            )
     if run.optim.decay_embeddings == "yes" and run.optim.weight_decay == 0:
         yield (
             "optim.decay_embeddings='yes'; no effect with optim.weight_decay=0; "
@@ -279,7 +332,7 @@ def _unused(run: RunConfig) -> Iterator[str]:
 # What may change between two attempts at one run; all other settings decide the
 # model, the data or the shape of the optimizer's state.
 _FREE = (
-    "num_steps", "accumulate_steps", "log_every_steps", "eval_every_steps",
+    "num_steps", "accumulate_steps", "init_from", "family", "log_every_steps", "eval_every_steps",
     "model.layers", "model.remat", "model.remat_save", "model.attention",
     "mesh.", "precision.compute", "precision.reduce", "optim.", "data.cache_dir",
     "checkpoint.", "eval.",
@@ -294,6 +347,8 @@ def differences(then: RunConfig, now: RunConfig) -> tuple[list[str], list[str]]:
         after = _get(now, path)
         if before != after:
             is_free = path.startswith(_FREE) and path not in _HELD
+            if path == "init_from" and then.lora.rank:
+                is_free = False  # adapters mean nothing without what they adapt
             line = f"{path}: {before!r} then, {after!r} now"
             (free if is_free else held).append(line)
     return held, free

@@ -6,6 +6,7 @@ every value to them.
 """
 
 import dataclasses
+import fnmatch
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,19 @@ def setting(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary positions (arXiv 2104.09864) and how they are stretched."""
+
+    base: float = setting(10_000.0, least=1.0)
+    local_base: float = setting(0.0, least=0.0)  # where a window is used; 0 = base
+    scaling: str = setting("none", choices=("none", "linear", "llama3"))
+    factor: float = setting(1.0, least=1.0)  # times longer than it was trained for
+    low_freq: float = setting(1.0, least=0.0)  # turns within original_len, see rates
+    high_freq: float = setting(4.0, least=0.0)
+    original_len: int = setting(8192, least=1)  # tokens it was trained for
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only transformer and the way its layers are executed."""
 
@@ -36,10 +50,18 @@ class ModelConfig:
     mlp: str = setting("swiglu", choices=("swiglu", "geglu", "gelu", "relu2"))
     head: str = setting("untied", choices=("untied", "tied"))
     bias: str = setting("none", choices=("none", "qkv", "all"))
-    qk_norm: str = setting("none", choices=("none", "rms"))
+    norm: str = setting("rms", choices=("rms", "rms_plus_one", "layer"))
+    norm_order: str = setting("pre", choices=("pre", "post", "both"))  # of a branch
     norm_eps: float = setting(1e-6, least=0.0)
-    rope_base: float = setting(10_000.0, least=1.0)
+    qk_norm: str = setting("none", choices=("none", "head", "all"))  # over what
+    positions: str = setting("rope", choices=("rope", "learned"))
+    max_positions: int = setting(0, least=0)  # it is made for; 0 = seq_len
+    rope: RopeConfig = RopeConfig()
     sliding_window: int = setting(0, least=0)  # tokens a query sees; 0 = all before it
+    global_every: int = setting(0, least=0)  # each n-th layer has no window; 0 = none
+    embed_scale: float = setting(1.0, least=0.0)  # embeddings times this
+    attention_scale: float = setting(0.0, least=0.0)  # scores times this; 0 = H^-0.5
+    attention_soft_cap: float = setting(0.0, least=0.0)  # as logit_soft_cap, of scores
     logit_soft_cap: float = setting(0.0, least=0.0)  # cap * tanh(x / cap); 0 = off
     dropout: float = setting(0.0, least=0.0, most=0.95)  # of each residual branch
     layers: str = setting("scan", choices=("scan", "unroll"))
@@ -77,6 +99,15 @@ class PrecisionConfig:
     params: str = setting("float32", choices=DTYPES)  # parameters and optimizer state
     compute: str = setting("bfloat16", choices=DTYPES)  # matmul inputs, activations
     reduce: str = setting("float32", choices=DTYPES)  # softmax, norms, loss, gradients
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685); the weights they adapt stay frozen."""
+
+    rank: int = setting(0, least=0)  # 0 = train every weight
+    alpha: float = setting(16.0, least=0.0)  # the update is scaled by alpha / rank
+    targets: tuple[str, ...] = ("attention/*", "mlp/*")  # of LINEARS, * and ? allowed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,6 +165,13 @@ class EvalConfig:
     num_batches: int = setting(0, least=0)  # 0 = the whole split
 
 
+# Published families that `scaletrain.families` can read and write.
+FAMILIES = (
+    "", "llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "gemma2", "gemma3",
+    "gpt2",
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that decides what a run does."""
@@ -145,13 +183,33 @@ class RunConfig:
     log_every_steps: int = setting(10, least=1)
     eval_every_steps: int = setting(0, least=0)  # 0 = only after the last step
     seed: int = setting(0, least=0, most=2**32 - 1)
+    init_from: str = ""  # workdir whose newest weights a new run starts with
+    family: str = setting("", choices=FAMILIES)  # an export's; "" = the first that fits
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig(data=-1)
     precision: PrecisionConfig = PrecisionConfig()
+    lora: LoraConfig = LoraConfig()
     optim: OptimConfig = OptimConfig()
     data: DataConfig = DataConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+
+
+# The matrices of a layer, which adapters can be put beside; models/ uses these names.
+LINEARS = (
+    "attention/q", "attention/k", "attention/v", "attention/o",
+    "mlp/gate", "mlp/up", "mlp/down",
+)  # fmt: skip
+GATED = ("swiglu", "geglu")  # the values of model.mlp that have a gate
+
+
+def adapted(lora: LoraConfig) -> tuple[str, ...]:
+    """Returns the names in LINEARS that get adapters."""
+    if lora.rank == 0:
+        return ()
+    return tuple(
+        name for name in LINEARS if any(fnmatch.fnmatch(name, t) for t in lora.targets)
+    )
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -5,14 +5,22 @@ softmax and the sums of weight gradients run in `precision.reduce`.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from scaletrain.config import ModelConfig, PrecisionConfig
+from scaletrain.config import (
+    GATED,
+    LoraConfig,
+    ModelConfig,
+    PrecisionConfig,
+    RopeConfig,
+    adapted,
+)
 from scaletrain.models.attention import attend
 from scaletrain.sharding import constrain, param
 
@@ -50,46 +58,163 @@ def _project_backward(letters, precision, residuals, dy):
 project.defvjp(_project_forward, _project_backward)
 
 
+class Linear(nnx.Module):
+    """A matrix with its bias and, when it is adapted, a low-rank update beside it.
+
+    The update is alpha / rank * x A B (arXiv 2106.09685 section 4.1). B starts at 0,
+    so that an adapted model starts as the one it adapts.
+    """
+
+    def __init__(
+        self,
+        key: jax.Array,
+        letters: str,
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        *,
+        std: float,
+        precision: PrecisionConfig,
+        bias: bool = False,
+        lora: LoraConfig | None = None,
+    ):
+        """Makes the matrix of einsum(letters, x, weight); no letter is "r"."""
+        x_dims, w_dims, out = letters.replace("->", ",").split(",")
+        fan_in = [dim in x_dims for dim in w_dims]
+        ins = tuple(i for i, is_in in enumerate(fan_in) if is_in)
+        outs = tuple(i for i, is_in in enumerate(fan_in) if not is_in)
+        dtype = precision.params
+
+        def picked(values: tuple, dims: tuple[int, ...]) -> tuple:
+            return tuple(values[i] for i in dims)
+
+        self.weight = param(key, shape, *axes, std=std, dtype=dtype)
+        # Vectors that are added to the residual stream stay whole, like norms.
+        bias_axes = ("norm" if axis == "embed" else axis for axis in picked(axes, outs))
+        self.bias = (
+            param(key, picked(shape, outs), *bias_axes, std=0.0, dtype=dtype)
+            if bias
+            else None
+        )
+        self.lora_a = (
+            param(
+                jax.random.fold_in(key, 1),
+                (*picked(shape, ins), lora.rank),
+                *picked(axes, ins),
+                "rank",
+                std=math.prod(picked(shape, ins)) ** -0.5,
+                dtype=dtype,
+            )
+            if lora
+            else None
+        )
+        self.lora_b = (
+            param(
+                key,
+                (lora.rank, *picked(shape, outs)),
+                "rank",
+                *picked(axes, outs),
+                std=0.0,
+                dtype=dtype,
+            )
+            if lora
+            else None
+        )
+        kept = "".join(dim for dim in x_dims if dim in out)
+        w_in, w_out = ("".join(w_dims[i] for i in dims) for dims in (ins, outs))
+        self.letters_a = f"{x_dims},{w_in}r->{kept}r"
+        self.letters_b = f"{kept}r,r{w_out}->{out}"
+        self.scale = lora.alpha / lora.rank if lora else 0.0
+        self.letters, self.precision = letters, precision
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Returns the product in the compute precision; a bias is added in `reduce`."""
+        p = self.precision
+        y = project(self.letters, x, self.weight[...], p)
+        if self.lora_a is not None and self.lora_b is not None:
+            low = project(self.letters_a, x, self.lora_a[...], p)
+            y += self.scale * project(self.letters_b, low, self.lora_b[...], p)
+        if self.bias is None:
+            return y
+        bias = self.bias[...]
+        bias = bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        return (y.astype(p.reduce) + bias.astype(p.reduce)).astype(y.dtype)
+
+
 class Norm(nnx.Module):
-    """RMSNorm (arXiv 1910.07467): x / sqrt(mean(x^2) + eps) * scale."""
+    """RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450) of the last dims.
 
-    def __init__(self, size: int, eps: float, precision: PrecisionConfig):
-        self.scale = nnx.Param(jnp.ones(size, precision.params), logical=("norm",))
-        self.eps = eps
-        self.precision = precision
+    "rms_plus_one" multiplies by 1 + scale, so that decaying the scale decays to 1.
+    """
 
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """Returns `x` normalised over its last dim, in the dtype of `x`."""
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        model: ModelConfig,
+        precision: PrecisionConfig,
+        axes: tuple[str, ...] = ("norm",),
+    ):
+        first = jnp.zeros if model.norm == "rms_plus_one" else jnp.ones
+        self.scale = nnx.Param(first(shape, precision.params), logical=axes)
+        centred = model.norm == "layer"
+        self.bias = (
+            nnx.Param(jnp.zeros(shape, precision.params), logical=axes)
+            if centred and model.bias == "all"
+            else None
+        )
+        self.offset = 1 if model.norm == "rms_plus_one" else 0
+        self.centred, self.eps, self.precision = centred, model.norm_eps, precision
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Returns `x` normalised over the dims of the scale, in the dtype of `x`."""
         wide = x.astype(self.precision.reduce)
-        mean = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        wide *= jax.lax.rsqrt(mean + self.eps)
         scale = self.scale[...].astype(wide.dtype)
-        return (wide * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+        dims = tuple(range(-scale.ndim, 0))
+        lead = (1,) * (x.ndim - scale.ndim)
+        if self.centred:
+            wide -= jnp.mean(wide, axis=dims, keepdims=True)
+        mean = jnp.mean(jnp.square(wide), axis=dims, keepdims=True)
+        wide *= jax.lax.rsqrt(mean + self.eps)
+        wide *= (self.offset + scale).reshape(lead + scale.shape)
+        if self.bias is not None:
+            wide += self.bias[...].astype(wide.dtype).reshape(lead + scale.shape)
+        return wide.astype(x.dtype)
 
 
-def biased(
-    x: Float[Array, "..."], bias: nnx.Param | None, precision: PrecisionConfig
-) -> Float[Array, "..."]:
-    """Returns `x` plus the bias of its last dims, added in `precision.reduce`."""
-    if bias is None:
-        return x
-    value = bias[...]
-    value = value.reshape((1,) * (x.ndim - value.ndim) + value.shape)
-    return (x.astype(precision.reduce) + value.astype(precision.reduce)).astype(x.dtype)
+def rotary_rates(
+    rope: RopeConfig, d_head: int, *, local: bool = False
+) -> Float[Array, " P"]:
+    """Returns the radians a position turns each pair of dims by.
+
+    "linear" divides every rate by `factor` (arXiv 2306.15595); "llama3" divides those
+    that turn fewer than `low_freq` times in `original_len` tokens, leaves those that
+    turn more than `high_freq` times, and goes from one to the other in between (the
+    rule published with the Llama 3.1 weights). Local layers are not stretched.
+    """
+    half = d_head // 2
+    base = rope.local_base if local and rope.local_base else rope.base
+    rates_P = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if rope.scaling == "none" or (local and rope.local_base):
+        return rates_P
+    if rope.scaling == "linear":
+        return rates_P / rope.factor
+    turns_P = rope.original_len * rates_P / (2 * jnp.pi)
+    kept_P = (turns_P - rope.low_freq) / (rope.high_freq - rope.low_freq)
+    kept_P = jnp.clip(kept_P, 0, 1)
+    return rates_P * (kept_P + (1 - kept_P) / rope.factor)
 
 
 def rotate(
-    x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], base: float
+    x_BTNH: Float[Array, "B T N H"],
+    positions_BT: Int[Array, "B T"],
+    rates_P: Float[Array, " P"],
 ) -> Float[Array, "B T N H"]:
     """Returns `x` with rotary positions (arXiv 2104.09864 section 3.2).
 
     Dim i turns with dim i + H/2, the pairing of published Llama checkpoints. Angles
     are float32: bfloat16 cannot tell neighbouring positions apart past 256.
     """
-    half = x_BTNH.shape[-1] // 2
-    rates_H = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BT1H = positions_BT[:, :, None, None] * rates_H[None, None, None]
-    sin, cos = jnp.sin(angle_BT1H), jnp.cos(angle_BT1H)
+    angle_BT1P = positions_BT[:, :, None, None] * rates_P[None, None, None]
+    sin, cos = jnp.sin(angle_BT1P), jnp.cos(angle_BT1P)
     one, two = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([one * cos - two * sin, two * cos + one * sin], axis=-1)
     return turned.astype(x_BTNH.dtype)
@@ -110,40 +235,66 @@ def dropped(
 
 
 class Attention(nnx.Module):
-    """Grouped-query self-attention with rotary positions."""
+    """Grouped-query self-attention."""
 
-    def __init__(self, model: ModelConfig, precision: PrecisionConfig, key: jax.Array):
+    def __init__(
+        self,
+        model: ModelConfig,
+        precision: PrecisionConfig,
+        lora: LoraConfig,
+        key: jax.Array,
+    ):
         D, N, K, H = model.d_model, model.num_heads, model.num_kv_heads, model.d_head
-        keys, dtype = jax.random.split(key, 4), precision.params
-        # Branch outputs shrink with depth (GPT-2, section 2.3).
-        out_std = (2 * model.num_layers * N * H) ** -0.5
-        self.wq = param(
-            keys[0], (D, N, H), "embed", "heads", "head", std=D**-0.5, dtype=dtype
-        )
-        self.wk = param(
-            keys[1], (D, K, H), "embed", "kv_heads", "head", std=D**-0.5, dtype=dtype
-        )
-        self.wv = param(
-            keys[2], (D, K, H), "embed", "kv_heads", "head", std=D**-0.5, dtype=dtype
-        )
-        self.wo = param(
-            keys[3], (N, H, D), "heads", "head", "embed", std=out_std, dtype=dtype
-        )
+        keys = jax.random.split(key, 4)
+        targets = adapted(lora)
 
-        def zeros(shape, *axes, when):
-            return (
-                param(key, shape, *axes, std=0.0, dtype=dtype)
-                if model.bias in when
-                else None
+        def linear(number, name, letters, shape, axes, std, biased):
+            return Linear(
+                keys[number],
+                letters,
+                shape,
+                axes,
+                std=std,
+                precision=precision,
+                bias=model.bias in biased,
+                lora=lora if f"attention/{name}" in targets else None,
             )
 
-        self.bq = zeros((N, H), "heads", "head", when=("qkv", "all"))
-        self.bk = zeros((K, H), "kv_heads", "head", when=("qkv", "all"))
-        self.bv = zeros((K, H), "kv_heads", "head", when=("qkv", "all"))
-        self.bo = zeros((D,), "norm", when=("all",))
-        normed = model.qk_norm == "rms"
-        self.q_norm = Norm(H, model.norm_eps, precision) if normed else None
-        self.k_norm = Norm(H, model.norm_eps, precision) if normed else None
+        shape_k, axes_k = (D, K, H), ("embed", "kv_heads", "head")
+        self.q = linear(
+            0,
+            "q",
+            "btd,dnh->btnh",
+            (D, N, H),
+            ("embed", "heads", "head"),
+            D**-0.5,
+            ("qkv", "all"),
+        )
+        self.k = linear(
+            1, "k", "btd,dkh->btkh", shape_k, axes_k, D**-0.5, ("qkv", "all")
+        )
+        self.v = linear(
+            2, "v", "btd,dkh->btkh", shape_k, axes_k, D**-0.5, ("qkv", "all")
+        )
+        # Branch outputs shrink with depth (GPT-2, section 2.3).
+        self.o = linear(
+            3,
+            "o",
+            "btnh,nhd->btd",
+            (N, H, D),
+            ("heads", "head", "embed"),
+            (2 * model.num_layers * N * H) ** -0.5,
+            ("all",),
+        )
+
+        def norm(heads: int, axis: str) -> Norm | None:
+            if model.qk_norm == "none":
+                return None
+            if model.qk_norm == "head":
+                return Norm((H,), model, precision)
+            return Norm((heads, H), model, precision, (axis, "head"))
+
+        self.q_norm, self.k_norm = norm(N, "heads"), norm(K, "kv_heads")
         self.model, self.precision = model, precision
 
     def __call__(
@@ -151,22 +302,24 @@ class Attention(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         positions_BT: Int[Array, "B T"],
         segments_BT: Int[Array, "B T"],
+        local: bool | Bool[Array, ""],
         cache: tuple[Array, ...] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
         """Returns the attention branch and, with a cache, its keys and values.
 
         Args:
+          local: whether this layer looks through the sliding window.
           cache: (k_BSKH, v_BSKH, kv_segments_BS, first slot to write), the segments
             already holding this call's tokens.
         """
-        model, p = self.model, self.precision
-        q_BTNH = biased(project("btd,dnh->btnh", x_BTD, self.wq[...], p), self.bq, p)
-        k_BTKH = biased(project("btd,dkh->btkh", x_BTD, self.wk[...], p), self.bk, p)
-        v_BTKH = biased(project("btd,dkh->btkh", x_BTD, self.wv[...], p), self.bv, p)
+        model = self.model
+        q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        q_BTNH = rotate(q_BTNH, positions_BT, model.rope_base)
-        k_BTKH = rotate(k_BTKH, positions_BT, model.rope_base)
+        if model.positions == "rope":
+            rates_P = self._rates(local)
+            q_BTNH = rotate(q_BTNH, positions_BT, rates_P)
+            k_BTKH = rotate(k_BTKH, positions_BT, rates_P)
         q_BTNH = checkpoint_name(
             constrain(q_BTNH, "batch", "tokens", "heads", "head"), "query"
         )
@@ -185,15 +338,29 @@ class Attention(nnx.Module):
             q_segments_BT=segments_BT,
             kv_segments_BS=kv_segments_BS,
             q_start=start,
-            window=model.sliding_window,
+            window=self._window(local),
+            scale=model.attention_scale,
+            soft_cap=model.attention_soft_cap,
             implementation=model.attention,
-            reduce=p.reduce,
+            reduce=self.precision.reduce,
         )
         out_BTNH = checkpoint_name(out_BTNH, "attention")
-        out_BTD = biased(
-            project("btnh,nhd->btd", out_BTNH, self.wo[...], p), self.bo, p
+        return self.o(out_BTNH), None if cache is None else (k_BSKH, v_BSKH)
+
+    def _rates(self, local: bool | Bool[Array, ""]) -> Float[Array, " P"]:
+        rope, H = self.model.rope, self.model.d_head
+        if not rope.local_base:
+            return rotary_rates(rope, H)
+        return jnp.where(
+            local, rotary_rates(rope, H, local=True), rotary_rates(rope, H)
         )
-        return out_BTD, None if cache is None else (k_BSKH, v_BSKH)
+
+    def _window(self, local: bool | Bool[Array, ""]) -> int | Int[Array, ""]:
+        """Returns what `attend` takes for a window; it differs where layers do."""
+        window = self.model.sliding_window
+        if isinstance(local, bool):
+            return window if local else 0
+        return jnp.where(local, window, jnp.iinfo(jnp.int32).max)
 
 
 _ACTIVATIONS = {
@@ -202,41 +369,47 @@ _ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=True),
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
-_GATED = ("swiglu", "geglu")
 
 
 class Mlp(nnx.Module):
     """The feed-forward branch: gated (arXiv 2002.05202) or plain."""
 
-    def __init__(self, model: ModelConfig, precision: PrecisionConfig, key: jax.Array):
+    def __init__(
+        self,
+        model: ModelConfig,
+        precision: PrecisionConfig,
+        lora: LoraConfig,
+        key: jax.Array,
+    ):
         D, F = model.d_model, model.d_ff
-        keys, dtype = jax.random.split(key, 3), precision.params
+        keys, targets = jax.random.split(key, 3), adapted(lora)
+
+        def linear(number, name, letters, shape, axes, std):
+            return Linear(
+                keys[number],
+                letters,
+                shape,
+                axes,
+                std=std,
+                precision=precision,
+                bias=model.bias == "all",
+                lora=lora if f"mlp/{name}" in targets else None,
+            )
+
+        up = ("btd,df->btf", (D, F), ("embed", "ff"), D**-0.5)
+        self.gate = linear(0, "gate", *up) if model.mlp in GATED else None
+        self.up = linear(1, "up", *up)
         out_std = (2 * model.num_layers * F) ** -0.5
-        self.w_gate = (
-            param(keys[0], (D, F), "embed", "ff", std=D**-0.5, dtype=dtype)
-            if model.mlp in _GATED
-            else None
-        )
-        self.w_up = param(keys[1], (D, F), "embed", "ff", std=D**-0.5, dtype=dtype)
-        self.w_down = param(keys[2], (F, D), "ff", "embed", std=out_std, dtype=dtype)
-        biases = model.bias == "all"
-        self.b_up = param(key, (F,), "ff", std=0.0, dtype=dtype) if biases else None
-        self.b_down = param(key, (D,), "norm", std=0.0, dtype=dtype) if biases else None
-        self.activation, self.precision = _ACTIVATIONS[model.mlp], precision
+        self.down = linear(2, "down", "btf,fd->btd", (F, D), ("ff", "embed"), out_std)
+        self.activation = _ACTIVATIONS[model.mlp]
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns the feed-forward branch."""
-        p = self.precision
-        up_BTF = biased(project("btd,df->btf", x_BTD, self.w_up[...], p), self.b_up, p)
-        up_BTF = checkpoint_name(up_BTF, "mlp_up")
-        if self.w_gate is None:
-            hidden_BTF = self.activation(up_BTF)
-        else:
-            gate_BTF = project("btd,df->btf", x_BTD, self.w_gate[...], p)
-            hidden_BTF = self.activation(checkpoint_name(gate_BTF, "mlp_gate")) * up_BTF
-        return biased(
-            project("btf,fd->btd", hidden_BTF, self.w_down[...], p), self.b_down, p
-        )
+        up_BTF = checkpoint_name(self.up(x_BTD), "mlp_up")
+        if self.gate is None:
+            return self.down(self.activation(up_BTF))
+        gate_BTF = checkpoint_name(self.gate(x_BTD), "mlp_gate")
+        return self.down(self.activation(gate_BTF) * up_BTF)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -13,10 +13,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from scaletrain.config import ModelConfig, PrecisionConfig
-from scaletrain.models.layers import Attention, Mlp, Norm, dropped, look_up, project
+from scaletrain.config import LoraConfig, ModelConfig, PrecisionConfig
+from scaletrain.models.layers import (
+    Attention,
+    Linear,
+    Mlp,
+    Norm,
+    dropped,
+    look_up,
+    project,
+)
 from scaletrain.sharding import constrain, param
 
 
@@ -40,14 +48,28 @@ class Cache:
 
 
 class Block(nnx.Module):
-    """One layer: attention and feed-forward branches, each behind a norm."""
+    """One layer: attention and feed-forward branches, with norms around them."""
 
-    def __init__(self, model: ModelConfig, precision: PrecisionConfig, key: jax.Array):
+    def __init__(
+        self,
+        model: ModelConfig,
+        precision: PrecisionConfig,
+        lora: LoraConfig,
+        key: jax.Array,
+    ):
         attention_key, mlp_key = jax.random.split(key)
-        self.attention_norm = Norm(model.d_model, model.norm_eps, precision)
-        self.attention = Attention(model, precision, attention_key)
-        self.mlp_norm = Norm(model.d_model, model.norm_eps, precision)
-        self.mlp = Mlp(model, precision, mlp_key)
+
+        def norm(*orders: str) -> Norm | None:
+            if model.norm_order not in orders:
+                return None
+            return Norm((model.d_model,), model, precision)
+
+        self.attention_norm = norm("pre", "both")
+        self.attention = Attention(model, precision, lora, attention_key)
+        self.attention_out_norm = norm("post", "both")
+        self.mlp_norm = norm("pre", "both")
+        self.mlp = Mlp(model, precision, lora, mlp_key)
+        self.mlp_out_norm = norm("post", "both")
         self.dropout = model.dropout
 
     def __call__(
@@ -55,6 +77,7 @@ class Block(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         positions_BT: Int[Array, "B T"],
         segments_BT: Int[Array, "B T"],
+        local: bool | Bool[Array, ""],
         cache: tuple[Array, ...] | None,
         keys_B2: Key[Array, "B 2"] | None,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
@@ -62,13 +85,23 @@ class Block(nnx.Module):
         key_one, key_two = (None, None) if keys_B2 is None else keys_B2.T
         with jax.named_scope("attention"):
             branch_BTD, kv = self.attention(
-                self.attention_norm(x_BTD), positions_BT, segments_BT, cache
+                _normed(self.attention_norm, x_BTD),
+                positions_BT,
+                segments_BT,
+                local,
+                cache,
             )
+            branch_BTD = _normed(self.attention_out_norm, branch_BTD)
             x_BTD += dropped(branch_BTD, key_one, self.dropout)
         with jax.named_scope("mlp"):
-            branch_BTD = self.mlp(self.mlp_norm(x_BTD))
+            branch_BTD = self.mlp(_normed(self.mlp_norm, x_BTD))
+            branch_BTD = _normed(self.mlp_out_norm, branch_BTD)
             x_BTD += dropped(branch_BTD, key_two, self.dropout)
         return constrain(x_BTD, "batch", "tokens", "residual"), kv
+
+
+def _normed(norm: Norm | None, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    return x_BTD if norm is None else norm(x_BTD)
 
 
 def _stacked(make: Callable[[jax.Array], nnx.Module], keys: jax.Array) -> nnx.Module:
@@ -98,20 +131,45 @@ def _rematerialised(model: ModelConfig, function: Callable) -> Callable:
 class Decoder(nnx.Module):
     """Token ids to next-token logits."""
 
-    def __init__(self, model: ModelConfig, precision: PrecisionConfig, key: jax.Array):
+    def __init__(
+        self,
+        model: ModelConfig,
+        precision: PrecisionConfig,
+        key: jax.Array,
+        lora: LoraConfig = LoraConfig(),  # noqa: B008 (frozen)
+    ):
         embed_key, blocks_key, head_key = jax.random.split(key, 3)
         V, D = model.vocab_size, model.d_model
         dtype = precision.params
         self.embedding = param(
             embed_key, (V, D), "vocab", "embed", std=0.02, dtype=dtype
         )
+        self.positions = (
+            param(
+                jax.random.fold_in(embed_key, 1),
+                (model.max_positions, D),
+                "positions",
+                "embed",
+                std=0.02,
+                dtype=dtype,
+            )
+            if model.positions == "learned"
+            else None
+        )
         self.blocks = _stacked(
-            functools.partial(Block, model, precision),
+            functools.partial(Block, model, precision, lora),
             jax.random.split(blocks_key, model.num_layers),
         )
-        self.norm = Norm(D, model.norm_eps, precision)
-        self.w_head = (
-            param(head_key, (D, V), "embed", "vocab", std=D**-0.5, dtype=dtype)
+        self.norm = Norm((D,), model, precision)
+        self.head = (
+            Linear(
+                head_key,
+                "btd,dv->btv",
+                (D, V),
+                ("embed", "vocab"),
+                std=D**-0.5,
+                precision=precision,
+            )
             if model.head == "untied"
             else None
         )
@@ -131,7 +189,7 @@ class Decoder(nnx.Module):
           segments_BT: document of each token; equal ids see each other.
           dropout_B: a key for each sequence; None runs without dropout.
         """
-        x_BTD = self._embed(tokens_BT)
+        x_BTD = self._embed(tokens_BT, positions_BT)
         x_BTD, _ = self._layers(x_BTD, positions_BT, segments_BT, None, dropout_B)
         return self._logits(x_BTD)
 
@@ -148,23 +206,29 @@ class Decoder(nnx.Module):
             cache.segments_BS, segments_BT, start, 1
         )
         cache = dataclasses.replace(cache, segments_BS=segments_BS)
-        x_BTD = self._embed(tokens_BT)
+        x_BTD = self._embed(tokens_BT, positions_BT)
         x_BTD, (k, v) = self._layers(x_BTD, positions_BT, segments_BT, cache, None)
         logits_BTV = self._logits(x_BTD[:, -1:])
         return logits_BTV[:, 0], Cache(k, v, segments_BS, start + tokens_BT.shape[1])
 
-    def _embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def _embed(
+        self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
         x_BTD = look_up(self.embedding[...], tokens_BT, self.precision)
+        if self.model.embed_scale != 1:
+            x_BTD *= self.model.embed_scale
+        if self.positions is not None:
+            x_BTD += look_up(self.positions[...], positions_BT, self.precision)
         return constrain(x_BTD, "batch", "tokens", "residual")
 
     def _logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         p, cap = self.precision, self.model.logit_soft_cap
         with jax.named_scope("head"):
             x_BTD = self.norm(x_BTD)
-            if self.w_head is None:
+            if self.head is None:
                 logits = project("btd,vd->btv", x_BTD, self.embedding[...], p)
             else:
-                logits = project("btd,dv->btv", x_BTD, self.w_head[...], p)
+                logits = self.head(x_BTD)
             logits_BTV = logits.astype(p.reduce)
             if cap:
                 logits_BTV = cap * jnp.tanh(logits_BTV / cap)
@@ -179,24 +243,28 @@ class Decoder(nnx.Module):
         dropout_B: Key[Array, " B"] | None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Returns the last layer's output and every layer's keys and values."""
+        model = self.model
         graphdef, params = nnx.split(self.blocks)
 
         def layer(x_BTD, inputs):
             params, kv, index = inputs
             if cache is not None:
                 kv = (*kv, cache.segments_BS, cache.length)
+            local: bool | Bool[Array, ""] = model.sliding_window > 0
+            if local and model.global_every:
+                local = (index + 1) % model.global_every != 0
             keys_B2 = None
-            if dropout_B is not None and self.model.dropout:
+            if dropout_B is not None and model.dropout:
                 fold = jax.vmap(lambda key: jax.random.fold_in(key, index))
                 keys_B2 = jax.vmap(jax.random.split)(fold(dropout_B))
             block = nnx.merge(graphdef, params)
-            return block(x_BTD, positions_BT, segments_BT, kv, keys_B2)
+            return block(x_BTD, positions_BT, segments_BT, local, kv, keys_B2)
 
-        layer = _rematerialised(self.model, layer)
-        L = self.model.num_layers
+        layer = _rematerialised(model, layer)
+        L = model.num_layers
         kv = None if cache is None else (cache.k_LBSKH, cache.v_LBSKH)
         inputs = (params, kv, jnp.arange(L))
-        if self.model.layers == "scan":
+        if model.layers == "scan":
             return jax.lax.scan(layer, x_BTD, inputs)
         outs = []
         for i in range(L):

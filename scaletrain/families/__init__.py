@@ -1,0 +1,79 @@
+"""Published model families: one file each, all of them settings of one decoder.
+
+    mapping   the machine: declared once, read in both directions
+    spelling  the ways config.json has been written
+
+To add one, declare a `Family` in a file of its own and list it here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from scaletrain.config import FAMILIES as NAMES
+from scaletrain.config import ModelConfig
+from scaletrain.errors import CheckpointError
+from scaletrain.families import (
+    gemma2,
+    gemma3,
+    gpt2,
+    llama,
+    mapping,
+    mistral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    spelling,
+)
+from scaletrain.families.mapping import Entry, Family, Piece, entries
+
+__all__ = ["FAMILIES", "Entry", "Family", "Piece", "entries", "of_config", "of_model"]
+
+# In the order in which a model without a family of its own is offered to them.
+_MODULES = (llama, mistral, qwen2, qwen3, olmo2, phi3, gemma2, gemma3, gpt2)
+FAMILIES = {module.FAMILY.name: module.FAMILY for module in _MODULES}
+assert set(FAMILIES) == set(NAMES) - {""}
+
+
+def of_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
+    """Returns the family and the settings that a config.json describes.
+
+    Raises:
+      CheckpointError: a family or a key that is not supported.
+    """
+    kind = config.get("model_type")
+    for family in FAMILIES.values():
+        if kind in family.model_types:
+            try:
+                flat = spelling.flat(dict(config))
+            except (ValueError, KeyError, TypeError, AttributeError) as err:
+                raise CheckpointError(
+                    f"config.json cannot be honoured:\n  {err}"
+                ) from err
+            return family, mapping.to_model(family, flat)
+    known = ", ".join(t for family in FAMILIES.values() for t in family.model_types)
+    raise CheckpointError(
+        f"config.json: model_type={kind!r}; no family of that name is known here; "
+        f"the known ones are {known}."
+    )
+
+
+def of_model(name: str, model: ModelConfig) -> tuple[Family, dict[str, Any]]:
+    """Returns the family that can say what `model` is, and its config.json.
+
+    Args:
+      name: of the family; "" = the first that can.
+
+    Raises:
+      CheckpointError: none can; with the settings that are in the way.
+    """
+    reasons = []
+    for family in [FAMILIES[name]] if name else FAMILIES.values():
+        try:
+            return family, mapping.to_config(family, model)
+        except ValueError as err:
+            reasons.append(f"{family.name}: {err}")
+    lines = "\n".join(f"  {reason}" for reason in reasons)
+    raise CheckpointError(
+        "no published family has such a model; these settings are in the way:\n" + lines
+    )
