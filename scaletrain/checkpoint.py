@@ -27,8 +27,8 @@ from scaletrain.step import TrainState
 Tree = Any
 
 
-def _flat(tree: Tree) -> dict[str, Any]:
-    """Returns the leaves of `tree` by path."""
+def flat(tree: Tree) -> dict[str, Any]:
+    """Returns the leaves of `tree` by path, such as blocks/mlp/up/weight."""
     leaves = jax.tree.flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(p, simple=True, separator="/"): v for p, v in leaves}
 
@@ -77,17 +77,17 @@ class Checkpoints:
         self._save(
             step,
             {"fingerprint": data_fingerprint, "next_step": step},
-            params=ocp.args.StandardSave(_flat(state.params)),
-            rest=ocp.args.StandardSave(_flat(rest)),
+            params=ocp.args.StandardSave(flat(state.params)),
+            rest=ocp.args.StandardSave(flat(rest)),
         )
 
-    def save_import(self, params: Mapping[str, Any]) -> None:
-        """Saves weights by path as step 0, in the formats they have.
+    def save_weights(self, weights: Mapping[str, Any]) -> None:
+        """Saves weights by path as step 0, in the formats they have, and waits.
 
         Raises:
           CheckpointError: they could not be saved.
         """
-        self._save(0, None, params=ocp.args.StandardSave(dict(params)))
+        self._save(0, None, params=ocp.args.StandardSave(dict(weights)))
         self.finish()
 
     def _save(self, step: int, data: Mapping[str, Any] | None, **items: Any) -> None:
@@ -191,7 +191,7 @@ class Checkpoints:
         return {name: np.dtype(leaf.dtype) for name, leaf in stored.items()}
 
     def _restore(self, step: int, item: str, tree: Tree) -> Tree:
-        wanted = _flat(tree)
+        wanted = flat(tree)
         self._compare(step, item, wanted)
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(wanted)})
         try:

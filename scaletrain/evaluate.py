@@ -1,7 +1,9 @@
 """Loss, perplexity and bits per byte of a split."""
 
+import dataclasses
 import functools
 import math
+import pathlib
 import sys
 from typing import Any
 
@@ -9,7 +11,7 @@ import jax
 import numpy as np
 
 from scaletrain import checkpoint, config, data, mesh, sharding, step
-from scaletrain.config import RunConfig
+from scaletrain.config import PrecisionConfig, RunConfig
 from scaletrain.errors import DataError
 from scaletrain.step import Program
 
@@ -81,6 +83,79 @@ def run(run: RunConfig, workdir: str, at: int | None, split: str) -> dict[str, A
             "raise data.validation_fraction, or lower seq_len."
         )
     return {"step": at, **found}
+
+
+def score(
+    run: RunConfig, workdir: str, at: int | None, tokens: str, save_logits: str | None
+) -> dict[str, Any]:
+    """Returns the loss of given ids; writes their logits if asked to.
+
+    Everything is computed in float32, whatever the settings say.
+
+    Args:
+      tokens: an .npy file of ids [B, T]; each row is a document from its start.
+      save_logits: an .npy file to be written: float32 [B, T, V].
+
+    Raises:
+      ScaletrainError: no such checkpoint, or ids it cannot be asked about.
+    """
+    ids_BT = _ids(tokens, run)
+    run = dataclasses.replace(run, precision=PrecisionConfig(compute="float32"))
+    run = config.resolve(run, jax.device_count())
+    grid = mesh.build(run.mesh)
+    program = step.build(run, grid)
+    B, T = ids_BT.shape
+    ways = grid.shape["data"] * grid.shape["fsdp"]
+    execute = jax.jit(functools.partial(step.logits_step, program=program))
+    whole = jax.NamedSharding(grid, jax.P())
+    nats, written = 0.0, None
+    # TPUs and GPUs multiply float32 in shorter formats unless told otherwise.
+    with jax.set_mesh(grid), jax.default_matmul_precision("highest"):
+        at, weights = checkpoint.weights_of(workdir, run, at, program.state)
+        if save_logits:
+            written = _logits_file(save_logits, (B, T, run.model.vocab_size))
+        for first in range(0, B, ways):
+            rows_BT = np.zeros((ways, T), np.int32)
+            real = min(ways, B - first)
+            rows_BT[:real] = ids_BT[first : first + real]
+            logits_BTV, nats_B = execute(weights, jax.device_put(rows_BT, whole))
+            nats += float(np.asarray(nats_B)[:real].sum())
+            if written is not None:
+                written[first : first + real] = np.asarray(logits_BTV)[:real]
+    if written is not None and save_logits:
+        written.flush()
+        pathlib.Path(f"{save_logits}.partial").rename(save_logits)
+    return {"step": at, "loss": nats / (B * (T - 1)), "tokens": B * (T - 1)}
+
+
+def _ids(path: str, run: RunConfig) -> np.ndarray:
+    """Returns the ids in an .npy file."""
+    try:
+        ids_BT = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as err:
+        raise DataError(f"--tokens={path}; it cannot be read: {err}.") from err
+    model, problem = run.model, ""
+    if ids_BT.ndim != 2 or ids_BT.dtype.kind not in "iu":
+        problem = f"{ids_BT.dtype} {list(ids_BT.shape)}; give integers [B, T]"
+    elif ids_BT.shape[0] < 1 or ids_BT.shape[1] < 2:
+        problem = f"{list(ids_BT.shape)} holds nothing to predict; give 2 tokens a row"
+    elif ids_BT.min() < 0 or ids_BT.max() >= model.vocab_size:
+        problem = f"ids outside 0 to {model.vocab_size - 1}; give ids of this model"
+    elif model.positions == "learned" and ids_BT.shape[1] > model.max_positions:
+        problem = f"{ids_BT.shape[1]} tokens a row; give {model.max_positions} or fewer"
+    if problem:
+        raise DataError(f"--tokens={path}; {problem}.")
+    return ids_BT.astype(np.int32)
+
+
+def _logits_file(path: str, shape: tuple[int, ...]) -> np.memmap:
+    """Returns an array on disk, under the temporary name of `path`."""
+    try:
+        return np.lib.format.open_memmap(f"{path}.partial", "w+", np.float32, shape)
+    except OSError as err:
+        raise DataError(
+            f"--save_logits={path}; {err.strerror}; give a file that can be made."
+        ) from err
 
 
 def in_words(found: dict[str, Any]) -> str:

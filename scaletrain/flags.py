@@ -72,6 +72,12 @@ def _parser() -> _Parser:
     evaluate.add_argument(
         "--split", choices=("validation", "train"), default="validation"
     )
+    evaluate.add_argument(
+        "--tokens", metavar="FILE.npy", help="score these ids [B, T] in float32 instead"
+    )
+    evaluate.add_argument(
+        "--save_logits", metavar="OUT.npy", help="with --tokens: float32 [B, T, V]"
+    )
 
     generate = command("generate", "text from a checkpoint")
     experiment(generate, required=False)
@@ -80,15 +86,45 @@ def _parser() -> _Parser:
     generate.add_argument(
         "--prompt", action="append", help="start of the text; repeat for a batch"
     )
+    generate.add_argument(
+        "--prompt_ids", action="append", type=_numbers, metavar="1,2,3",
+        help="the same as token ids, to which nothing is added",
+    )  # fmt: skip
     generate.add_argument("--max_new_tokens", type=int, default=128)
     generate.add_argument("--temperature", type=float, default=0.8, help="0 = greedy")
     generate.add_argument("--top_k", type=int, default=0, help="0 = all tokens")
     generate.add_argument("--top_p", type=float, default=1.0, help="1 = all tokens")
     generate.add_argument("--seed", type=int, default=0, help="of the sampling")
 
+    bring = command("import", "a Hugging Face checkpoint folder becomes a run")
+    bring.add_argument(
+        "--from", dest="source", metavar="DIR", required=True,
+        help="folder with config.json and safetensors",
+    )  # fmt: skip
+    workdir(bring)
+
+    take = command("export", "a run becomes a Hugging Face checkpoint folder")
+    experiment(take, required=False)
+    workdir(take)
+    step(take)
+    take.add_argument("--to", metavar="DIR", required=True, help="folder to be made")
+    take.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="",
+        help="of the tensors (default: as they are stored)",
+    )  # fmt: skip
+    take.add_argument(
+        "--merge", action="store_true",
+        help="add adapters to the weights (default: export them alone)",
+    )  # fmt: skip
+
     settings = command("config", "the resolved settings and the sharding table")
     experiment(settings, required=True)
     return parser
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Returns the ids of "1,2,3"."""
+    return tuple(int(word) for word in text.split(","))
 
 
 def read(argv: list[str]) -> tuple[argparse.Namespace, config.RunConfig]:
@@ -126,6 +162,16 @@ def read(argv: list[str]) -> tuple[argparse.Namespace, config.RunConfig]:
 def _load(
     args: argparse.Namespace, overrides: list[tuple[str, str]]
 ) -> config.RunConfig:
+    if args.command == "import":
+        args.overrides = overrides  # of settings that its config.json gives
+        return config.RunConfig()
+    if vars(args).get("save_logits") and not args.tokens:
+        raise ConfigError(
+            [
+                f"--save_logits={args.save_logits}; no effect without --tokens; "
+                "give ids in --tokens."
+            ]
+        )
     if args.config:
         return config.load(args.config, overrides)
     run = config.load(_settings_of(args.workdir), overrides)

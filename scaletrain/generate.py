@@ -99,11 +99,14 @@ def run(
     run: RunConfig,
     workdir: str,
     at: int | None,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     sampling: Sampling,
     seed: int,
-) -> list[str]:
-    """Returns the continuation of each prompt under the checkpoint of step `at`.
+) -> list[dict[str, Any]]:
+    """Returns what follows each prompt under the checkpoint of step `at`.
+
+    A prompt is a text or ids. Of each: `prompt`, the new `ids` and, if the run has a
+    tokenizer, their `text`.
 
     Raises:
       ScaletrainError: no such checkpoint, no tokenizer, or senseless sampling.
@@ -113,19 +116,53 @@ def run(
     run = config.resolve(run, jax.device_count())
     grid = mesh.build(run.mesh)
     program = step.build(run, grid)
-    tokenizer = data.load_tokenizer(pathlib.Path(workdir) / "tokenizer")
-    ids = [[tokenizer.end_id, *part] for part in tokenizer.encode_batch(list(prompts))]
+    tokenizer = _tokenizer(pathlib.Path(workdir) / "tokenizer", prompts)
+    end_id = tokenizer.end_id if tokenizer else -1  # -1: nothing ends a text
+    ids = [
+        tokenizer.prompt(prompt) if isinstance(prompt, str) else list(prompt)
+        for prompt in prompts
+    ]
+    _check_ids(ids, run)
     with jax.set_mesh(grid):
         _, weights = checkpoint.weights_of(workdir, run, at, program.state)
         new = generate(
-            program,
-            weights,
-            ids,
-            sampling=sampling,
-            end_id=tokenizer.end_id,
-            seed=seed,
+            program, weights, ids, sampling=sampling, end_id=end_id, seed=seed
         )
-    return [tokenizer.decode(row) for row in new]
+    found = [
+        {"prompt": prompt, "ids": row} for prompt, row in zip(prompts, new, strict=True)
+    ]
+    if tokenizer is not None:
+        for record in found:
+            record["text"] = tokenizer.decode(record["ids"])
+    return found
+
+
+def _tokenizer(
+    folder: pathlib.Path, prompts: Sequence[Any]
+) -> data.Tokenizer | None:
+    """Returns the run's tokenizer; None if it has none and no prompt needs it."""
+    if folder.is_dir() or any(isinstance(prompt, str) for prompt in prompts):
+        return data.load_tokenizer(folder)
+    return None
+
+
+def _check_ids(ids: Sequence[Sequence[int]], run: RunConfig) -> None:
+    for row in ids:
+        if not row or min(row) < 0 or max(row) >= run.model.vocab_size:
+            raise ConfigError(
+                [
+                    f"--prompt_ids={','.join(map(str, row))}; not ids of this model; "
+                    f"give numbers from 0 to {run.model.vocab_size - 1}."
+                ]
+            )
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """Returns a prompt with what follows it, as text where both are."""
+    prompt, new = found["prompt"], found.get("text", found["ids"])
+    if isinstance(prompt, str):
+        return prompt + new
+    return ",".join(map(str, (*prompt, *found["ids"])))
 
 
 class _Loop(NamedTuple):

@@ -44,6 +44,11 @@ def _train(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], st
 def _eval(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from scaletrain import evaluate
 
+    if args.tokens:
+        found = evaluate.score(
+            run, args.workdir, args.step, args.tokens, args.save_logits
+        )
+        return found, f"step {found['step']}: loss {found['loss']:.6f}"
     found = evaluate.run(run, args.workdir, args.step, args.split)
     return found, f"step {found['step']}: {args.split} {evaluate.in_words(found)}"
 
@@ -54,10 +59,26 @@ def _generate(run: RunConfig, args: argparse.Namespace) -> tuple[list[Any], str]
     sampling = generate.Sampling(
         args.temperature, args.top_k, args.top_p, args.max_new_tokens
     )
-    prompts = args.prompt or [""]
-    texts = generate.run(run, args.workdir, args.step, prompts, sampling, args.seed)
-    record = [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
-    return record, "\n\n".join(p + t for p, t in zip(prompts, texts, strict=True))
+    prompts = [*(args.prompt or ()), *(args.prompt_ids or ())] or [""]
+    found = generate.run(run, args.workdir, args.step, prompts, sampling, args.seed)
+    return found, "\n\n".join(map(generate.in_words, found))
+
+
+def _import(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    del run  # its settings come from what is imported
+    from scaletrain import importer
+
+    found = importer.run(args.source, args.workdir, args.overrides)
+    return found, importer.in_words(found)
+
+
+def _export(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from scaletrain import exporter
+
+    found = exporter.run(
+        run, args.workdir, args.to, args.step, args.dtype, merge=args.merge
+    )
+    return found, exporter.in_words(found)
 
 
 def _config(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -73,7 +94,14 @@ def _config(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], s
     return json.loads(settings), f"{settings}\n{table}"
 
 
-COMMANDS = {"train": _train, "eval": _eval, "generate": _generate, "config": _config}
+COMMANDS = {
+    "train": _train,
+    "eval": _eval,
+    "generate": _generate,
+    "config": _config,
+    "import": _import,
+    "export": _export,
+}
 
 
 def _join_processes(args: argparse.Namespace) -> None:

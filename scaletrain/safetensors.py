@@ -154,54 +154,13 @@ def _header(path: pathlib.Path) -> dict[str, Stored]:
     return found
 
 
-def write(
-    folder: pathlib.Path,
-    tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
-    read: Callable[[str], np.ndarray],
-    *,
-    shard_bytes: int = 5_000_000_000,
-) -> None:
-    """Writes a checkpoint folder's tensors, each asked for when its turn comes.
-
-    Args:
-      tensors: name -> shape and format.
-      read: name -> the tensor.
-      shard_bytes: what a file holds at most; a larger tensor has one of its own.
-    """
-    sizes = {
-        name: math.prod(shape) * dtype.itemsize
-        for name, (shape, dtype) in tensors.items()
-    }
-    shards = list(_shards(sizes, shard_bytes))
-    if len(shards) == 1:
-        _file(folder / SINGLE, shards[0], tensors, read)
-        return
-    where = {}
-    for number, names in enumerate(shards, start=1):
-        path = folder / f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _file(path, names, tensors, read)
-        where |= dict.fromkeys(names, path.name)
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _shards(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
-    shard, filled = [], 0
-    for name, size in sizes.items():
-        if shard and filled + size > most:
-            yield shard
-            shard, filled = [], 0
-        shard.append(name)
-        filled += size
-    yield shard
-
-
-def _file(
+def write_file(
     path: pathlib.Path,
     names: Iterable[str],
     tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     read: Callable[[str], np.ndarray],
 ) -> None:
+    """Writes one file of the tensors `names`; see `write`."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name in names:
@@ -222,3 +181,45 @@ def _file(
             tensor = read(name)
             assert (tensor.shape, tensor.dtype) == (shape, dtype), name
             np.ascontiguousarray(tensor).tofile(file)
+
+
+def write(
+    folder: pathlib.Path,
+    tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    read: Callable[[str], np.ndarray],
+    *,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a checkpoint folder's tensors, each asked for when its turn comes.
+
+    Args:
+      tensors: name -> shape and format.
+      read: name -> the tensor.
+      shard_bytes: what a file holds at most; a larger tensor has one of its own.
+    """
+    sizes = {
+        name: math.prod(shape) * dtype.itemsize
+        for name, (shape, dtype) in tensors.items()
+    }
+    shards = list(_shards(sizes, shard_bytes))
+    if len(shards) == 1:
+        write_file(folder / SINGLE, shards[0], tensors, read)
+        return
+    where = {}
+    for number, names in enumerate(shards, start=1):
+        path = folder / f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_file(path, names, tensors, read)
+        where |= dict.fromkeys(names, path.name)
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(sizes: Mapping[str, int], most: int) -> Iterator[list[str]]:
+    shard, filled = [], 0
+    for name, size in sizes.items():
+        if shard and filled + size > most:
+            yield shard
+            shard, filled = [], 0
+        shard.append(name)
+        filled += size
+    yield shard

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from jaxtyping import Array, Int, UInt
+from jaxtyping import Array, Float, Int, UInt
 
 from scaletrain import optim, sharding
 from scaletrain.config import RunConfig
@@ -102,6 +102,19 @@ def eval_step(weights: Tree, batch: Batch, *, program: Program) -> LossSums:
         batch["tokens"], batch["positions"], batch["segments"]
     )
     return next_token_loss(logits_BTV, batch["targets"], batch["weights"])
+
+
+def logits_step(
+    weights: Tree, tokens_BT: Int[Array, "B T"], *, program: Program
+) -> tuple[Float[Array, "B T V"], Float[Array, " B"]]:
+    """Returns the logits of whole documents and the summed loss of each, in nats."""
+    B, T = tokens_BT.shape
+    positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
+    model = nnx.merge(program.graphdef, weights)
+    logits_BTV = model(tokens_BT, positions_BT, jnp.ones_like(tokens_BT))
+    log_BTV = jax.nn.log_softmax(logits_BTV[:, :-1])
+    told_BT = jnp.take_along_axis(log_BTV, tokens_BT[:, 1:, None], axis=-1)[..., 0]
+    return logits_BTV, -jnp.sum(told_BT, axis=1)
 
 
 def _objective(

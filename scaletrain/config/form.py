@@ -155,7 +155,17 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> RunConfig:
     Raises:
       ConfigError: with every problem of the file, the overrides and their values.
     """
-    form = _experiment(spec)
+    return _filled(_experiment(spec), overrides)
+
+
+def override(run: RunConfig, overrides: Iterable[tuple[str, str]]) -> RunConfig:
+    """Returns `run` with overrides as `load` takes them; raises what it raises."""
+    return _filled(to_config_dict(run), overrides)
+
+
+def _filled(
+    form: config_dict.ConfigDict, overrides: Iterable[tuple[str, str]]
+) -> RunConfig:
     known = {path: field for path, field, _ in leaves(RunConfig())}
     problems = []
     for path, text in overrides:

@@ -332,11 +332,11 @@ def _unused(run: RunConfig) -> Iterator[str]:
 # What may change between two attempts at one run; all other settings decide the
 # model, the data or the shape of the optimizer's state.
 _FREE = (
-    "num_steps", "accumulate_steps", "init_from", "family", "log_every_steps", "eval_every_steps",
-    "model.layers", "model.remat", "model.remat_save", "model.attention",
-    "mesh.", "precision.compute", "precision.reduce", "optim.", "data.cache_dir",
-    "checkpoint.", "eval.",
+    "num_steps", "accumulate_steps", "log_every_steps", "eval_every_steps",
+    "init_from", "family", "model.layers", "model.remat", "model.remat_save",
+    "model.attention", "precision.compute", "precision.reduce", "data.cache_dir",
 )  # fmt: skip
+_FREE_GROUPS = ("mesh.", "optim.", "checkpoint.", "eval.")
 _HELD = ("optim.name", "optim.accumulate")
 
 
@@ -346,7 +346,8 @@ def differences(then: RunConfig, now: RunConfig) -> tuple[list[str], list[str]]:
     for path, _, before in leaves(then):
         after = _get(now, path)
         if before != after:
-            is_free = path.startswith(_FREE) and path not in _HELD
+            is_free = path in _FREE or path.startswith(_FREE_GROUPS)
+            is_free = is_free and path not in _HELD
             if path == "init_from" and then.lora.rank:
                 is_free = False  # adapters mean nothing without what they adapt
             line = f"{path}: {before!r} then, {after!r} now"

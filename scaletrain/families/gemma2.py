@@ -9,12 +9,19 @@ from scaletrain.families import llama
 from scaletrain.families.mapping import Family, Key, Tensor
 from scaletrain.families.spelling import layer_types, nested_rope
 
+
+def _number(value: float) -> int | float:
+    """Returns `value` without what taking powers added to it."""
+    value = round(value, 6)
+    return int(value) if value == int(value) else value
+
+
 SCALE = Key(
     "query_pre_attn_scalar",
     "attention_scale",
     absent=256,
     to=lambda size: size**-0.5,
-    fro=lambda scale: round(scale**-2, 6) if scale else None,
+    fro=lambda scale: _number(scale**-2) if scale else None,
 )
 TIED = Key(
     "tie_word_embeddings", "head", absent=True, values={True: "tied", False: "untied"}

@@ -1,0 +1,265 @@
+"""A run becomes a published checkpoint: what other programs load.
+
+Everything is written under a temporary name and moved when it is whole.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from scaletrain import checkpoint, config, data, families, mesh, safetensors, step
+from scaletrain.config import PrecisionConfig, RunConfig
+from scaletrain.errors import CheckpointError, ConfigError
+from scaletrain.families import Entry, Family, Piece, adapters
+
+Tensors = dict[str, tuple[tuple[int, ...], np.dtype]]  # name -> shape and format
+DTYPES = {
+    "float32": safetensors.DTYPES["F32"],
+    "float16": safetensors.DTYPES["F16"],
+    "bfloat16": safetensors.DTYPES["BF16"],
+}
+
+
+def run(
+    run: RunConfig, workdir: str, to: str, at: int | None, dtype: str, *, merge: bool
+) -> dict[str, Any]:
+    """Writes the folder `to` from the checkpoint of step `at` (None: the newest).
+
+    Args:
+      dtype: of the tensors; "" = as they are stored.
+      merge: add the adapters to the weights beside them; without, they are exported
+        alone.
+
+    Raises:
+      ScaletrainError: no such checkpoint, a model that no published family has, or a
+        folder that cannot be written.
+    """
+    target = pathlib.Path(to).absolute()
+    _check(run, target, merge=merge)
+    # Nothing may be rounded on the way: not the weights beside adapters either.
+    run = dataclasses.replace(run, precision=PrecisionConfig(compute="float32"))
+    run = config.resolve(run, jax.device_count())
+    model = run.model
+    if not model.max_positions:
+        model = dataclasses.replace(model, max_positions=run.seq_len)
+    family, settings = families.of_model(run.family, model)
+    grid = mesh.build(run.mesh)
+    program = step.build(run, grid)
+    with checkpoint.reading(workdir, run, at) as (checkpoints, at):
+        stored = checkpoints.dtypes(at)
+    with jax.set_mesh(grid):
+        _, weights = checkpoint.weights_of(workdir, run, at, program.state)
+    weights = checkpoint.flat(weights)
+    partial = target.parent / f".{target.name}.exporting"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        if run.lora.rank and not merge:
+            tensors = _adapter(partial, family, run, weights, dtype)
+        else:
+            tensors = _model(partial, family, run, weights, stored, dtype)
+            _describe(partial, settings, tensors, pathlib.Path(workdir))
+        _card(partial, run, family, workdir, at, tensors)
+        partial.rename(target)
+    except OSError as err:
+        raise CheckpointError(
+            f"--to={to}; it cannot be written: {err}; give another folder."
+        ) from err
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return {"family": family.name, "step": at, "tensors": len(tensors), "to": to}
+
+
+def in_words(found: Mapping[str, Any]) -> str:
+    """Returns what was exported as a person reads it."""
+    return (
+        f"step {found['step']} as {found['family']} "
+        f"({found['tensors']} tensors) in {found['to']}"
+    )
+
+
+def _check(run: RunConfig, target: pathlib.Path, *, merge: bool) -> None:
+    problems = []
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        problems.append(f"--to={target}; it is not empty; give a folder to be made.")
+    if merge and not run.lora.rank:
+        problems.append("--merge; the run has no adapters; leave it out.")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _model(
+    folder: pathlib.Path,
+    family: Family,
+    run: RunConfig,
+    weights: Mapping[str, jax.Array],
+    stored: Mapping[str, np.dtype],
+    dtype: str,
+) -> Tensors:
+    """Writes the model's tensors, adapters added to what they adapt."""
+    plain = [path for path in weights if "/lora_" not in path]
+    entries = {
+        entry.name: entry for entry in families.entries(family, run.model, plain)
+    }
+
+    def kind(entry: Entry) -> np.dtype:
+        default = stored.get(entry.pieces[0].path, DTYPES["float32"])
+        return DTYPES[dtype] if dtype else default
+
+    def layer(piece: Piece) -> np.ndarray:
+        found = np.asarray(jax.device_get(weights[piece.path][piece.index]))
+        beside = piece.path.removesuffix("weight")
+        if f"{beside}lora_a" in weights:
+            a, b = (
+                np.asarray(jax.device_get(weights[f"{beside}lora_{x}"][piece.index]))
+                for x in "ab"
+            )
+            scale = run.lora.alpha / run.lora.rank
+            found = found + scale * np.tensordot(a, b, axes=1)
+        return found
+
+    def read(name: str) -> np.ndarray:
+        entry = entries[name]
+        return entry.join(layer).astype(kind(entry))
+
+    tensors = {name: (entry.shape, kind(entry)) for name, entry in entries.items()}
+    safetensors.write(folder, tensors, read)
+    return tensors
+
+
+def _adapter(
+    folder: pathlib.Path,
+    family: Family,
+    run: RunConfig,
+    weights: Mapping[str, jax.Array],
+    dtype: str,
+) -> Tensors:
+    """Writes adapters alone, in PEFT's layout."""
+    plain = [path for path in weights if "/lora_" not in path]
+    pieces = adapters.tensors(families.entries(family, run.model, plain), run.lora)
+    kind = DTYPES[dtype or "float32"]
+
+    def read(name: str) -> np.ndarray:
+        piece = pieces[name]
+        ours = np.asarray(jax.device_get(weights[piece.path][piece.index]))
+        return piece.theirs(ours).astype(kind)
+
+    tensors = {name: (piece.shape, kind) for name, piece in pieces.items()}
+    safetensors.write_file(
+        folder / "adapter_model.safetensors", list(tensors), tensors, read
+    )
+    base = checkpoint.origin(run.init_from)[0]
+    settings = adapters.config(family, run.lora, pieces, base)
+    _json(folder / "adapter_config.json", settings)
+    return tensors
+
+
+def _describe(
+    folder: pathlib.Path,
+    settings: dict[str, Any],
+    tensors: Tensors,
+    workdir: pathlib.Path,
+) -> None:
+    """Writes config.json, the tokenizer's files and what generation needs."""
+    files = _published(workdir)
+    generation = json.loads(files.get("generation_config.json", b"{}"))
+    generation = {
+        name: value for name, value in generation.items() if name != "_from_model_config"
+    }
+    if not generation and (end := _end_id(workdir)) is not None:
+        generation = {"bos_token_id": end, "eos_token_id": end}
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    settings |= {name: generation[name] for name in ids if name in generation}
+    kinds = {str(dtype) for _, dtype in tensors.values()}
+    settings["torch_dtype"] = kinds.pop() if len(kinds) == 1 else "float32"
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    _json(folder / "config.json", settings)
+    if generation:
+        _json(folder / "generation_config.json", generation)
+
+
+def _published(workdir: pathlib.Path) -> dict[str, bytes]:
+    found = _tokenizer(workdir)
+    return found.published() if found else {}
+
+
+def _end_id(workdir: pathlib.Path) -> int | None:
+    found = _tokenizer(workdir)
+    return found.end_id if found else None
+
+
+def _tokenizer(workdir: pathlib.Path) -> data.Tokenizer | None:
+    """Returns the run's tokenizer; None if it never had one."""
+    if not (workdir / "tokenizer").is_dir():
+        return None
+    return data.load_tokenizer(workdir / "tokenizer")
+
+
+def _card(
+    folder: pathlib.Path,
+    run: RunConfig,
+    family: Family,
+    workdir: str,
+    at: int,
+    tensors: Tensors,
+) -> None:
+    """Writes README.md: what the model is, what it saw and how well it did."""
+    count = sum(int(np.prod(shape)) for shape, _ in tensors.values())
+    seen = at * run.batch_size * run.seq_len
+    what = f"{count:,} numbers in {len(tensors)} tensors"
+    lines = [
+        "---",
+        "library_name: " + ("peft" if _is_adapter(tensors) else "transformers"),
+        "---",
+        f"# {pathlib.Path(workdir).absolute().name}, step {at}",
+        "",
+        f"A {family.name} model trained with scaletrain: {what}.",
+        "",
+        "## Training",
+        f"- data: {_source(run)}",
+        f"- tokens: {seen:,} ({at:,} steps of {run.batch_size} x {run.seq_len})",
+        f"- optimizer: {run.optim.name}, peak rate {run.optim.learning_rate}",
+    ]
+    if run.init_from:
+        lines.append(f"- started from: {run.init_from}")
+    lines += ["", "## Evaluation", *_evaluation(pathlib.Path(workdir), at)]
+    lines += ["", "## Settings", "```json", config.to_json(run).rstrip(), "```", ""]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _is_adapter(tensors: Tensors) -> bool:
+    return any(".lora_A." in name for name in tensors)
+
+
+def _source(run: RunConfig) -> str:
+    path = f" {run.data.path}" if run.data.path else ""
+    return f"{run.data.source}{path}, tokenizer {run.data.tokenizer}"
+
+
+def _evaluation(workdir: pathlib.Path, at: int) -> list[str]:
+    """Returns a line for each number of the last evaluation up to step `at`."""
+    path, found = workdir / "metrics.jsonl", {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if "eval_loss" in record and record["step"] <= at:
+                found = record
+    if not found:
+        return ["- none"]
+    names = ("eval_loss", "eval_perplexity", "eval_bits_per_byte")
+    return [f"- step: {found['step']}"] + [
+        f"- {name.removeprefix('eval_')}: {found[name]:.4f}"
+        for name in names
+        if name in found
+    ]
+
+
+def _json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
