@@ -238,6 +238,19 @@ def _data(run: RunConfig) -> Iterator[str]:
     if d.source in ("files", "tfds") and not d.path:
         what = "a file or glob" if d.source == "files" else "a data set's name"
         yield f"data.path=''; data.source={d.source} reads from it; give {what}."
+    if d.format == "chat" and d.source != "files":
+        yield (
+            f"data.source={d.source}; data.format=chat reads rows of .jsonl or "
+            "parquet; set data.source=files, or data.format=text."
+        )
+    if d.format == "chat" and (
+        d.tokenizer in ("bytes", "bpe") or d.tokenizer.endswith(".model")
+    ):
+        yield (
+            f"data.tokenizer={d.tokenizer}; it has no chat template for "
+            "data.format=chat; give the path of a tokenizer.json that lies beside "
+            "its tokenizer_config.json."
+        )
     smallest = {"bytes": 257, "bpe": 257}.get(d.tokenizer, 2)
     if d.source != "synthetic" and run.model.vocab_size < smallest:
         yield (
@@ -284,6 +297,7 @@ _NO_EFFECT = (
     ("optim.eps", "optim.name", ("adamw", "muon")),
     ("data.path", "data.source", ("files", "tfds")),
     ("data.text_field", "data.source", ("files", "tfds")),
+    ("data.text_field", "data.format", ("text",)),
     ("data.split", "data.source", ("tfds",)),
     ("data.tokenizer", "data.source", ("stdlib", "files", "tfds")),
     ("data.end_of_text", "data.source", ("stdlib", "files", "tfds")),

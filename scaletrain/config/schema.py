@@ -142,6 +142,7 @@ class DataConfig:
         ""  # files: path or glob, local or fsspec; tfds: name[/config][:version]
     )
     text_field: str = "text"  # column of jsonl, parquet or tfds that holds the text
+    format: str = setting("text", choices=("text", "chat"))  # of what a row holds
     split: str = "train"  # of a tfds data set
     tokenizer: str = "bytes"  # bytes | bpe | path of a tokenizer.json or a .model file
     end_of_text: str = ""  # that token's spelling in a tokenizer file; "" = find it

@@ -1,10 +1,10 @@
 """From a corpus to the batch of a step.
 
-    sources     documents, in an order that never changes
-    tokenizers  text to ids and back
+    sources     documents or rows, in an order that never changes
+    tokenizers  text to ids and back  (sidecars: their files; chats: conversations)
     tokenise    documents to one token stream a split  (blocks: its files)
     cache       the streams, made once and kept  (counts: of their bytes)
-    sequences   windows of a stream, by number
+    sequences   windows of a stream, by number  (packing: of conversations)
     batches     the rows of step s: a pure function of (seed, s)
 
 What is imported here is all that the rest of scaletrain uses.

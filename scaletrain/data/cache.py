@@ -1,8 +1,9 @@
 """The corpus as tokens: made once, kept in a folder named after what decides it.
 
-A folder holds, for each split, `<split>.array_record` (see `blocks`) and `<split>.npz`
-(see `counts`), the tokenizer if it was trained here, and `index.json`, written last.
-It appears under its name when it is whole and not before.
+A folder holds, for each split, `<split>.array_record` (see `blocks`) and either
+`<split>.npz` (see `counts`) or, of conversations, two `<split>.*.npy` (see `packing`);
+the tokenizer if it was trained here; and `index.json`, written last. It appears under
+its name when it is whole and not before.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from scaletrain.data.tokenise import tokenise
 from scaletrain.data.tokenizers import Tokenizer
 from scaletrain.errors import DataError
 
-FORMAT = 1  # of the folder; raise it when its content changes for the same settings
+FORMAT = 2  # of the folder; raise it when its content changes for the same settings
 _DEAD_AFTER_S = 24 * 3600  # since a builder's last sign of life
 
 
@@ -38,8 +39,8 @@ class Split:
     dtype: str
     end_id: int
     num_tokens: int  # 0 for a validation split that was not asked for
-    num_bytes: int  # of the documents in UTF-8
-    num_documents: int
+    num_bytes: int  # of the documents in UTF-8; 0 for conversations
+    num_documents: int  # or conversations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,8 @@ def prepare(run: RunConfig, say: Callable[[str], None]) -> Corpus:
 def baselines(corpus: Corpus) -> dict[str, float]:
     """Returns bits per byte of the validation split under byte-counting models.
 
-    See `counts.bits_per_byte`; empty without a validation split.
+    See `counts.bits_per_byte`; empty without a validation split
+    and for conversations.
 
     Raises:
       DataError: the cache is damaged.
@@ -118,7 +120,7 @@ def _folder(run: RunConfig, tokenizer: Tokenizer | None) -> pathlib.Path:
     key = _sha256(
         [
             FORMAT,
-            [data.source, data.path, data.text_field, data.split],
+            [data.source, data.path, data.format, data.text_field, data.split],
             data.validation_fraction,
             tokenizer.fingerprint if tokenizer else ["bpe", run.model.vocab_size],
             sources.identity(data),

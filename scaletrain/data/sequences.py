@@ -7,6 +7,7 @@ import numpy as np
 from scaletrain.config.schema import RunConfig
 from scaletrain.data.blocks import Stream
 from scaletrain.data.cache import Corpus, Split
+from scaletrain.data.packing import Windows
 from scaletrain.errors import DataError
 
 # What an example is made of; each is [seq_len].
@@ -15,7 +16,7 @@ FIELDS = {
     "targets": np.int32,  # the tokens one place later
     "segments": np.int32,  # documents numbered from 1; 0 is padding
     "positions": np.int32,  # in the document, or in the window if it began before
-    "weights": np.float32,  # 1 for a token that counts, 0 for padding
+    "weights": np.float32,  # 1 where the target counts, 0 where not and for padding
 }
 _NUM_SYNTHETIC = {"train": 2**20, "validation": 64}
 
@@ -23,7 +24,7 @@ _NUM_SYNTHETIC = {"train": 2**20, "validation": 64}
 class Sequences(Protocol):
     """Examples of `seq_len` tokens in any order; threads may share them."""
 
-    split: Split | None  # None when they are synthetic
+    split: Split | None  # None without texts whose bytes count
     seq_len: int
 
     def __len__(self) -> int: ...
@@ -35,15 +36,19 @@ def sequences(corpus: Corpus, split: str, run: RunConfig) -> Sequences:
     """Returns the examples of "train" or "validation".
 
     Training drops what is left over at the end of the stream; validation pads it.
+    Conversations are packed whole, see `packing`.
 
     Raises:
-      DataError: no such split, or a training split of less than one sequence.
+      DataError: no such split, a training split of less than one sequence, or
+        conversations none of which is answered within one.
     """
     if split not in _NUM_SYNTHETIC:
         raise DataError(f"split={split!r}; there are {' and '.join(_NUM_SYNTHETIC)}.")
     if corpus.tokenizer is None:
         return RandomSequences(run, split)
     found = corpus.splits[split]
+    if run.data.format == "chat":
+        return ChatSequences(found, run.seq_len)
     if split == "train" and found.num_tokens < run.seq_len + 1:
         raise DataError(
             f"seq_len={run.seq_len}; the training split has only {found.num_tokens} "
@@ -78,6 +83,40 @@ class StreamSequences:
         start = index * self.seq_len
         stop = min(start + self.seq_len + 1, self._num_tokens)
         return _example(self._stream.window(start, stop), self._end_id, self.seq_len)
+
+
+class ChatSequences:
+    """Example i is window i; a conversation is a segment, its answers are predicted."""
+
+    # Bits per byte would need the bytes of the answers alone.
+    split: Split | None = None
+
+    def __init__(self, split: Split, seq_len: int):
+        self.seq_len = seq_len
+        self._windows = Windows(split.path, split.num_tokens, seq_len)
+        if split.num_documents and not len(self._windows):
+            raise DataError(
+                f"seq_len={seq_len}; none of the {split.num_documents} conversations "
+                f"in {split.path.stem} is answered within it; raise seq_len, or "
+                "shorten what stands before the answers."
+            )
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        example, start = blank(self.seq_len), 0
+        for segment, (ids, answers) in enumerate(self._windows[index], start=1):
+            places = slice(start, start + len(ids) - 1)
+            example["tokens"][places] = ids[:-1]
+            example["targets"][places] = ids[1:]
+            example["segments"][places] = segment
+            example["positions"][places] = np.arange(len(ids) - 1)
+            example["weights"][places] = answers[1:]
+            start = places.stop
+        return example
 
 
 class RandomSequences:

@@ -1,4 +1,4 @@
-"""Documents: a corpus as a stream of named texts, always in the same order.
+"""Documents: a corpus as a stream of named texts or rows, always in the same order.
 
 Nothing here tokenises, shuffles or splits. A text that is empty is left out.
 """
@@ -9,7 +9,7 @@ import platform
 import re
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple
 
 from scaletrain.config.schema import DataConfig
@@ -31,6 +31,23 @@ def documents(data: DataConfig) -> Iterator[Document]:
     """
     readers = {"stdlib": _stdlib, "files": _files, "tfds": _tfds}
     return (found for found in readers[data.source](data) if found.text)
+
+
+class Row(NamedTuple):
+    """What a line of .jsonl or a row of Parquet holds, and its name."""
+
+    name: str
+    fields: dict[str, Any]
+
+
+def rows(data: DataConfig) -> Iterator[Row]:
+    """Yields the rows of the files of `data.path`, in the same order every time.
+
+    Raises:
+      DataError: a corpus that is not there or not as the settings describe it.
+    """
+    readers = {".jsonl": _json_rows, ".parquet": _parquet_rows}
+    return _read(data, readers, _no_rows)
 
 
 def identity(data: DataConfig) -> list[Any]:
@@ -103,14 +120,20 @@ def _stamp(filesystem: Any, path: str) -> list[Any]:
 
 
 def _files(data: DataConfig) -> Iterator[Document]:
+    readers = {".jsonl": _json_texts, ".parquet": _parquet_texts}
+    return _read(data, readers, _text)
+
+
+def _read(data: DataConfig, readers: Mapping[str, Callable], other: Callable) -> Any:
+    """Yields what the reader of each file's suffix, or `other`, yields."""
     from fsspec.utils import infer_compression
 
     for filesystem, name, path in _matches(data):
         bare = name.rpartition(".")[0] if infer_compression(name) else name
         suffix = pathlib.PurePosixPath(bare).suffix.lower()
-        reader = {".jsonl": _json_lines, ".parquet": _parquet}.get(suffix, _text)
         if bare != name and suffix == ".json":
-            reader = _json_lines  # the usual name of a compressed file of lines
+            suffix = ".jsonl"  # the usual name of a compressed file of lines
+        reader = readers.get(suffix, other)
         try:
             with filesystem.open(path, "rb", compression="infer") as file:
                 yield from reader(data, name, file)
@@ -127,42 +150,76 @@ def _text(data: DataConfig, name: str, file: BinaryIO) -> Iterator[Document]:
         raise _refused(data, f"{name} is not UTF-8: {err}", remedy) from err
 
 
-def _json_lines(data: DataConfig, name: str, file: BinaryIO) -> Iterator[Document]:
+def _no_rows(data: DataConfig, name: str, file: BinaryIO) -> Iterator[Row]:
+    del file
+    remedy = "write the conversations as .jsonl or .parquet, or leave the file out"
+    raise _refused(data, f"{name} has no rows", remedy)
+
+
+def _json_lines(
+    data: DataConfig, name: str, file: BinaryIO
+) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(file, start=1):
         where = f"{name}:{number}"
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8"))
+            yield where, json.loads(line.decode("utf-8"))
         except ValueError as err:
             remedy = "write one JSON object a line"
             raise _refused(data, f"{where} is not JSON: {err}", remedy) from err
+
+
+def _json_texts(data: DataConfig, name: str, file: BinaryIO) -> Iterator[Document]:
+    for where, row in _json_lines(data, name, file):
         if not isinstance(row, dict) or data.text_field not in row:
             keys = sorted(row) if isinstance(row, dict) else type(row).__name__
             raise _no_field(data, where, keys)
         yield Document(where, _string(data, where, row[data.text_field]))
 
 
-def _parquet(data: DataConfig, name: str, file: BinaryIO) -> Iterator[Document]:
+def _json_rows(data: DataConfig, name: str, file: BinaryIO) -> Iterator[Row]:
+    for where, row in _json_lines(data, name, file):
+        if not isinstance(row, dict):
+            why = f"{where} holds {type(row).__name__}, not an object"
+            raise _refused(data, why, "write one JSON object a line")
+        yield Row(where, row)
+
+
+def _parquet_texts(data: DataConfig, name: str, file: BinaryIO) -> Iterator[Document]:
+    for where, row in _parquet(data, name, file, [data.text_field]):
+        yield Document(where, _string(data, where, row[data.text_field]))
+
+
+def _parquet_rows(data: DataConfig, name: str, file: BinaryIO) -> Iterator[Row]:
+    return _parquet(data, name, file, ["messages", "prompt", "completion"])
+
+
+def _parquet(
+    data: DataConfig, name: str, file: BinaryIO, columns: list[str]
+) -> Iterator[Row]:
+    """Yields the rows with those of `columns` that the file has."""
     import pyarrow
     from pyarrow import parquet
 
     try:
         table = parquet.ParquetFile(file)
-        if data.text_field not in table.schema_arrow.names:
+        if not set(columns).intersection(table.schema_arrow.names):
             raise _no_field(data, name, table.schema_arrow.names)
         number = 0
-        for batch in table.iter_batches(batch_size=1024, columns=[data.text_field]):
-            for value in batch.column(0).to_pylist():
+        for batch in table.iter_batches(batch_size=1024, columns=columns):
+            for row in batch.to_pylist():
                 number += 1
-                where = f"{name}:{number}"
-                yield Document(where, _string(data, where, value))
+                yield Row(f"{name}:{number}", row)
     except (pyarrow.ArrowInvalid, UnicodeDecodeError) as err:
         remedy = "write it anew, or leave it out"
         raise _refused(data, f"{name} is not sound Parquet: {err}", remedy) from err
 
 
 def _no_field(data: DataConfig, where: str, fields: Any) -> DataError:
+    if data.format == "chat":
+        why = f"{where} has neither messages nor prompt and completion, only {fields}"
+        return _refused(data, why, "rename the columns, or set data.format=text")
     why = f"{where} has no field data.text_field={data.text_field!r}, only {fields}"
     return _refused(data, why, "set data.text_field to the field that holds the text")
 

@@ -10,9 +10,11 @@ import numpy as np
 
 from scaletrain.config.schema import DataConfig, RunConfig
 from scaletrain.data.blocks import StreamWriter
+from scaletrain.data.chats import messages_of
 from scaletrain.data.counts import ByteCounts
-from scaletrain.data.sources import Document, documents
-from scaletrain.data.tokenizers import Tokenizer, train_bpe
+from scaletrain.data.packing import DTYPE, ConversationWriter
+from scaletrain.data.sources import Document, documents, rows
+from scaletrain.data.tokenizers import JsonTokenizer, Tokenizer, train_bpe
 from scaletrain.errors import DataError
 
 _CHUNK = 2**20  # characters that are tokenised at once; a longer document goes alone
@@ -42,21 +44,25 @@ def tokenise(
     began = time.monotonic()
     if tokenizer is None:
         tokenizer = _trained(run, folder, say)
-    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-    names = ("train", "validation")
-    writers = {n: _SplitWriter(folder / n, dtype, tokenizer.end_id) for n in names}
-    said, num_bytes = time.monotonic(), 0
-    for chunk in _chunks(documents(run.data)):
-        ids = tokenizer.encode_batch([document.text for document in chunk])
-        assigned = [split_of(d.name, run.data.validation_fraction) for d in chunk]
+    stems = {name: folder / name for name in ("train", "validation")}
+    writers: dict[str, Any]
+    if run.data.format == "chat":
+        dtype, found = DTYPE, _conversations(run.data, tokenizer)
+        writers = {n: ConversationWriter(stem) for n, stem in stems.items()}
+    else:
+        dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+        found, end_id = _texts(run.data, tokenizer), tokenizer.end_id
+        writers = {n: _SplitWriter(stem, dtype, end_id) for n, stem in stems.items()}
+    said = time.monotonic()
+    for chunk in found:
+        assigned = [split_of(name, run.data.validation_fraction) for name, _ in chunk]
         for name, writer in writers.items():
-            rows = zip(chunk, ids, assigned, strict=True)
-            writer.add([(d, tokens) for d, tokens, split in rows if split == name])
-        num_bytes = sum(writer.num_bytes for writer in writers.values())
+            pairs = zip(chunk, assigned, strict=True)
+            writer.add([content for (_, content), split in pairs if split == name])
         if time.monotonic() - said > _SAY_EVERY_S:
-            say(f"tokenising ... {num_bytes / 1e6:.1f} MB")
+            say(f"tokenising ... {_amount(writers)}")
             said = time.monotonic()
-    _check(run.data, {n: writer.num_documents for n, writer in writers.items()})
+    _check(run.data, {n: w.counts()["num_documents"] for n, w in writers.items()})
     content = hashlib.sha256(tokenizer.fingerprint.encode())
     splits = {}
     for name, writer in writers.items():
@@ -64,7 +70,7 @@ def tokenise(
         splits[name] = writer.counts()
     num_tokens = sum(split["num_tokens"] for split in splits.values())
     say(
-        f"tokenised {num_bytes / 1e6:.1f} MB into {num_tokens / 1e6:.2f} M tokens "
+        f"tokenised {_amount(writers)} into {num_tokens / 1e6:.2f} M tokens "
         f"in {time.monotonic() - began:.1f} s"
     )
     return {
@@ -73,6 +79,33 @@ def tokenise(
         "fingerprint": content.hexdigest(),
         "splits": splits,
     }
+
+
+def _texts(data: DataConfig, tokenizer: Tokenizer) -> Iterator[list[tuple[str, Any]]]:
+    """Yields chunks of (name, (document, ids))."""
+    for chunk in _chunks(documents(data)):
+        ids = tokenizer.encode_batch([document.text for document in chunk])
+        yield [(d.name, (d, i)) for d, i in zip(chunk, ids, strict=True)]
+
+
+def _conversations(
+    data: DataConfig, tokenizer: Tokenizer
+) -> Iterator[list[tuple[str, Any]]]:
+    """Yields chunks of (name, (ids, answers))."""
+    assert isinstance(tokenizer, JsonTokenizer), "the rules let no other through"
+    for name, row in rows(data):
+        try:
+            yield [(name, tokenizer.chat(messages_of(row)))]
+        except DataError as err:
+            raise DataError(f"{name}; {err}") from err
+
+
+def _amount(writers: dict[str, Any]) -> str:
+    """Returns in words how much was read."""
+    counts = [writer.counts() for writer in writers.values()]
+    if num_bytes := sum(count["num_bytes"] for count in counts):
+        return f"{num_bytes / 1e6:.1f} MB"
+    return f"{sum(count['num_documents'] for count in counts)} conversations"
 
 
 class _SplitWriter:

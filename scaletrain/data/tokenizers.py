@@ -5,6 +5,7 @@ that separates documents.
 """
 
 import difflib
+import functools
 import hashlib
 import json
 import pathlib
@@ -14,6 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from scaletrain.config.schema import DataConfig
+from scaletrain.data import sidecars
+from scaletrain.data.chats import ChatTemplate, Message
 from scaletrain.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -32,12 +35,20 @@ class Tokenizer(Protocol):
         """Returns the int32 ids of each text; `end_id` is none of them."""
         ...
 
+    def prompt(self, text: str) -> list[int]:
+        """Returns the ids that a continuation of `text` starts from, never none."""
+        ...
+
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`; those without a meaning are left out."""
         ...
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes what `load_tokenizer` needs into `folder`."""
+        ...
+
+    def published(self) -> dict[str, bytes]:
+        """Returns the files from which `transformers` loads the same ids."""
         ...
 
 
@@ -53,6 +64,10 @@ class ByteTokenizer:
         encoded = (text.encode("utf-8") for text in texts)
         return [np.frombuffer(b, np.uint8).astype(np.int32) for b in encoded]
 
+    def prompt(self, text: str) -> list[int]:
+        """Returns the bytes of `text` behind an end of text."""
+        return [self.end_id, *text.encode("utf-8")]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text, U+FFFD in place of bytes that are not UTF-8."""
         return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
@@ -61,12 +76,45 @@ class ByteTokenizer:
         """Writes that this is the byte tokenizer."""
         _write_about(folder, "bytes", "")
 
+    def published(self) -> dict[str, bytes]:
+        """Returns a byte-level BPE that merges nothing."""
+        from tokenizers import AddedToken, decoders, models, pre_tokenizers
+        from tokenizers import Tokenizer as Library
+
+        # The library writes a byte as a letter: its own, or for those without one
+        # the next letter that is no byte.
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        taken = {ord(letter) for letter in letters}
+        others = (byte for byte in range(256) if byte not in taken)
+        ids = {c: ord(c) if ord(c) < 256 else next(others) for c in letters}
+        library = Library(models.BPE(vocab=ids, merges=[]))
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(
+            add_prefix_space=False, use_regex=False
+        )
+        library.decoder = decoders.ByteLevel()
+        library.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
+        assert library.token_to_id(END_OF_TEXT) == self.end_id
+        return {
+            "tokenizer.json": library.to_str().encode("utf-8"),
+            sidecars.CONFIG: _config("PreTrainedTokenizerFast", END_OF_TEXT),
+        }
+
 
 class JsonTokenizer:
     """A tokenizer.json of the Hugging Face `tokenizers` library."""
 
-    def __init__(self, content: str, end_of_text: str = ""):
-        """Reads `content`; an empty `end_of_text` stands for the usual spellings.
+    def __init__(
+        self,
+        content: str,
+        end_of_text: str = "",
+        files: sidecars.Sidecars | None = None,
+    ):
+        """Reads `content`.
+
+        Args:
+          content: of tokenizer.json.
+          end_of_text: that token; "" = the one `files` name, or a usual spelling.
+          files: what lies beside tokenizer.json.
 
         Raises:
           ValueError: not a tokenizer.
@@ -79,8 +127,12 @@ class JsonTokenizer:
             library = Library.from_str(content)
         except Exception as err:  # the library raises nothing narrower
             raise ValueError(f"it is not a tokenizer.json: {err}") from err
+        self._files = dict(files or {})
+        self._special_tokens = sidecars.special_tokens(self._files)
+        self._template = sidecars.chat_template(self._files)
         vocabulary = library.get_vocab()
-        self._end_of_text = _end_token(vocabulary, end_of_text)
+        named = self._special_tokens.get("eos_token", "")
+        self._end_of_text = _end_token(vocabulary, end_of_text, named)
         # Only special tokens can be kept out of texts, and some files do not say so.
         end = AddedToken(self._end_of_text, special=True, normalized=False)
         library.add_special_tokens([end])
@@ -90,12 +142,88 @@ class JsonTokenizer:
         self._library, self._content = library, content
         self.vocab_size = max(vocabulary.values()) + 1
         self.end_id = vocabulary[self._end_of_text]
-        self.fingerprint = _digest(content.encode("utf-8"), self.end_id)
+        decisive = content
+        if self._template is not None:  # of the ids of conversations
+            decisive += json.dumps([self._template, self._special_tokens])
+        self.fingerprint = _digest(decisive.encode("utf-8"), self.end_id)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the ids of each text, nothing added before or after it."""
         found = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(each.ids, np.int32) for each in found]
+
+    def prompt(self, text: str) -> list[int]:
+        """Returns what `transformers` makes of `text` if the file came with its config.
+
+        A tokenizer that was trained here puts an end of text before every document,
+        and so before `text`; somebody else's says itself how a text begins.
+        """
+        if sidecars.CONFIG not in self._files:
+            return [self.end_id, *self.encode_batch([text])[0].tolist()]
+        # These two stand above the framing in tokenizer.json.
+        told = {"add_bos_token", "add_eos_token"} & set(sidecars.config(self._files))
+        ids = self._open_library.encode(text, add_special_tokens=not told).ids
+        ids = [*self._asked("bos"), *ids, *self._asked("eos")]
+        return ids or [self.end_id]
+
+    def _asked(self, name: str) -> list[int]:
+        """Returns the token that tokenizer_config.json puts around every text."""
+        asked = sidecars.config(self._files).get(f"add_{name}_token")
+        token = self._special_tokens.get(f"{name}_token", "")
+        found = self._open_library.token_to_id(token) if asked else None
+        return [] if found is None else [found]
+
+    def chat(self, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the int32 ids of a conversation, and which of them answer.
+
+        A token answers if its first character is one that an assistant's message adds.
+
+        Raises:
+          DataError: no chat template, or one that does not write these messages.
+        """
+        text, spans = self._chat_template.answers(messages)
+        found = self._chat_library.encode(text, add_special_tokens=False)
+        answered = np.zeros(len(text) + 1, bool)
+        for start, stop in spans:
+            answered[start:stop] = True
+        firsts = np.array([start for start, _ in found.offsets], np.int64)
+        return np.array(found.ids, np.int32), answered[firsts]
+
+    @functools.cached_property
+    def _chat_template(self) -> ChatTemplate:
+        if self._template is None:
+            raise DataError(
+                "the tokenizer has no chat template; put the model's "
+                "tokenizer_config.json or chat_template.jinja beside its "
+                "tokenizer.json, or set data.format=text."
+            )
+        return ChatTemplate(self._template, self._special_tokens)
+
+    @functools.cached_property
+    def _open_library(self) -> Any:
+        """The library's tokenizer to whom a special token's spelling is that token."""
+        return self._recognising(self._content)
+
+    @functools.cached_property
+    def _chat_library(self) -> Any:
+        # Without the framing, which the template writes; some framings also move
+        # the offsets of tokens that begin with a space.
+        content = json.loads(self._content) | {"post_processor": None}
+        return self._recognising(json.dumps(content))
+
+    def _recognising(self, content: str) -> Any:
+        from tokenizers import AddedToken
+        from tokenizers import Tokenizer as Library
+
+        library = Library.from_str(content)
+        library.no_truncation()
+        library.no_padding()
+        listed = {t.content for t in library.get_added_tokens_decoder().values()}
+        known = set(library.get_vocab())
+        unlisted = known.intersection(self._special_tokens.values()) - listed
+        tokens = [AddedToken(t, normalized=False) for t in sorted(unlisted)]
+        library.add_special_tokens(tokens)
+        return library
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text, special tokens spelled out."""
@@ -103,10 +231,18 @@ class JsonTokenizer:
         return self._library.decode(known, skip_special_tokens=False)
 
     def save(self, folder: pathlib.Path) -> None:
-        """Writes tokenizer.json and its end-of-text token."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self._content, encoding="utf-8")
+        """Writes tokenizer.json, what lay beside it, and its end-of-text token."""
         _write_about(folder, "json", self._end_of_text)
+        for name, content in self._everything().items():
+            (folder / name).write_bytes(content)
+
+    def published(self) -> dict[str, bytes]:
+        """Returns the files it was read from, with a config if there was none."""
+        config = _config("PreTrainedTokenizerFast", self._end_of_text)
+        return {sidecars.CONFIG: config} | self._everything()
+
+    def _everything(self) -> dict[str, bytes]:
+        return self._files | {"tokenizer.json": self._content.encode("utf-8")}
 
 
 class PieceTokenizer:
@@ -139,6 +275,12 @@ class PieceTokenizer:
         """Returns the ids of each text."""
         return [np.array(ids, np.int32) for ids in self._library.encode(list(texts))]
 
+    def prompt(self, text: str) -> list[int]:
+        """Returns the ids of `text` behind the model's first token, or an end."""
+        first = self._library.bos_id()
+        ids = self._library.encode(text)
+        return [first if first >= 0 else self.end_id, *ids]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text as the model normalised it."""
         return self._library.decode([int(i) for i in ids if i < self.vocab_size])
@@ -148,6 +290,15 @@ class PieceTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.model").write_bytes(self._content)
         _write_about(folder, "model", self._end_of_text)
+
+    def published(self) -> dict[str, bytes]:
+        """Returns the model, to be read as a Llama's."""
+        spell, first = self._library.id_to_piece, self._library.bos_id()
+        named = {"unk_token": spell(self._library.unk_id())}
+        if first >= 0:
+            named["bos_token"] = spell(first)
+        config = _config("LlamaTokenizer", spell(self.end_id), **named)
+        return {"tokenizer.model": self._content, sidecars.CONFIG: config}
 
 
 def given(data: DataConfig) -> Tokenizer | None:
@@ -167,7 +318,8 @@ def given(data: DataConfig) -> Tokenizer | None:
         content = filesystem.cat_file(path)
         if data.tokenizer.endswith(".model"):
             return PieceTokenizer(content, data.end_of_text)
-        return JsonTokenizer(content.decode("utf-8"), data.end_of_text)
+        files = sidecars.beside(filesystem, path)
+        return JsonTokenizer(content.decode("utf-8"), data.end_of_text, files)
     except (OSError, ValueError, ImportError) as err:
         raise DataError(
             f"data.tokenizer={data.tokenizer!r}; it cannot be read: {err}; give bytes, "
@@ -209,8 +361,10 @@ def load_tokenizer(folder: pathlib.Path) -> Tokenizer:
         if about["kind"] == "model":
             content = (folder / "tokenizer.model").read_bytes()
             return PieceTokenizer(content, about["end_of_text"])
-        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-        return JsonTokenizer(text, about["end_of_text"])
+        text = (folder / "tokenizer.json").read_bytes().decode("utf-8")
+        paths = {name: folder / name for name in sidecars.NAMES}
+        files = {n: path.read_bytes() for n, path in paths.items() if path.is_file()}
+        return JsonTokenizer(text, about["end_of_text"], files)
     except (OSError, ValueError, KeyError) as err:
         raise DataError(
             f"{folder}; no tokenizer can be read there: {err}; give the folder of a "
@@ -224,19 +378,35 @@ def _write_about(folder: pathlib.Path, kind: str, end_of_text: str) -> None:
     (folder / "about.json").write_text(about, encoding="utf-8")
 
 
+def _config(kind: str, end_of_text: str, **more: Any) -> bytes:
+    """Returns a tokenizer_config.json under which `transformers` changes no text."""
+    content = {
+        "tokenizer_class": kind,
+        "bos_token": end_of_text,
+        "eos_token": end_of_text,
+        "clean_up_tokenization_spaces": False,
+    }
+    return json.dumps(content | more, indent=2).encode("utf-8")
+
+
 def _digest(content: bytes, end_id: int) -> str:
     return hashlib.sha256(content + f"\n{end_id}".encode()).hexdigest()
 
 
-def _end_token(vocabulary: dict[str, Any], asked: str) -> str:
-    """Returns the spelling of the end of text that `vocabulary` has."""
+def _end_token(vocabulary: dict[str, Any], asked: str, named: str = "") -> str:
+    """Returns the spelling of the end of text that `vocabulary` has.
+
+    Args:
+      asked: by the user, who is told if there is no such token.
+      named: by the tokenizer's own files.
+    """
     if asked and asked not in vocabulary:
         near = difflib.get_close_matches(asked, vocabulary, n=3, cutoff=0.5)
         raise DataError(
             f"data.end_of_text={asked!r}; the tokenizer has no such token; "
             f"set it to one it has{', such as ' if near else ''}{', '.join(near)}."
         )
-    found = [s for s in (asked, *_END_SPELLINGS) if s in vocabulary and s]
+    found = [s for s in (asked, named, *_END_SPELLINGS) if s in vocabulary and s]
     if not found:
         spellings = ", ".join(_END_SPELLINGS)
         raise DataError(
