@@ -170,7 +170,9 @@ def _describe(
     files = _published(workdir)
     generation = json.loads(files.get("generation_config.json", b"{}"))
     generation = {
-        name: value for name, value in generation.items() if name != "_from_model_config"
+        name: value
+        for name, value in generation.items()
+        if name != "_from_model_config"
     }
     if not generation and (end := _end_id(workdir)) is not None:
         generation = {"bos_token_id": end, "eos_token_id": end}

@@ -119,7 +119,9 @@ def run(
     tokenizer = _tokenizer(pathlib.Path(workdir) / "tokenizer", prompts)
     end_id = tokenizer.end_id if tokenizer else -1  # -1: nothing ends a text
     ids = [
-        tokenizer.prompt(prompt) if isinstance(prompt, str) else list(prompt)
+        tokenizer.prompt(prompt)
+        if tokenizer and isinstance(prompt, str)
+        else list(map(int, prompt))
         for prompt in prompts
     ]
     _check_ids(ids, run)
@@ -137,9 +139,7 @@ def run(
     return found
 
 
-def _tokenizer(
-    folder: pathlib.Path, prompts: Sequence[Any]
-) -> data.Tokenizer | None:
+def _tokenizer(folder: pathlib.Path, prompts: Sequence[Any]) -> data.Tokenizer | None:
     """Returns the run's tokenizer; None if it has none and no prompt needs it."""
     if folder.is_dir() or any(isinstance(prompt, str) for prompt in prompts):
         return data.load_tokenizer(folder)

@@ -55,9 +55,9 @@ def run(
     partial = target.parent / f".{target.name}.importing"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        if (tokenizer := _tokenizer_file(folder)) is not None:
-            given = DataConfig(tokenizer=str(tokenizer))
-            data.read_tokenizer(given).save(partial / "tokenizer")
+        tokenizer = _tokenizer(folder)
+        if tokenizer is not None:
+            tokenizer.save(partial / "tokenizer")
         with jax.set_mesh(grid):
             weights = _weights(entries, stored, shapes)
             with contextlib.closing(checkpoint.Checkpoints(partial, settings)) as new:
@@ -123,6 +123,11 @@ def _tokenizer_file(folder: pathlib.Path) -> pathlib.Path | None:
         if (folder / name).is_file():
             return folder / name
     return None
+
+
+def _tokenizer(folder: pathlib.Path) -> data.Tokenizer | None:
+    path = _tokenizer_file(folder)
+    return data.read_tokenizer(DataConfig(tokenizer=str(path))) if path else None
 
 
 def _settings(
@@ -210,7 +215,9 @@ class _Filling:
 
     def __init__(self, shape: jax.ShapeDtypeStruct, dtype: Any):
         self._shape, self._dtype = shape, dtype
-        self._places = shape.sharding.addressable_devices_indices_map(shape.shape)
+        assert shape.sharding is not None
+        indices = shape.sharding.addressable_devices_indices_map(shape.shape)
+        self._places = {device: at for device, at in indices.items() if at is not None}
         inner = shape.sharding.shard_shape(shape.shape)
         self._shards = {
             device: jnp.zeros(inner, dtype, device=device) for device in self._places

@@ -6,8 +6,7 @@ import json
 import numpy as np
 import pytest
 import sentencepiece
-from hypothesis import given as drawn
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaletrain.config.schema import DataConfig
@@ -16,8 +15,8 @@ from scaletrain.data.tokenizers import (
     ByteTokenizer,
     JsonTokenizer,
     PieceTokenizer,
-    given,
     load_tokenizer,
+    read_tokenizer,
     train_bpe,
 )
 from scaletrain.errors import DataError
@@ -50,7 +49,7 @@ def content(tmp_path):
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE], ids=["bytes", "bpe"])
 @settings(deadline=None)
-@drawn(texts=st.lists(UNICODE | st.sampled_from(TEXTS), max_size=4))
+@given(texts=st.lists(UNICODE | st.sampled_from(TEXTS), max_size=4))
 def test_any_text_comes_back(tokenizer, texts):
     encoded = tokenizer.encode_batch(texts)
     assert [tokenizer.decode(ids) for ids in encoded] == texts
@@ -111,34 +110,34 @@ def test_the_end_token_is_found_or_asked_for(tmp_path, spelling):
     text = json.dumps(content(tmp_path)).replace(END_OF_TEXT, spelling)
     path = tmp_path / "other.json"
     path.write_text(text)
-    found = given(DataConfig(tokenizer=str(path)))
+    found = read_tokenizer(DataConfig(tokenizer=str(path)))
     assert found is not None
     assert found.end_id == 0
     assert spelling in found.decode([0])
-    named = given(DataConfig(tokenizer=str(path), end_of_text="ret"))
+    named = read_tokenizer(DataConfig(tokenizer=str(path), end_of_text="ret"))
     assert named is not None
     assert named.end_id != 0
     assert named.fingerprint != found.fingerprint
     with pytest.raises(DataError, match=r"'retur.'; the tokenizer has.*return"):
-        given(DataConfig(tokenizer=str(path), end_of_text="retur."))
+        read_tokenizer(DataConfig(tokenizer=str(path), end_of_text="retur."))
     path.write_text(text.replace(spelling, "<stop>"))
     with pytest.raises(DataError, match=r"none of .*</s>.*; set data.end_of_text to"):
-        given(DataConfig(tokenizer=str(path)))
+        read_tokenizer(DataConfig(tokenizer=str(path)))
 
 
 def test_sentence_pieces(tmp_path):
     path = tmp_path / "a.model"
     path.write_bytes(piece_model())
-    tokenizer = given(DataConfig(tokenizer=str(path)))
+    tokenizer = read_tokenizer(DataConfig(tokenizer=str(path)))
     assert isinstance(tokenizer, PieceTokenizer)
     assert tokenizer.end_id == 2
     ids = tokenizer.encode_batch(["x </s> größer", "return"])[0]
     assert 2 not in ids
     assert tokenizer.decode([*ids, 99_999]) == "x </s> größer"
     with pytest.raises(DataError, match=r"data.end_of_text='<stop>'"):
-        given(DataConfig(tokenizer=str(path), end_of_text="<stop>"))
+        read_tokenizer(DataConfig(tokenizer=str(path), end_of_text="<stop>"))
     path.write_bytes(piece_model(eos_id=-1, control_symbols=["<|im_end|>"]))
-    other = given(DataConfig(tokenizer=str(path)))
+    other = read_tokenizer(DataConfig(tokenizer=str(path)))
     assert other is not None
     assert "<|im_end|>" not in other.decode(other.encode_batch(["x"])[0])
     assert 0 < other.end_id < other.vocab_size
@@ -172,7 +171,7 @@ def test_an_unreadable_tokenizer_is_refused(tmp_path, name, stored):
     if stored is not None:
         path.write_bytes(stored)
     with pytest.raises(DataError, match=f"data.tokenizer='{path}'.*; give bytes, bpe"):
-        given(DataConfig(tokenizer=str(path)))
+        read_tokenizer(DataConfig(tokenizer=str(path)))
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):

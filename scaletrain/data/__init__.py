@@ -13,7 +13,7 @@ What is imported here is all that the rest of scaletrain uses.
 from scaletrain.data.batches import training_batches, validation_batches
 from scaletrain.data.cache import Corpus, Split, baselines, prepare
 from scaletrain.data.sequences import Sequences, sequences
-from scaletrain.data.tokenizers import Tokenizer, load_tokenizer
+from scaletrain.data.tokenizers import Tokenizer, load_tokenizer, read_tokenizer
 
 __all__ = [
     "Corpus",
@@ -23,6 +23,7 @@ __all__ = [
     "baselines",
     "load_tokenizer",
     "prepare",
+    "read_tokenizer",
     "sequences",
     "training_batches",
     "validation_batches",

@@ -67,7 +67,7 @@ def prepare(run: RunConfig, say: Callable[[str], None]) -> Corpus:
     data, vocab_size = run.data, run.model.vocab_size
     if data.source == "synthetic":
         return Corpus(None, _sha256(["synthetic", vocab_size]), {})
-    tokenizer = tokenizers.given(data)
+    tokenizer = tokenizers.read_tokenizer(data)
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"model.vocab_size={vocab_size}; the tokenizer has {tokenizer.vocab_size} "

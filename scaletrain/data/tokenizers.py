@@ -301,7 +301,7 @@ class PieceTokenizer:
         return {"tokenizer.model": self._content, sidecars.CONFIG: config}
 
 
-def given(data: DataConfig) -> Tokenizer | None:
+def read_tokenizer(data: DataConfig) -> Tokenizer | None:
     """Returns the tokenizer that `data` names, None for one yet to be trained.
 
     Raises:

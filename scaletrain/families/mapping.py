@@ -6,7 +6,7 @@ Nothing here needs jax or an array: tensors are planned by name, shape and view.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -300,7 +300,7 @@ class Entry:
 
 
 def entries(
-    family: Family, model: ModelConfig, paths: Mapping[str, Any]
+    family: Family, model: ModelConfig, paths: Collection[str]
 ) -> Iterator[Entry]:
     """Yields every published tensor of a model, layer by layer.
 
