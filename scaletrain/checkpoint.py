@@ -25,6 +25,7 @@ from scaletrain.errors import CheckpointError
 from scaletrain.step import TrainState
 
 Tree = Any
+_CHUNK_BYTES = 2**24  # of an import's arrays
 
 
 def flat(tree: Tree) -> dict[str, Any]:
@@ -56,8 +57,8 @@ class Checkpoints:
             self.folder,
             options=options,
             item_handlers={
-                "params": ocp.StandardCheckpointHandler(),
-                "rest": ocp.StandardCheckpointHandler(),
+                "params": ocp.PyTreeCheckpointHandler(),
+                "rest": ocp.PyTreeCheckpointHandler(),
                 "about": ocp.JsonCheckpointHandler(),
             },
         )
@@ -77,8 +78,8 @@ class Checkpoints:
         self._save(
             step,
             {"fingerprint": data_fingerprint, "next_step": step},
-            params=ocp.args.StandardSave(flat(state.params)),
-            rest=ocp.args.StandardSave(flat(rest)),
+            params=ocp.args.PyTreeSave(flat(state.params)),
+            rest=ocp.args.PyTreeSave(flat(rest)),
         )
 
     def save_weights(self, weights: Mapping[str, Any]) -> None:
@@ -87,7 +88,13 @@ class Checkpoints:
         Raises:
           CheckpointError: they could not be saved.
         """
-        self._save(0, None, params=ocp.args.StandardSave(dict(weights)))
+        # Small chunks in small files: what is encoded and not yet on disk is memory
+        # that a machine just large enough for the weights does not have.
+        chunks = dict.fromkeys(weights, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
+        params = ocp.args.PyTreeSave(
+            dict(weights), chunks, ocdbt_target_data_file_size=4 * _CHUNK_BYTES
+        )
+        self._save(0, None, params=params)
         self.finish()
 
     def _save(self, step: int, data: Mapping[str, Any] | None, **items: Any) -> None:
@@ -193,7 +200,10 @@ class Checkpoints:
     def _restore(self, step: int, item: str, tree: Tree) -> Tree:
         wanted = flat(tree)
         self._compare(step, item, wanted)
-        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(wanted)})
+        layout = ocp.checkpoint_utils.construct_restore_args(wanted)
+        args = ocp.args.Composite(
+            **{item: ocp.args.PyTreeRestore(wanted, restore_args=layout)}
+        )
         try:
             found = self._manager.restore(step, args=args)[item]
         except (OSError, ValueError) as err:

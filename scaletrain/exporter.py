@@ -64,7 +64,7 @@ def run(
             tensors = _adapter(partial, family, run, weights, dtype)
         else:
             tensors = _model(partial, family, run, weights, stored, dtype)
-            _describe(partial, settings, tensors, pathlib.Path(workdir))
+            _describe(partial, settings, tensors, pathlib.Path(workdir, "tokenizer"))
         _card(partial, run, family, workdir, at, tensors)
         partial.rename(target)
     except OSError as err:
@@ -164,44 +164,25 @@ def _describe(
     folder: pathlib.Path,
     settings: dict[str, Any],
     tensors: Tensors,
-    workdir: pathlib.Path,
+    tokenizer: pathlib.Path,
 ) -> None:
     """Writes config.json, the tokenizer's files and what generation needs."""
-    files = _published(workdir)
-    generation = json.loads(files.get("generation_config.json", b"{}"))
-    generation = {
-        name: value
-        for name, value in generation.items()
-        if name != "_from_model_config"
-    }
-    if not generation and (end := _end_id(workdir)) is not None:
-        generation = {"bos_token_id": end, "eos_token_id": end}
+    generation = {}
+    if (tokenizer / "about.json").is_file():
+        found = data.load_tokenizer(tokenizer)
+        generation = {"bos_token_id": found.end_id, "eos_token_id": found.end_id}
+        for name, content in found.published().items():
+            (folder / name).write_bytes(content)
+    imported = tokenizer / "generation_config.json"
+    if imported.is_file():
+        generation = json.loads(imported.read_text(encoding="utf-8"))
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     settings |= {name: generation[name] for name in ids if name in generation}
     kinds = {str(dtype) for _, dtype in tensors.values()}
     settings["torch_dtype"] = kinds.pop() if len(kinds) == 1 else "float32"
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
     _json(folder / "config.json", settings)
     if generation:
         _json(folder / "generation_config.json", generation)
-
-
-def _published(workdir: pathlib.Path) -> dict[str, bytes]:
-    found = _tokenizer(workdir)
-    return found.published() if found else {}
-
-
-def _end_id(workdir: pathlib.Path) -> int | None:
-    found = _tokenizer(workdir)
-    return found.end_id if found else None
-
-
-def _tokenizer(workdir: pathlib.Path) -> data.Tokenizer | None:
-    """Returns the run's tokenizer; None if it never had one."""
-    if not (workdir / "tokenizer").is_dir():
-        return None
-    return data.load_tokenizer(workdir / "tokenizer")
 
 
 def _card(

@@ -58,6 +58,7 @@ def run(
         tokenizer = _tokenizer(folder)
         if tokenizer is not None:
             tokenizer.save(partial / "tokenizer")
+        _leave_ids(folder, partial / "tokenizer")
         with jax.set_mesh(grid):
             weights = _weights(entries, stored, shapes)
             with contextlib.closing(checkpoint.Checkpoints(partial, settings)) as new:
@@ -128,6 +129,18 @@ def _tokenizer_file(folder: pathlib.Path) -> pathlib.Path | None:
 def _tokenizer(folder: pathlib.Path) -> data.Tokenizer | None:
     path = _tokenizer_file(folder)
     return data.read_tokenizer(DataConfig(tokenizer=str(path))) if path else None
+
+
+def _leave_ids(folder: pathlib.Path, to: pathlib.Path) -> None:
+    """Keeps the special ids of the checkpoint's own files for its export."""
+    kept = _config(folder)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: kept[name] for name in names if kept.get(name) is not None}
+    path = folder / "generation_config.json"
+    if path.is_file():
+        ids |= json.loads(path.read_text(encoding="utf-8"))
+    to.mkdir(parents=True, exist_ok=True)
+    (to / path.name).write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
 
 
 def _settings(
