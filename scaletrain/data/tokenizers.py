@@ -294,10 +294,14 @@ class PieceTokenizer:
     def published(self) -> dict[str, bytes]:
         """Returns the model, to be read as a Llama's."""
         spell, first = self._library.id_to_piece, self._library.bos_id()
-        named = {"unk_token": spell(self._library.unk_id())}
+        named = {
+            "unk_token": spell(self._library.unk_id()),
+            "add_bos_token": first >= 0,
+        }
         if first >= 0:
             named["bos_token"] = spell(first)
-        config = _config("LlamaTokenizer", spell(self.end_id), **named)
+        # Not legacy leaves out the space that the model puts before every text.
+        config = _config("LlamaTokenizer", spell(self.end_id), legacy=True, **named)
         return {"tokenizer.model": self._content, sidecars.CONFIG: config}
 
 
