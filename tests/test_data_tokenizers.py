@@ -3,6 +3,7 @@
 import io
 import json
 
+import fsspec
 import numpy as np
 import pytest
 import sentencepiece
@@ -181,3 +182,175 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(DataError, match="no tokenizer can be read there"):
         load_tokenizer(tmp_path)
+
+
+BOS, STOP = "<|bos|>", "<|stop|>"
+CONFIG: dict = {"bos_token": BOS, "eos_token": {"content": STOP}}
+
+
+def published_model(config, framed=True):
+    """Returns the files of somebody else's model, whose texts begin with `BOS`."""
+    from tokenizers import Tokenizer, processors
+
+    library = Tokenizer.from_str(BPE.published()["tokenizer.json"].decode())
+    library.add_special_tokens([BOS, STOP])
+    if framed:
+        library.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A", special_tokens=[(BOS, 300)]
+        )
+    return {
+        "tokenizer.json": library.to_str().encode(),
+        "tokenizer_config.json": json.dumps(config).encode(),
+        "special_tokens_map.json": b'{"pad_token": "return"}',
+        "generation_config.json": b'{"eos_token_id": [301, 0]}',
+        "chat_template.jinja": b"{% for m in messages %}{{ m.content }}{% endfor %}",
+        "chat_template.json": b'{"chat_template": "older"}',
+        "added_tokens.json": b"{}",
+        "tokenizer.model": b"\x00\xff",
+    }
+
+
+def read(folder, files, **settings) -> JsonTokenizer:
+    folder.mkdir(exist_ok=True, parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    found = given(DataConfig(tokenizer=str(folder / "tokenizer.json"), **settings))
+    assert isinstance(found, JsonTokenizer)
+    return found
+
+
+def test_what_lies_beside_a_tokenizer_goes_with_it(tmp_path):
+    files = published_model(CONFIG)
+    first = read(tmp_path / "a", files | {"vocab.json": b"{}", "x.json": b"{}"})
+    first.save(tmp_path / "b")
+    assert {p.name for p in (tmp_path / "b").iterdir()} == {*files, "about.json"}
+    again = load_tokenizer(tmp_path / "b")
+    memory = fsspec.filesystem("memory")
+    memory.pipe({f"/tokenizer/{name}": content for name, content in files.items()})
+    remote = given(DataConfig(tokenizer="memory://tokenizer/tokenizer.json"))
+    for tokenizer in (first, again, remote):
+        assert isinstance(tokenizer, JsonTokenizer)
+        assert tokenizer.published() == files
+        assert tokenizer.fingerprint == first.fingerprint
+        assert tokenizer.end_id == 301
+        assert tokenizer.prompt("x") == [300, *BPE.encode_batch(["x"])[0]]
+        ids, answers = tokenizer.chat([{"role": "assistant", "content": "x"}])
+        assert ids.tolist() == BPE.encode_batch(["x"])[0].tolist()
+        assert answers.all()
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "end_id"),
+    [
+        (CONFIG, "", 301),
+        ({"eos_token": BOS}, "", 300),
+        ({"eos_token": None}, "", 0),
+        ({"eos_token": "<|nowhere|>"}, "", 0),
+        (CONFIG, BOS, 300),
+    ],
+)
+def test_the_config_names_the_end_unless_it_was_asked_for(
+    tmp_path, config, asked, end_id
+):
+    files = published_model(config)
+    tokenizer = read(tmp_path, files, end_of_text=asked)
+    assert tokenizer.end_id == end_id
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").end_id == end_id
+
+
+def test_an_end_that_only_the_special_tokens_map_names(tmp_path):
+    named = json.dumps({"eos_token": STOP}).encode()
+    files = published_model({}) | {"special_tokens_map.json": named}
+    assert read(tmp_path, files).end_id == 301
+    newer = {"tokenizer_config.json": b'{"added_tokens_decoder": {}}'}
+    assert read(tmp_path, files | newer).end_id == 0
+
+
+X = BPE.encode_batch(["x"])[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("config", "framed", "text", "ids"),
+    [
+        (CONFIG, True, "x", [300, *X]),
+        (CONFIG, True, "", [300]),
+        (CONFIG, False, "x", X),
+        (CONFIG, False, "", [301]),
+        (CONFIG, False, f"x{STOP}{BOS}", [*X, 301, 300]),
+        (CONFIG | {"add_bos_token": True}, False, "x", [300, *X]),
+        (CONFIG | {"add_bos_token": True}, True, "x", [300, *X]),
+        (CONFIG | {"add_bos_token": False}, True, "x", X),
+        (CONFIG | {"add_eos_token": True}, False, "x", [*X, 301]),
+        ({"add_bos_token": True, "eos_token": STOP}, False, "x", X),
+    ],
+)
+def test_a_prompt_begins_as_the_models_files_say(tmp_path, config, framed, text, ids):
+    tokenizer = read(tmp_path, published_model(config, framed))
+    assert tokenizer.prompt(text) == ids
+
+
+def test_a_prompt_of_ones_own_begins_with_an_end(tmp_path):
+    assert ByteTokenizer().prompt("aé") == [256, 97, 0xC3, 0xA9]
+    assert ByteTokenizer().prompt("") == [256]
+    assert BPE.prompt("x") == [0, *X]
+    assert BPE.prompt(END_OF_TEXT)[0] == 0
+    assert 0 not in BPE.prompt(END_OF_TEXT)[1:]
+    BPE.save(tmp_path)
+    assert load_tokenizer(tmp_path).prompt("x") == [0, *X]
+    pieces = PieceTokenizer(piece_model())
+    assert pieces.prompt("x") == [1, *pieces.encode_batch(["x"])[0]]
+    without = PieceTokenizer(piece_model(bos_id=-1))
+    assert without.prompt("") == [without.end_id]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", b"{"),
+        ("tokenizer_config.json", b"[]"),
+        ("special_tokens_map.json", b"\xff"),
+        ("chat_template.jinja", b"\xff"),
+    ],
+)
+def test_a_damaged_file_beside_a_tokenizer_is_refused(tmp_path, name, content):
+    files = published_model(CONFIG) | {name: content}
+    with pytest.raises(DataError, match=r"tokenizer.json'; it cannot be read: "):
+        read(tmp_path, files)
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE], ids=["bytes", "bpe"])
+@settings(deadline=None)
+@drawn(text=UNICODE | st.sampled_from(TEXTS))
+def test_what_is_published_has_the_same_ids(tokenizer, text):
+    from tokenizers import Tokenizer
+
+    files = tokenizer.published()
+    config = json.loads(files["tokenizer_config.json"])
+    library = Tokenizer.from_str(files["tokenizer.json"].decode())
+    text = text.replace(END_OF_TEXT, "")
+    ids = library.encode(text).ids
+    assert ids == tokenizer.encode_batch([text])[0].tolist()
+    assert library.decode(ids) == text
+    assert library.token_to_id(config["eos_token"]) == tokenizer.end_id
+    assert library.get_vocab_size() == tokenizer.vocab_size
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_pieces_are_published_if_a_llama_would_read_them_alike():
+    like = {"model_type": "bpe", "normalization_rule_name": "identity"}
+    model = piece_model(**like, remove_extra_whitespaces=False)
+    files = PieceTokenizer(model).published()
+    assert files["tokenizer.model"] == model
+    config = json.loads(files["tokenizer_config.json"])
+    assert config["tokenizer_class"] == "LlamaTokenizer"
+    assert (config["bos_token"], config["add_bos_token"]) == ("<s>", True)
+    for other in (
+        {"model_type": "unigram"},
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"remove_extra_whitespaces": True},
+        {"add_dummy_prefix": False},
+    ):
+        options = like | {"remove_extra_whitespaces": False} | other
+        with pytest.raises(DataError, match="convert it to a tokenizer.json"):
+            PieceTokenizer(piece_model(**options)).published()

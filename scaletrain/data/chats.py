@@ -93,15 +93,17 @@ class ChatTemplate:
           DataError: the template refuses, or reaches for what it may not.
         """
         try:
-            return self._template.render(
+            text = self._template.render(
                 self._special_tokens,
                 messages=messages,
                 tools=None,
                 documents=None,
                 add_generation_prompt=prompt,
             )
+            text.encode("utf-8")  # JSON can spell half a surrogate pair
         except Exception as err:  # a stranger's program can fail in any way
             raise _failed(err) from err
+        return text
 
     def answers(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
         """Returns the whole text, and from where to where the assistant wrote it.

@@ -292,12 +292,36 @@ class PieceTokenizer:
         _write_about(folder, "model", self._end_of_text)
 
     def published(self) -> dict[str, bytes]:
-        """Returns the model, to be read as a Llama's."""
+        """Returns the model, to be read as a Llama's.
+
+        Raises:
+          DataError: it is not like a Llama's, so that the ids would be others.
+        """
+        from sentencepiece import sentencepiece_model_pb2
+
+        protos: Any = sentencepiece_model_pb2
+        model = protos.ModelProto.FromString(self._content)
+        normaliser, kind = model.normalizer_spec, model.trainer_spec.model_type
+        if (
+            kind != model.trainer_spec.BPE
+            or normaliser.name != "identity"
+            or normaliser.remove_extra_whitespaces
+            or not normaliser.add_dummy_prefix
+        ):
+            raise DataError(
+                "data.tokenizer; transformers reads a SentencePiece model as BPE of "
+                "the text as it is, and this one is unigram or normalises; convert it "
+                "to a tokenizer.json and train with that."
+            )
         spell, first = self._library.id_to_piece, self._library.bos_id()
-        named = {"unk_token": spell(self._library.unk_id())}
+        named = {
+            "unk_token": spell(self._library.unk_id()),
+            "add_bos_token": first >= 0,
+        }
         if first >= 0:
             named["bos_token"] = spell(first)
-        config = _config("LlamaTokenizer", spell(self.end_id), **named)
+        # Not legacy leaves out the space that the model puts before every text.
+        config = _config("LlamaTokenizer", spell(self.end_id), legacy=True, **named)
         return {"tokenizer.model": self._content, sidecars.CONFIG: config}
 
 
