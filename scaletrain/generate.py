@@ -141,7 +141,9 @@ def run(
 
 def _tokenizer(folder: pathlib.Path, prompts: Sequence[Any]) -> data.Tokenizer | None:
     """Returns the run's tokenizer; None if it has none and no prompt needs it."""
-    if (folder / "about.json").is_file() or any(isinstance(prompt, str) for prompt in prompts):
+    if (folder / "about.json").is_file() or any(
+        isinstance(prompt, str) for prompt in prompts
+    ):
         return data.load_tokenizer(folder)
     return None
 

@@ -321,7 +321,7 @@ def test_a_damaged_file_beside_a_tokenizer_is_refused(tmp_path, name, content):
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE], ids=["bytes", "bpe"])
 @settings(deadline=None)
-@drawn(text=UNICODE | st.sampled_from(TEXTS))
+@given(text=UNICODE | st.sampled_from(TEXTS))
 def test_what_is_published_has_the_same_ids(tokenizer, text):
     from tokenizers import Tokenizer
 
