@@ -59,10 +59,9 @@ def run(
         if tokenizer is not None:
             tokenizer.save(partial / "tokenizer")
         _leave_ids(folder, partial / "tokenizer")
-        with jax.set_mesh(grid):
-            weights = _weights(entries, stored, shapes)
-            with contextlib.closing(checkpoint.Checkpoints(partial, settings)) as new:
-                new.save_weights(weights)
+        weights = _weights(entries, stored, shapes)
+        with contextlib.closing(checkpoint.Checkpoints(partial, settings)) as new:
+            new.save_weights(weights)
         text = config.to_json(settings)
         (partial / "config.json").write_text(text, encoding="utf-8")
         partial.rename(target)

@@ -1,0 +1,434 @@
+"""Published checkpoints: what transformers made comes in, computes the same, goes out.
+
+tests/reference/make.py made the models and what they compute, with torch.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import small
+from flax import nnx
+
+from scaletrain import (
+    checkpoint,
+    config,
+    evaluate,
+    exporter,
+    families,
+    generate,
+    importer,
+    mesh,
+    safetensors,
+    step,
+    train,
+)
+from scaletrain.errors import CheckpointError, ConfigError
+
+REFERENCE = pathlib.Path(__file__).parent / "reference"
+FAMILIES = [
+    "llama", "llama3", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt2",
+    "olmo2", "phi3",
+]  # fmt: skip
+
+
+def settings(workdir, **changes):
+    """Returns the settings in a workdir, for all devices or as changed."""
+    run = config.from_json((pathlib.Path(workdir) / "config.json").read_text())
+    return small.changed(run, **changes)
+
+
+@pytest.fixture(scope="session")
+def imported(tmp_path_factory):
+    """Returns a function from a reference's name to its workdir, on 8 devices."""
+    root, made = tmp_path_factory.mktemp("imported"), set()
+
+    def workdir(name):
+        if name not in made:
+            importer.run(str(REFERENCE / name), str(root / name), [])
+            made.add(name)
+        return str(root / name)
+
+    return workdir
+
+
+def logits(workdir, tokens, tmp_path, **changes):
+    """Returns what `eval --tokens --save_logits` writes."""
+    np.save(tmp_path / "tokens.npy", tokens)
+    out = str(tmp_path / "logits.npy")
+    run = settings(workdir, **changes)
+    evaluate.score(run, workdir, None, str(tmp_path / "tokens.npy"), out)
+    return np.load(out)
+
+
+def stored(folder):
+    """Returns the tensors of a folder by name."""
+    found = safetensors.contents(pathlib.Path(folder))
+    return {name: each.read() for name, each in found.items()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_computes_what_transformers_computes(name, imported, tmp_path):
+    """Rows of unequal lengths, past windows and past the original rope range."""
+    wanted = np.load(REFERENCE / name / "reference.npz")
+    found = logits(imported(name), wanted["tokens"], tmp_path)
+    assert found.dtype == np.float32
+    for row, length in enumerate(wanted["lengths"]):
+        np.testing.assert_allclose(
+            found[row, :length], wanted["logits"][row, :length], atol=1e-4, rtol=0
+        )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_continues_as_transformers_continues(name, imported):
+    """Greedy decoding through the key/value cache, 32 tokens."""
+    wanted = np.load(REFERENCE / name / "reference.npz")
+    run = settings(imported(name), precision__compute="float32")
+    sampling = generate.Sampling(temperature=0.0, max_new_tokens=32)
+    prompts = [wanted["prompt"].tolist()]
+    found = generate.run(run, imported(name), None, prompts, sampling, 0)
+    assert found[0]["ids"] == wanted["greedy"].tolist()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_goes_out_as_it_came(name, imported, tmp_path):
+    """Names, formats and bits of every tensor, and the settings."""
+    to = tmp_path / "out"
+    exporter.run(
+        settings(imported(name)), imported(name), str(to), None, "", merge=False
+    )
+    then, now = stored(REFERENCE / name), stored(to)
+    assert then.keys() == now.keys()
+    for tensor, value in then.items():
+        assert value.dtype == now[tensor].dtype
+        assert value.tobytes() == now[tensor].tobytes(), tensor
+    told, asked = (
+        families.of_config(json.loads((folder / "config.json").read_text()))
+        for folder in (to, REFERENCE / name)
+    )
+    assert told == asked
+    assert f"{told[0].name} model" in (to / "README.md").read_text()
+
+
+def test_a_format_can_be_asked_for(imported, tmp_path):
+    to = tmp_path / "out"
+    run = settings(imported("qwen3"))
+    exporter.run(run, imported("qwen3"), str(to), None, "bfloat16", merge=False)
+    then, now = stored(REFERENCE / "qwen3"), stored(to)
+    for tensor, value in then.items():
+        assert now[tensor].tobytes() == value.astype("bfloat16").tobytes()
+
+
+def test_shards_are_read_and_written(imported, tmp_path):
+    """An index and its files; one tensor larger than a file may be stays whole."""
+    first = stored(REFERENCE / "qwen3_sharded")
+    kinds = {name: (value.shape, value.dtype) for name, value in first.items()}
+    safetensors.write(tmp_path, kinds, first.__getitem__, shard_bytes=20_000)
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    again = stored(tmp_path)
+    assert {n: v.tobytes() for n, v in first.items()} == {
+        n: v.tobytes() for n, v in again.items()
+    }
+    weights = checkpoint_weights(imported("qwen3_sharded"))
+    np.testing.assert_array_equal(
+        weights["embedding"], first["model.embed_tokens.weight"]
+    )
+
+
+def checkpoint_weights(workdir):
+    run = config.resolve(settings(workdir), jax.device_count())
+    grid = mesh.build(run.mesh)
+    with jax.set_mesh(grid):
+        program = step.build(run, grid)
+        _, weights = checkpoint.weights_of(workdir, run, None, program.state)
+    return jax.device_get(checkpoint.flat(weights))
+
+
+def test_gradients_equal_torch_autograd(imported):
+    """The loss and the gradient of every parameter, of one family, in float32."""
+    wanted = np.load(REFERENCE / "llama3" / "gradients.npz")
+    workdir = imported("llama3")
+    run = settings(workdir, precision__compute="float32", seq_len=64)
+    run = config.resolve(run, jax.device_count())
+    grid = mesh.build(run.mesh)
+    program = step.build(run, grid)
+    batch = {name: wanted[name] for name in ("tokens", "targets", "weights")}
+    B, T = batch["tokens"].shape
+    batch["positions"] = np.tile(np.arange(T, dtype=np.int32), (B, 1))
+    batch["segments"] = np.ones((B, T), np.int32)
+    batch["key"] = jax.random.split(jax.random.key(0), B)
+    with jax.set_mesh(grid):
+        _, params = checkpoint.weights_of(workdir, run, None, program.state)
+    # One device: a batch of two does not divide over eight.
+    params = jax.tree.map(np.asarray, jax.device_get(params))
+
+    def mean(params):
+        loss, sums = step._objective(params, batch, frozen={}, program=program)
+        return loss / sums.weight
+
+    loss, grads = jax.jit(jax.value_and_grad(mean))(params)
+    np.testing.assert_allclose(loss, wanted["loss"], rtol=1e-5)
+    flat, seen = checkpoint.flat(grads), 0
+    for entry in families.entries(families.FAMILIES["llama"], run.model, flat):
+        found = entry.join(lambda piece: np.asarray(flat[piece.path][piece.index]))
+        theirs = wanted[f"gradient/{entry.name}"]
+        error = np.abs(found - theirs).max() / np.abs(theirs).max()
+        assert error < 1e-4, (entry.name, error)
+        seen += 1
+    assert seen == len(stored(REFERENCE / "llama3"))
+
+
+def test_training_from_an_import_is_the_same_on_any_mesh(imported):
+    """Ten steps on 2 x 2 x 2 devices and on one, from the same weights."""
+    workdir = imported("qwen2")
+
+    def losses(**axes):
+        run = settings(
+            workdir,
+            batch_size=8,
+            seq_len=32,
+            num_steps=10,
+            precision__compute="float32",
+            optim__learning_rate=1e-2,
+            optim__warmup_steps=0,
+            mesh=config.MeshConfig(**axes),
+        )
+        taken = small.Taken(run)
+        with jax.set_mesh(taken.mesh):
+            _, params = checkpoint.weights_of(workdir, run, None, taken.program.state)
+        taken.state = dataclasses.replace(taken.state, params=params)
+        return taken.losses(10)
+
+    one, eight = losses(), losses(data=2, fsdp=2, tensor=2)
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
+    assert one[-1] < one[0]
+
+
+def test_a_run_goes_on_from_an_import(imported, tmp_path):
+    """Step 0 is the import and stays; later steps have an optimizer."""
+    workdir = tmp_path / "run"
+    shutil.copytree(imported("llama"), workdir)
+    run = settings(
+        workdir,
+        num_steps=4,
+        batch_size=8,
+        seq_len=16,
+        optim__warmup_steps=0,
+        checkpoint__every_steps=1,
+        checkpoint__keep=2,
+        log_every_steps=1,
+        data__source="synthetic",
+    )
+    before = checkpoint_weights(workdir)
+    train.run(run, str(workdir))
+    kept = {int(p.name) for p in (workdir / "checkpoints").iterdir() if p.is_dir()}
+    assert kept == {0, 3, 4}
+    after = checkpoint_weights(workdir)
+    assert not np.array_equal(before["embedding"], after["embedding"])
+    other = small.changed(run, init_from=str(workdir), num_steps=1)
+    train.run(other, str(tmp_path / "other"))
+    named = settings(tmp_path / "other").init_from
+    assert named == f"{workdir}@4"
+    first = json.loads(
+        (tmp_path / "other" / "metrics.jsonl").read_text().splitlines()[0]
+    )
+    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] != last["loss"]
+
+
+def broken(name, change, folder):
+    """Returns a copy of a reference after `change` of its folder."""
+    shutil.copytree(REFERENCE / name, folder)
+    change(folder)
+    return folder
+
+
+def edited(**keys):
+    def change(folder):
+        path = folder / "config.json"
+        found = json.loads(path.read_text())
+        path.write_text(json.dumps({**found, **keys}))
+
+    return change
+
+
+def indexed(function):
+    def change(folder):
+        path = folder / safetensors.INDEX
+        found = json.loads(path.read_text())
+        function(found["weight_map"])
+        path.write_text(json.dumps(found))
+
+    return change
+
+
+def cut(name, size):
+    def change(folder):
+        path = folder / name
+        path.write_bytes(path.read_bytes()[:size])
+
+    return change
+
+
+def renamed(old, new):
+    """Renames a tensor inside the header, which keeps its length."""
+
+    def change(folder):
+        path = folder / safetensors.SINGLE
+        path.write_bytes(path.read_bytes().replace(old, new, 1))
+
+    return change
+
+
+def first_shard(folder):
+    return sorted(folder.glob("model-*.safetensors"))[0]
+
+
+BROKEN = [
+    ("llama", cut("model.safetensors", 5000), "model.safetensors.*cut off"),
+    ("llama", cut("model.safetensors", 100), "model.safetensors; not a safetensors"),
+    ("llama", cut("config.json", 30), "config.json; it cannot be read"),
+    ("llama", lambda f: (f / "config.json").unlink(), "config.json; it cannot be read"),
+    ("llama", lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
+    (
+        "qwen3_sharded",
+        lambda f: (f / safetensors.INDEX).unlink(),
+        "index.json; missing",
+    ),
+    ("qwen3_sharded", lambda f: first_shard(f).unlink(), "model-00001-of.*; missing"),
+    (
+        "qwen3_sharded",
+        indexed(lambda m: m.update({"model.norm.weight": "../../secret.safetensors"})),
+        "leads outside its folder, to '../../secret.safetensors'",
+    ),
+    (
+        "qwen3_sharded",
+        indexed(lambda m: m.update({"model.extra.weight": sorted(m.values())[0]})),
+        "tensor model.extra.weight is not in it",
+    ),
+    (
+        "qwen3_sharded",
+        indexed(lambda m: m.pop("model.norm.weight")),
+        "tensor model.norm.weight is not in model.safetensors.index.json",
+    ),
+    ("llama", edited(model_type="mamba"), "model_type='mamba'; no family"),
+    (
+        "llama",
+        edited(intermediate_size=96),
+        r"layers.0.mlp.down_proj.weight of model.safetensors: \[32, 88\] where "
+        r"config.json asks for \[32, 96\]",
+    ),
+    (
+        "llama",
+        renamed(b"model.norm.weight", b"model.nora.weight"),
+        "model.nora.weight of model.safetensors: not in this model\n.*"
+        "model.norm.weight: missing",
+    ),
+    ("llama", renamed(b'"BF16"', b'"I128"'), "holds I128; only F32, F16, BF16"),
+    (
+        "llama",
+        edited(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}),
+        "rope_scaling.rope_type='yarn'; not supported; known: 'default', 'linear'",
+    ),
+    ("llama", edited(hidden_size=None), "hidden_size; missing; the model needs it"),
+    ("llama", edited(mystery_gate=3), "mystery_gate=3; scaletrain does not know"),
+    ("llama", edited(attention_bias=True), "attention_bias=True; not supported"),
+    ("qwen2", edited(use_sliding_window=True), "use_sliding_window=True; not supp"),
+    (
+        "gemma2",
+        edited(layer_types=["full_attention", *["sliding_attention"] * 3]),
+        "layer_types=.*; not supported; every n-th",
+    ),
+    ("llama", edited(num_key_value_heads=3), "num_kv_heads=3; does not divide"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "words"), BROKEN)
+def test_broken_checkpoints_are_refused_whole(name, change, words, tmp_path):
+    folder = broken(name, change, tmp_path / "in")
+    with pytest.raises((CheckpointError, ConfigError), match=f"(?s){words}") as caught:
+        importer.run(str(folder), str(tmp_path / "w"), [])
+    assert caught.value.exit_code == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
+
+
+def test_nothing_is_left_of_an_import_that_fails_late(tmp_path, monkeypatch):
+    """A disk that fills up while the weights are written."""
+
+    def full(self, weights):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save_weights", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        importer.run(str(REFERENCE / "llama"), str(tmp_path / "w"), [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_that_are_taken_are_refused(imported, tmp_path):
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="w; it is not empty"):
+        importer.run(str(REFERENCE / "llama"), str(tmp_path / "w"), [])
+    workdir = imported("llama")
+    with pytest.raises(ConfigError, match="w; it is not empty"):
+        exporter.run(
+            settings(workdir), workdir, str(tmp_path / "w"), None, "", merge=False
+        )
+    with pytest.raises(ConfigError, match="--merge; the run has no adapters"):
+        exporter.run(
+            settings(workdir), workdir, str(tmp_path / "x"), None, "", merge=True
+        )
+    assert (tmp_path / "w" / "notes.txt").read_text() == "mine"
+
+
+def test_a_model_that_no_family_has_is_told_why(imported, tmp_path):
+    workdir = imported("llama")
+    run = settings(workdir, family="", model__mlp="relu2")
+    with pytest.raises(CheckpointError, match="gpt2: .*llama: model.mlp='relu2'|relu2"):
+        exporter.run(run, workdir, str(tmp_path / "x"), None, "", merge=False)
+
+
+OLDER = {
+    "rope_parameters": None,
+    "rope_theta": 500.0,
+    "rope_scaling": {
+        "type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}
+
+
+def test_older_spellings_mean_the_same():
+    path = REFERENCE / "llama3" / "config.json"
+    now = json.loads(path.read_text())
+    assert families.of_config({**now, **OLDER}) == families.of_config(now)
+    now = json.loads((REFERENCE / "gemma3" / "config.json").read_text())
+    older = {k: v for k, v in now.items() if k not in ("layer_types",)}
+    assert families.of_config(older) == families.of_config(now)
+    nested = {"model_type": "gemma3", "text_config": now, "vision_config": {"a": 1}}
+    assert families.of_config(nested) == families.of_config(now)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_parameter_has_a_place_and_every_place_a_parameter(name):
+    """Reading back what was written gives each parameter of random weights."""
+    found = json.loads((REFERENCE / name / "config.json").read_text())
+    family, model = families.of_config(found)
+    run = small.changed(small.RUN, model=model)
+    made = nnx.state(step.Decoder(model, run.precision, jax.random.key(0)))
+    weights = checkpoint.flat(jax.device_get(nnx.to_pure_dict(made)))
+    again = {path: np.zeros_like(value) for path, value in weights.items()}
+    for entry in families.entries(family, model, weights):
+        theirs = entry.join(lambda piece: weights[piece.path][piece.index])
+        assert theirs.shape == entry.shape
+        for piece, ours in entry.split(theirs):
+            again[piece.path][piece.index] = ours
+    for path, value in weights.items():
+        np.testing.assert_array_equal(again[path], value)
