@@ -89,7 +89,7 @@ def folders(tmp_path_factory):
         library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         library.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=290,
+            vocab_size=320,
             special_tokens=SPECIAL[name],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
@@ -166,6 +166,21 @@ def test_a_token_answers_if_its_first_character_does(given):
             spelled = 1
         place += spelled
     assert place == len(text.encode())
+
+
+def test_a_token_that_begins_before_the_answer_is_none(folders):
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + ' ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    content = (folders["chatml"] / "tokenizer.json").read_text()
+    files = {"chat_template.jinja": template.encode()}
+    tokenizer = JsonTokenizer(content, "<|im_end|>", files)
+    assert len(tokenizer.encode_batch([" message"])[0]) == 1
+    ids, answers = tokenizer.chat([user("x"), assistant("message zwei"), user("x")])
+    assert tokenizer.decode(ids) == "user: x assistant: message zwei user: x "
+    learned = tokenizer.decode(ids[answers])
+    assert learned.rstrip() == " zwei"  # its last space may begin " user"
 
 
 def test_the_template_sees_what_transformers_gives_it():
@@ -247,7 +262,7 @@ def run(tmp_path, folders):
             "cache_dir": str(tmp_path / "cache"),
         }
         config = DataConfig(**(defaults | settings))
-        model = ModelConfig(vocab_size=300)
+        model = ModelConfig(vocab_size=400)
         return RunConfig(model=model, seq_len=seq_len, data=config)
 
     return make
@@ -402,12 +417,25 @@ def test_conversations_that_are_answered_too_late_are_refused(run, tmp_path):
         data.sequences(corpus, "train", short)
 
 
+def test_a_window_that_ends_with_the_first_answered_token_is_kept(run, tmp_path, given):
+    row = {"prompt": "1 2 3", "completion": "zwei"}
+    _, answers = given("chatml").chat(messages_of(row))
+    first = int(np.argmax(answers))
+    path = write(tmp_path / "a.jsonl", row)
+    just, short = run(path, seq_len=first), run(path, seq_len=first - 1)
+    found = data.sequences(prepared(just), "train", just)
+    assert len(found) == 1
+    assert found[0]["weights"].tolist() == [0.0] * (first - 1) + [1.0]
+    with pytest.raises(DataError, match="is answered within it"):
+        data.sequences(prepared(short), "train", short)
+
+
 def test_conversations_are_kept_and_damage_is_seen(run, tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", *conversations(12))
     settings = run(path, validation_fraction=0.3)
     lines = []
     corpus = data.prepare(settings, lines.append)
-    assert "tokenised 13 conversations into 0.01 M tokens" in lines[-1]
+    assert "tokenised 13 conversations into 0.0" in lines[-1]
     assert data.baselines(corpus) == {}
     assert corpus.splits["validation"].num_documents > 0
     tokenise = cache.tokenise

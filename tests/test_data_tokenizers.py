@@ -290,6 +290,15 @@ def test_a_prompt_begins_as_the_models_files_say(tmp_path, config, framed, text,
     assert tokenizer.prompt(text) == ids
 
 
+def test_a_token_that_only_the_config_calls_special_is_special(tmp_path):
+    # "ext" is an ordinary piece of the vocabulary, and "endoftext" is another.
+    config = CONFIG | {"pad_token": "ext", "added_tokens_decoder": {}}
+    tokenizer = read(tmp_path, published_model(config))
+    (whole,), (first,), (rest,) = BPE.encode_batch(["endoftext", "endoft", "ext"])
+    assert tokenizer.encode_batch(["endoftext"])[0].tolist() == [whole]
+    assert tokenizer.prompt("endoftext") == [300, first, rest]
+
+
 def test_a_prompt_of_ones_own_begins_with_an_end(tmp_path):
     assert ByteTokenizer().prompt("aé") == [256, 97, 0xC3, 0xA9]
     assert ByteTokenizer().prompt("") == [256]

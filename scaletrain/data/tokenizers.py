@@ -89,9 +89,7 @@ class ByteTokenizer:
         others = (byte for byte in range(256) if byte not in taken)
         ids = {c: ord(c) if ord(c) < 256 else next(others) for c in letters}
         library = Library(models.BPE(vocab=ids, merges=[]))
-        library.pre_tokenizer = pre_tokenizers.ByteLevel(
-            add_prefix_space=False, use_regex=False
-        )
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         library.decoder = decoders.ByteLevel()
         library.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
         assert library.token_to_id(END_OF_TEXT) == self.end_id
