@@ -9,6 +9,7 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
@@ -160,6 +161,7 @@ def test_gradients_equal_torch_autograd(imported):
     B, T = batch["tokens"].shape
     batch["positions"] = np.tile(np.arange(T, dtype=np.int32), (B, 1))
     batch["segments"] = np.ones((B, T), np.int32)
+    batch = {name: jnp.asarray(rows) for name, rows in batch.items()}
     batch["key"] = jax.random.split(jax.random.key(0), B)
     with jax.set_mesh(grid):
         _, params = checkpoint.weights_of(workdir, run, None, program.state)

@@ -1,0 +1,221 @@
+"""Adapters: they start as nothing, they alone are trained, they merge and go out."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+from scaletrain import (
+    checkpoint,
+    config,
+    evaluate,
+    exporter,
+    importer,
+    safetensors,
+    step,
+    train,
+)
+from scaletrain.config import LoraConfig
+from scaletrain.errors import CheckpointError, ConfigError
+
+REFERENCE = pathlib.Path(__file__).parent / "reference"
+LORA = LoraConfig(rank=3, alpha=6.0)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The workdir of an imported model."""
+    workdir = tmp_path_factory.mktemp("base") / "w"
+    importer.run(str(REFERENCE / "llama3"), str(workdir), [])
+    return workdir
+
+
+def adapted(base, **changes):
+    run = config.from_json((base / "config.json").read_text())
+    run = dataclasses.replace(run, lora=LORA, init_from=str(base))
+    return small.changed(
+        run,
+        num_steps=4,
+        batch_size=8,
+        seq_len=32,
+        log_every_steps=1,
+        optim__learning_rate=3e-2,
+        optim__warmup_steps=0,
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    """The workdir of four steps of training adapters."""
+    workdir = tmp_path_factory.mktemp("trained") / "w"
+    run = adapted(base, precision__compute="float32")
+    train.run(run, str(workdir))
+    return workdir
+
+
+def settings(workdir):
+    return config.from_json((workdir / "config.json").read_text())
+
+
+def logits(workdir, tmp_path, run=None):
+    tokens = np.load(REFERENCE / "llama3" / "reference.npz")["tokens"]
+    np.save(tmp_path / "tokens.npy", tokens)
+    out = str(tmp_path / "logits.npy")
+    run = run or settings(workdir)
+    evaluate.score(run, str(workdir), None, str(tmp_path / "tokens.npy"), out)
+    return np.load(out)
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_an_untrained_adapter_changes_no_bit(base, compute):
+    """B = 0, whatever A is; the weights beside it are kept as they are multiplied."""
+    run = adapted(base, precision__compute=compute, mesh=config.MeshConfig())
+    plain = dataclasses.replace(run, lora=LoraConfig(), init_from="")
+    tokens = jnp.asarray(np.load(REFERENCE / "llama3" / "reference.npz")["tokens"])
+    found = []
+    for each in (plain, run):
+        taken = small.Taken(each)
+        state = taken.state
+        with jax.set_mesh(taken.mesh):
+            part = state.frozen or state.params
+            weights = checkpoint.initial_weights(run, part)
+            weights = dataclasses.replace(
+                state, **{"frozen" if state.frozen else "params": weights}
+            ).weights
+            out, _ = step.logits_step(weights, tokens, program=taken.program)
+        found.append(np.asarray(out))
+    np.testing.assert_array_equal(*found)
+
+
+def test_only_adapters_are_trained_and_held_by_the_optimizer(base):
+    """On the compiled step: what it takes, what it gives back, what it changes."""
+    run = adapted(base, mesh=config.MeshConfig())
+    taken = small.Taken(run)
+    wanted = {f"blocks/{name}/lora_{x}" for name in config.adapted(LORA) for x in "ab"}
+    assert set(checkpoint.flat(taken.state.params)) == wanted
+    held = sum(leaf.size for leaf in jax.tree.leaves(taken.state.params))
+    counters = 64
+    moments = sum(leaf.size for leaf in jax.tree.leaves(taken.state.opt_state))
+    assert 2 * held <= moments <= 2 * held + counters
+    frozen = checkpoint.flat(taken.state.frozen)
+    kinds = {path.rpartition("/")[2]: leaf.dtype for path, leaf in frozen.items()}
+    assert kinds == {"weight": "bfloat16", "embedding": "bfloat16", "scale": "float32"}
+    memory = taken.execute.memory_analysis()
+    arguments = sum(
+        leaf.nbytes
+        for leaf in jax.tree.leaves((taken.state, taken.program.batch))
+        if hasattr(leaf, "nbytes")
+    ) + sum(leaf.size * leaf.dtype.itemsize for leaf in taken.program.batch.values())
+    assert memory.argument_size_in_bytes <= arguments * 1.1
+    # The frozen weights are handed through, not copied.
+    assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in frozen.values())
+    before = jax.device_get(frozen)
+    adapters = jax.device_get(taken.state.params)
+    assert taken.step(small.random_batch(run, 0))["grad_norm"] > 0
+    after = jax.device_get(checkpoint.flat(taken.state.frozen))
+    for path, value in before.items():
+        np.testing.assert_array_equal(value, after[path])
+    moved = jax.tree.map(np.array_equal, adapters, jax.device_get(taken.state.params))
+    assert not any(jax.tree.leaves(moved["blocks"]["attention"]["q"]["lora_b"]))
+
+
+def test_targets_are_chosen_by_pattern(base):
+    run = adapted(base, mesh=config.MeshConfig())
+    run = small.changed(run, lora__targets=("attention/[qv]", "mlp/up"))
+    names = {
+        p.rpartition("/")[0] for p in checkpoint.flat(small.Taken(run).state.params)
+    }
+    assert names == {"blocks/attention/q", "blocks/attention/v", "blocks/mlp/up"}
+
+
+def test_merged_equals_unmerged(base, trained, tmp_path):
+    beside = logits(trained, tmp_path)
+    assert np.abs(beside - logits(base, tmp_path)).max() > 0.1
+    run = settings(trained)
+    exporter.run(run, str(trained), str(tmp_path / "m"), None, "", merge=True)
+    importer.run(str(tmp_path / "m"), str(tmp_path / "mw"), [])
+    np.testing.assert_allclose(logits(tmp_path / "mw", tmp_path), beside, atol=1e-4)
+
+
+def test_adapters_go_out_in_the_layout_of_peft(trained, tmp_path):
+    """W + alpha / rank * B A, in the published layout, is the merged tensor."""
+    run = settings(trained)
+    for folder, merge in (("a", False), ("m", True)):
+        exporter.run(run, str(trained), str(tmp_path / folder), None, "", merge=merge)
+    about = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (about["peft_type"], about["r"], about["lora_alpha"]) == ("LORA", 3, 6.0)
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    path.rename(tmp_path / "a" / safetensors.SINGLE)
+    adapter, merged, before = (
+        {name: each.read() for name, each in safetensors.contents(folder).items()}
+        for folder in (tmp_path / "a", tmp_path / "m", REFERENCE / "llama3")
+    )
+    modules = {name.removesuffix(".lora_A.weight") for name in adapter if "_A" in name}
+    assert len(modules) == 3 * 7
+    assert len(adapter) == 2 * len(modules)
+    for module in modules:
+        a, b = (adapter[f"{module}.lora_{x}.weight"] for x in "AB")
+        name = module.removeprefix("base_model.model.") + ".weight"
+        wanted = before[name] + 2.0 * b @ a
+        np.testing.assert_allclose(merged[name], wanted, atol=1e-6)
+        assert any(module.endswith(f".{target}") for target in about["target_modules"])
+
+
+def test_a_resumed_run_keeps_what_it_adapts(base, trained, tmp_path):
+    """Two steps and two more are four steps; the base's step is held."""
+    workdir = tmp_path / "w"
+    run = adapted(base, precision__compute="float32")
+    run = small.changed(run, optim__schedule="constant")
+    train.run(small.changed(run, num_steps=2), str(workdir))
+    assert settings(workdir).init_from == f"{base}@0"
+    train.run(run, str(workdir))
+    straight = tmp_path / "straight"
+    train.run(run, str(straight))
+    for one, two in zip(
+        sorted((workdir / "checkpoints").iterdir()),
+        sorted((straight / "checkpoints").iterdir()),
+        strict=False,
+    ):
+        assert one.name in ("2", "4")
+        del two
+    one, two = (logits(w, tmp_path) for w in (workdir, straight))
+    np.testing.assert_array_equal(one, two)
+    other = dataclasses.replace(run, init_from=str(trained), num_steps=6)
+    with pytest.raises(CheckpointError, match="init_from|does not hold"):
+        train.run(other, str(workdir))
+
+
+def test_adapters_without_a_base_are_refused(base, tmp_path):
+    run = adapted(base)
+    problems = config.problems(dataclasses.replace(run, init_from=""))
+    assert any("lora.rank=3; adapters need weights" in line for line in problems)
+    problems = config.problems(small.changed(run, lora__targets=("attention/w",)))
+    assert any("lora.targets=attention/w; no matrix" in line for line in problems)
+    problems = config.problems(small.changed(small.RUN, lora__alpha=3.0))
+    assert any("lora.alpha=3.0; no effect with lora.rank=0" in p for p in problems)
+    gone = dataclasses.replace(run, init_from=str(tmp_path / "gone"))
+    with pytest.raises((CheckpointError, ConfigError), match="gone"):
+        train.run(gone, str(tmp_path / "w"))
+
+
+def test_joined_matrices_need_merging(tmp_path):
+    """Phi-3 stores q, k and v as one tensor, which an adapter file cannot split."""
+    importer.run(str(REFERENCE / "phi3"), str(tmp_path / "base"), [])
+    run = config.from_json((tmp_path / "base" / "config.json").read_text())
+    run = small.changed(
+        run, lora=LORA, init_from=str(tmp_path / "base"), num_steps=1, batch_size=8,
+        seq_len=16, optim__warmup_steps=0,
+    )  # fmt: skip
+    train.run(run, str(tmp_path / "w"))
+    run = settings(tmp_path / "w")
+    with pytest.raises(CheckpointError, match="qkv_proj.*; use --merge"):
+        exporter.run(
+            run, str(tmp_path / "w"), str(tmp_path / "x"), None, "", merge=False
+        )
+    exporter.run(run, str(tmp_path / "w"), str(tmp_path / "x"), None, "", merge=True)
