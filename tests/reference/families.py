@@ -19,7 +19,9 @@ EOS = 2
 MAX_POSITION = 128
 NUM_GREEDY = 32
 MARGIN = 2e-3  # between the best two logits of a greedy step, well above rounding
-NUM_PROMPTS = 16  # tried, for the least repetitive continuation
+NUM_PROMPTS = 8  # tried, for the least repetitive continuation
+
+torch.set_num_threads(1)  # the models are too small to share
 
 
 @dataclasses.dataclass(frozen=True)
