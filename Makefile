@@ -5,7 +5,7 @@ CONSTRAINTS ?= -c constraints.txt
 BIN := .venv/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test check format
+.PHONY: quickstart test check format parity
 
 quickstart: .venv/installed
 	$(BIN)/scaletrain train --config=experiments/quickstart.py --workdir=$(WORKDIR)
@@ -29,6 +29,11 @@ check: .venv/dev
 format: .venv/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# TORCH= is a Python that has torch and transformers; SEED= repeats a run.
+parity: .venv/installed
+	$(if $(TORCH),,$(error parity needs TORCH=/path/to/python-with-torch))
+	$(BIN)/python tests/reference/parity.py --torch=$(TORCH) $(SEED:%=--seed=%)
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and \
