@@ -25,6 +25,7 @@ ROPE = (
         absent=8192,
     ),
 )
+EPS = Key("rms_norm_eps", "norm_eps", absent=1e-6)
 KEYS = (
     Key("num_hidden_layers", "num_layers"),
     Key("hidden_size", "d_model"),
@@ -38,7 +39,7 @@ KEYS = (
     Key("intermediate_size", "d_ff"),
     Key("vocab_size", "vocab_size"),
     Key("max_position_embeddings", "max_positions", absent=2048),
-    Key("rms_norm_eps", "norm_eps", absent=1e-6),
+    EPS,
     Key(
         "tie_word_embeddings",
         "head",

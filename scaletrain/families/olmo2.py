@@ -29,7 +29,11 @@ FAMILY = dataclasses.replace(
     name="olmo2",
     model_types=("olmo2",),
     architecture="Olmo2ForCausalLM",
-    keys=tuple(key for key in llama.KEYS if key is not llama.HEAD_DIM),
+    keys=tuple(
+        dataclasses.replace(key, absent=1e-5) if key is llama.EPS else key
+        for key in llama.KEYS
+        if key is not llama.HEAD_DIM
+    ),
     tensors=llama.OUTSIDE + llama.ATTENTION + llama.MLP + NORMS,
     implied={
         "d_head": llama.HEAD_DIM.absent,

@@ -29,7 +29,11 @@ FAMILY = dataclasses.replace(
     model_types=("phi3",),
     architecture="Phi3ForCausalLM",
     keys=(
-        *(key for key in llama.KEYS if key is not llama.HEAD_DIM),
+        *(
+            dataclasses.replace(key, absent=1e-5) if key is llama.EPS else key
+            for key in llama.KEYS
+            if key is not llama.HEAD_DIM
+        ),
         Key("sliding_window", "sliding_window", absent=0, null=0),
     ),
     tensors=(
