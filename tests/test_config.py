@@ -117,7 +117,18 @@ BROKEN = [
         "model.remat_save=querry; no value has that name",
     ),
     ({"model__remat_save": ("query",)}, "model.remat_save=.*no effect"),
-    ({"model__sliding_window": 32}, "model.sliding_window=32; no effect"),
+    (
+        {"model__positions": "learned", "model__max_positions": 31},
+        "model.max_positions=31; learned positions for fewer tokens than seq_len=32",
+    ),
+    (
+        {"model__global_every": 2},
+        "global_every=2; no effect with model.sliding_window=0",
+    ),
+    (
+        {"model__rope__factor": 8.0},
+        "rope.factor=8.0; no effect with model.rope.scaling",
+    ),
     ({"accumulate_steps": 3}, "accumulate_steps=3; does not divide"),
     ({"optim__accumulate": "multi_steps"}, "no effect with accumulate_steps=1"),
     ({"mesh__data": -1, "mesh__fsdp": -1}, "leave one axis free"),

@@ -29,8 +29,8 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
             )
         found["rope_local_base_freq"] = local["rope_theta"]
         rope = rope["full_attention"]
-    if not scaling:  # where both are given, readers go by the older one
-        scaling = dict(rope or {})
+    # Where both are given, readers go by the older one.
+    scaling = scaling or dict(rope or {})
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in scaling:
             found[name] = scaling.pop(name)
