@@ -98,7 +98,7 @@ def test_documents_in_one_sequence_do_not_touch(settings):
         np.testing.assert_allclose(packed[:, part], alone, atol=2e-5)
 
 
-@pytest.mark.parametrize("settings", (VARIANTS[1], VARIANTS[4]))
+@pytest.mark.parametrize("settings", [VARIANTS[1], VARIANTS[4]])
 @pytest.mark.parametrize(
     "execution",
     [
