@@ -5,9 +5,9 @@ Command:
         --config.data.source=files --config.data.path='corpus/*.parquet' \
         --config.data.tokenizer=/path/to/tokenizer.json
     and to start with published weights, --config.init_from=WORKDIR that holds them.
-Hardware: 1 to 64 devices, parameters and batch split over all of them; where memory is
-    short, raise --config.accumulate_steps.
-Run: gemma3-1b is lowered for its mesh in the test suite; none was trained by us.
+Hardware: any number of devices that divides 64, parameters and batch split over all of
+    them; where memory is short, raise --config.accumulate_steps.
+Run: gemma3-1b is lowered for four TPU chips in the test suite; never trained by us.
 
 ARG: a name in the tables below. The settings of a model are those of the config.json
 in the repository of that name, which is the base model's; of Qwen3 and Phi-3 it is the
