@@ -113,7 +113,7 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def given(folders) -> Any:
     def make(name):
-        return tokenizers.given(
+        return tokenizers.read_tokenizer(
             DataConfig(tokenizer=str(folders[name] / "tokenizer.json"))
         )
 

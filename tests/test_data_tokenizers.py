@@ -214,7 +214,9 @@ def read(folder, files, **settings) -> JsonTokenizer:
     folder.mkdir(exist_ok=True, parents=True)
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    found = given(DataConfig(tokenizer=str(folder / "tokenizer.json"), **settings))
+    found = read_tokenizer(
+        DataConfig(tokenizer=str(folder / "tokenizer.json"), **settings)
+    )
     assert isinstance(found, JsonTokenizer)
     return found
 
@@ -227,7 +229,7 @@ def test_what_lies_beside_a_tokenizer_goes_with_it(tmp_path):
     again = load_tokenizer(tmp_path / "b")
     memory = fsspec.filesystem("memory")
     memory.pipe({f"/tokenizer/{name}": content for name, content in files.items()})
-    remote = given(DataConfig(tokenizer="memory://tokenizer/tokenizer.json"))
+    remote = read_tokenizer(DataConfig(tokenizer="memory://tokenizer/tokenizer.json"))
     for tokenizer in (first, again, remote):
         assert isinstance(tokenizer, JsonTokenizer)
         assert tokenizer.published() == files

@@ -5,8 +5,11 @@ tests/reference/make.py made the models and what they compute, with torch.
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -434,3 +437,43 @@ def test_every_parameter_has_a_place_and_every_place_a_parameter(name):
             again[piece.path][piece.index] = ours
     for path, value in weights.items():
         np.testing.assert_array_equal(again[path], value)
+
+
+PEAK = """
+import resource, sys
+from scaletrain import checkpoint, importer, main, step  # what every import needs
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+importer.run(sys.argv[1], sys.argv[2], [])
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_an_import_needs_little_more_memory_than_its_weights(tmp_path):
+    """Peak <= 1.5 x the largest tensor + the weights + what JAX itself takes."""
+    found = json.loads((REFERENCE / "llama" / "config.json").read_text())
+    sizes = {"hidden_size": 1024, "intermediate_size": 6144, "vocab_size": 96_000}
+    found |= sizes | {"num_hidden_layers": 8, "head_dim": 256, "pad_token_id": None}
+    family, model = families.of_config(found)
+    run = small.changed(small.RUN, model=model)
+    made = nnx.eval_shape(lambda: step.Decoder(model, run.precision, jax.random.key(0)))
+    paths = checkpoint.flat(nnx.to_pure_dict(nnx.state(made)))
+    tensors = {
+        entry.name: (entry.shape, np.dtype(np.float32))
+        for entry in families.entries(family, model, paths)
+    }
+    rng, folder = np.random.default_rng(0), tmp_path / "in"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(found))
+    safetensors.write(
+        folder, tensors, lambda n: rng.random(tensors[n][0], dtype=np.float32)
+    )
+    nbytes = {name: 4 * int(np.prod(shape)) for name, (shape, _) in tensors.items()}
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(folder), str(tmp_path / "w")],
+        capture_output=True, text=True, check=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    limit = 1.5 * max(nbytes.values()) + sum(nbytes.values())
+    own = 150e6  # the backend and its compiler, whatever the model's size
+    assert sum(nbytes.values()) > 1e9
+    assert int(done.stdout) < limit + own

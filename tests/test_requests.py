@@ -10,6 +10,7 @@ import pytest
 from scaletrain import config
 
 HERE = pathlib.Path(__file__).parent
+LLAMA = HERE / "reference" / "llama"
 QUICKSTART = "--config=" + str(HERE.parent / "experiments" / "quickstart.py")
 
 # (arguments; {w} is an empty workdir), (words of the answer)
@@ -18,6 +19,15 @@ WRONG = [
     (["tran"], "invalid choice: 'tran'"),
     (["train"], "required: --config, --workdir"),
     (["train", QUICKSTART], "required: --workdir"),
+    (["import", "--workdir={w}"], "required: --from"),
+    (["import", "--from=nowhere", "--workdir={w}/x"], "--from=nowhere; no such folder"),
+    (
+        ["import", f"--from={LLAMA}", "--workdir={w}/x", "--config.modle.d_ff=1"],
+        "modle.d_ff=1; no such setting",
+    ),
+    (["export", "--workdir={w}", "--to={w}/x"], "no config.json there"),
+    (["eval", "--workdir={w}", "--save_logits=x.npy"], "no effect without --tokens"),
+    (["generate", "--workdir={w}", "--prompt_ids=1,x"], "--prompt_ids: invalid"),
     (["train", "--config=nowhere.py", "--workdir={w}"], "--config=nowhere.py; no such"),
     (
         ["train", QUICKSTART.replace("start", "strat"), "--workdir={w}"],

@@ -203,7 +203,7 @@ def test_a_checkpoint_must_match_leaf_by_leaf(text_run, tmp_path, monkeypatch, c
     from scaletrain import checkpoint
 
     run = dataclasses.replace(text_run, num_steps=1)
-    whole, shorter = checkpoint._flat, jax.numpy.ones(31)
+    whole, shorter = checkpoint.flat, jax.numpy.ones(31)
 
     def altered(tree):
         flat = whole(tree)
@@ -217,7 +217,7 @@ def test_a_checkpoint_must_match_leaf_by_leaf(text_run, tmp_path, monkeypatch, c
         return flat
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_flat", altered)
+        patch.setattr(checkpoint, "flat", altered)
         train.run(run, str(tmp_path))
     words = {
         "missing": "norm/scale: missing",

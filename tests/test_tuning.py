@@ -95,7 +95,8 @@ def test_a_published_model_is_tuned_on_chats_and_goes_out_again(published, tmp_p
         "--config.data.source=files", f"--config.data.path={chats}",
         "--config.data.format=chat", f"--config.data.cache_dir={tmp_path}/cache",
         "--config.data.validation_fraction=0.2", "--config.optim.learning_rate=3e-2",
-        "--config.num_steps=100", "--config.seq_len=64", "--config.optim.warmup_steps=0",
+        "--config.num_steps=100", "--config.seq_len=64",
+        "--config.optim.warmup_steps=0",
         "--config.log_every_steps=1",
     )  # fmt: skip
     lines = (tuned / "metrics.jsonl").read_text().splitlines()
