@@ -5,6 +5,7 @@ ScaletrainError
 ├── ShardingError    a mesh or a parameter layout that cannot be honoured
 ├── DataError        a corpus or a tokenizer that cannot be read as asked
 ├── CheckpointError  a checkpoint that is missing, partial or of another model
+├── PlanError        a compiler that refuses a program
 ├── DivergedError    the numbers stopped being finite
 └── Interrupted      a signal arrived; everything is saved
 
@@ -39,6 +40,12 @@ class DataError(ScaletrainError):
 
 class CheckpointError(ScaletrainError):
     """A checkpoint that cannot be used as asked."""
+
+
+class PlanError(ScaletrainError):
+    """A program that the compiler refuses."""
+
+    exit_code = 1
 
 
 class DivergedError(ScaletrainError):

@@ -96,6 +96,31 @@ def _parser() -> _Parser:
     generate.add_argument("--top_p", type=float, default=1.0, help="1 = all tokens")
     generate.add_argument("--seed", type=int, default=0, help="of the sampling")
 
+    plan = command("plan", "memory, time and cost of a run on a slice that is not here")
+    experiment(plan, required=True)
+    plan.add_argument(
+        "--topology", metavar="SLICE", help="such as v5p:4x4x4, v6e-256 or h100:8"
+    )
+    plan.add_argument("--topologies", metavar="A,B", help="several, to be compared")
+    plan.add_argument("--num_slices", type=int, default=1, help="of them, over DCN")
+    plan.add_argument(
+        "--search", action="store_true", help="propose mesh, accumulation and remat"
+    )
+    plan.add_argument(
+        "--full", action="store_true", help="compile to machine code (minutes)"
+    )
+    plan.add_argument(
+        "--tokens", type=float, default=0.0, help="of the bill (default: num_steps')"
+    )
+    plan.add_argument("--region", help="of the grid's carbon")
+    for name, words in (
+        ("price_per_chip_hour", "US dollars"),
+        ("watts_per_chip", "with the chip's share of its host"),
+        ("pue", "energy of the site / energy of the machines"),
+        ("grid_g_per_kwh", "grams of CO2 equivalent"),
+    ):
+        plan.add_argument(f"--{name}", type=float, help=f"{words} (default: a table)")
+
     bring = command("import", "a Hugging Face checkpoint folder becomes a run")
     bring.add_argument(
         "--from", dest="source", metavar="DIR", required=True,

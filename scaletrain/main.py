@@ -64,6 +64,13 @@ def _generate(run: RunConfig, args: argparse.Namespace) -> tuple[list[Any], str]
     return found, "\n\n".join(map(generate.in_words, found))
 
 
+def _plan(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from scaletrain import plan
+
+    found = plan.run(run, plan.request(args))
+    return found, plan.in_words(found)
+
+
 def _import(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     del run  # its settings come from what is imported
     from scaletrain import importer
@@ -99,6 +106,7 @@ COMMANDS = {
     "eval": _eval,
     "generate": _generate,
     "config": _config,
+    "plan": _plan,
     "import": _import,
     "export": _export,
 }

@@ -214,12 +214,20 @@ def place(
     return {name: array(name, shape) for name, shape in batch.items()}
 
 
+def nbytes(tree: Tree) -> int:
+    """Returns the bytes of sharded shapes or arrays that one device holds."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
 def table(params: Tree) -> str:
     """Returns path, shape, dtype, spec and bytes a device of sharded `params`."""
     rows = [("parameter", "shape", "dtype", "spec", "bytes/device")]
     total = count = 0
     for path, leaf in jax.tree.flatten_with_path(params)[0]:
-        size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        size = nbytes(leaf)
         total, count = total + size, count + math.prod(leaf.shape)
         split = ", ".join(str(entry) for entry in leaf.sharding.spec)
         shape = "x".join(map(str, leaf.shape))

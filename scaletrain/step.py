@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, UInt
 
 from scaletrain import optim, sharding
+from scaletrain.chips import COMPILER_OPTIONS
 from scaletrain.config import RunConfig
 from scaletrain.losses import LossSums, next_token_loss
 from scaletrain.models import Decoder
@@ -233,6 +234,13 @@ def build(run: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
         for name, dtype in (dtypes | {"weights": jnp.float32}).items()
     }
     return Program(run, mesh, graphdef, tx, jax.tree.map(placed, state, layout), batch)
+
+
+def compiled(program: Program) -> Any:
+    """Returns `train_step` compiled for the program's devices."""
+    kind = cast(Mesh, program.mesh).devices.flat[0].device_kind
+    lowered = jitted(program).lower(program.state, program.batch)
+    return lowered.compile(compiler_options=COMPILER_OPTIONS.get(kind))
 
 
 def jitted(program: Program) -> Any:

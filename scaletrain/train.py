@@ -144,7 +144,7 @@ class Loop:
         """
         run, program = self.program.run, self.program
         began = time.perf_counter()
-        execute = step.jitted(program).lower(program.state, program.batch).compile()
+        execute = step.compiled(program)
         say(f"compiled in {time.perf_counter() - began:.1f} s")
         batches = self._batches(start)
         self._clock, self._counted = time.perf_counter(), start

@@ -20,7 +20,9 @@ from scaletrain.config.schema import (
 from scaletrain.errors import ConfigError
 
 # Intermediate values a layer names for remat="save"; models/ names exactly these.
-REMAT_NAMES = ("query", "key", "value", "attention", "mlp_gate", "mlp_up")
+REMAT_NAMES = (
+    "residual", "query", "key", "value", "attention", "mlp_gate", "mlp_up",
+)  # fmt: skip
 AXES = tuple(field.name for field in dataclasses.fields(AxesConfig))
 
 
@@ -72,13 +74,16 @@ def _model(run: RunConfig) -> Iterator[str]:
         )
     if m.d_head % 2:
         yield f"model.d_head={m.d_head}; odd; rotary positions need an even size."
-    for name in m.remat_save:
-        if name not in REMAT_NAMES:
-            yield (
-                f"model.remat_save={name}; no value has that name; "
-                f"pick from {', '.join(REMAT_NAMES)}."
-            )
-    if m.remat == "save" and not m.remat_save:
+    for path in ("remat_save", "remat_offload"):
+        for name in getattr(m, path):
+            if name not in REMAT_NAMES:
+                yield (
+                    f"model.{path}={name}; no value has that name; "
+                    f"pick from {', '.join(REMAT_NAMES)}."
+                )
+    for name in set(m.remat_save) & set(m.remat_offload):
+        yield f"model.remat_offload={name}; model.remat_save has it too; name it once."
+    if m.remat == "save" and not m.remat_save + m.remat_offload:
         yield (
             "model.remat=save; model.remat_save names nothing to save; "
             "name values in model.remat_save, or set model.remat=full."
@@ -283,6 +288,7 @@ def _cadence(run: RunConfig) -> Iterator[str]:
 # (setting, the setting that decides whether it is read, values under which it is)
 _NO_EFFECT = (
     ("model.remat_save", "model.remat", ("save",)),
+    ("model.remat_offload", "model.remat", ("save",)),
     ("model.rope.base", "model.positions", ("rope",)),
     ("model.rope.local_base", "model.positions", ("rope",)),
     ("model.rope.scaling", "model.positions", ("rope",)),
@@ -348,7 +354,8 @@ def _unused(run: RunConfig) -> Iterator[str]:
 _FREE = (
     "num_steps", "accumulate_steps", "log_every_steps", "eval_every_steps",
     "init_from", "family", "model.layers", "model.remat", "model.remat_save",
-    "model.attention", "precision.compute", "precision.reduce", "data.cache_dir",
+    "model.remat_offload", "model.attention", "precision.compute",
+    "precision.reduce", "data.cache_dir",
 )  # fmt: skip
 _FREE_GROUPS = ("mesh.", "optim.", "checkpoint.", "eval.")
 _HELD = ("optim.name", "optim.accumulate")

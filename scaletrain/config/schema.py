@@ -67,6 +67,7 @@ class ModelConfig:
     layers: str = setting("scan", choices=("scan", "unroll"))
     remat: str = setting("none", choices=("none", "full", "dots", "save"))
     remat_save: tuple[str, ...] = ()  # names kept when remat is "save"
+    remat_offload: tuple[str, ...] = ()  # names kept in the host's memory instead
     attention: str = setting("xla", choices=("xla",))
 
 

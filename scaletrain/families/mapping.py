@@ -183,7 +183,7 @@ def to_config(family: Family, model: ModelConfig) -> dict[str, Any]:
     }
 
 
-_EXECUTION = ("dropout", "layers", "remat", "remat_save", "attention")
+_EXECUTION = ("dropout", "layers", "remat", "remat_save", "remat_offload", "attention")
 
 
 def _architecture(

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from scaletrain.config import LoraConfig, ModelConfig, PrecisionConfig
@@ -82,6 +83,7 @@ class Block(nnx.Module):
         keys_B2: Key[Array, "B 2"] | None,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
         """Returns the layer's output and, with a cache, its keys and values."""
+        x_BTD = checkpoint_name(x_BTD, "residual")
         key_one, key_two = (None, None) if keys_B2 is None else keys_B2.T
         with jax.named_scope("attention"):
             branch_BTD, kv = self.attention(
@@ -121,7 +123,12 @@ def _rematerialised(model: ModelConfig, function: Callable) -> Callable:
     policy = {
         "full": policies.nothing_saveable,
         "dots": policies.dots_with_no_batch_dims_saveable,
-        "save": policies.save_only_these_names(*model.remat_save),
+        "save": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=list(model.remat_save),
+            names_which_can_be_offloaded=list(model.remat_offload),
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
     }[model.remat]
     # Inside a scan nothing can be merged across iterations; preventing it would only
     # put barriers in XLA's way.

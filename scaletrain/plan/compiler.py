@@ -1,0 +1,121 @@
+"""The TPU compiler as a function: settings and a slice in, its report out.
+
+Each compilation has a process of its own: the compiler keeps global state, and is
+stopped as soon as it has assigned the buffers.
+"""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from scaletrain import config
+from scaletrain.config import RunConfig
+from scaletrain.errors import ConfigError, PlanError
+from scaletrain.mesh import AXES
+from scaletrain.plan import hlo, memory, timing
+from scaletrain.plan.slices import Slice
+
+_TIMEOUT_S = 1800
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the compiler says of one step on one device of a slice."""
+
+    parameters: int
+    fits: bool
+    peak_bytes: int
+    host_bytes: int  # beside it, in the host's memory
+    by_class: dict[str, int]  # bytes; they add up to `peak_bytes`
+    largest: list[tuple[int, str]]  # (bytes, what it is), of the peak
+    step: timing.Step
+    full: bool  # compiled to machine code
+
+
+def check() -> None:
+    """Raises ConfigError if the compiler is not installed."""
+    import importlib.util
+
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(
+            [
+                "plan; libtpu, the TPU compiler, is not installed; "
+                "pip install 'scaletrain[plan]'."
+            ]
+        )
+
+
+def compile(run: RunConfig, slice_: Slice, *, full: bool = False) -> Report:
+    """Returns what the compiler says of the step of a resolved `run` on `slice_`.
+
+    Raises:
+      PlanError: it refused the program for another reason than its memory.
+    """
+    with tempfile.TemporaryDirectory(prefix="scaletrain-plan-") as name:
+        folder = pathlib.Path(name)
+        answer = _asked(folder, run, slice_, full=full)
+        error = answer.get("error", "")
+        if error and "RESOURCE_EXHAUSTED" not in error:
+            raise PlanError(f"the compiler refused the step: {error.splitlines()[0]}")
+        return _report(folder, answer, run, slice_, full=full)
+
+
+def _asked(
+    folder: pathlib.Path, run: RunConfig, slice_: Slice, *, full: bool
+) -> dict[str, Any]:
+    """Returns the worker's answer; its dump lies in `folder`."""
+    request = {
+        "config": config.to_json(run),
+        "topology": slice_.topology,
+        "kwargs": slice_.kwargs,
+        "full": full,
+    }
+    (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+    words = [sys.executable, "-m", "scaletrain.plan.worker", str(folder)]
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+    )
+    answer = folder / "answer.json"
+    if not answer.is_file():
+        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        raise PlanError(f"the compiler's process ended without an answer: {last}")
+    return json.loads(answer.read_text(encoding="utf-8"))
+
+
+def _report(
+    folder: pathlib.Path,
+    answer: dict[str, Any],
+    run: RunConfig,
+    slice_: Slice,
+    *,
+    full: bool,
+) -> Report:
+    def dumped(what: str) -> str:
+        (path,) = folder.glob(f"*jit_train_step*after_optimizations{what}.txt")
+        return path.read_text(encoding="utf-8")
+
+    module = hlo.parse(dumped(""))
+    usage = memory.usage(
+        dumped("-memory-usage-report"), dumped("-buffer-assignment"), module
+    )
+    return Report(
+        parameters=answer["parameters"],
+        fits="error" not in answer,
+        peak_bytes=usage.total_bytes,
+        host_bytes=usage.host_bytes,
+        by_class=memory.by_class(usage.total_bytes, answer["bytes"]),
+        largest=usage.largest,
+        step=timing.account(module, axes(run), slice_),
+        full=full,
+    )
+
+
+def axes(run: RunConfig) -> dict[str, int]:
+    """Returns the size of each mesh axis, in the order of the devices."""
+    return {
+        name: getattr(run.mesh, name) * getattr(run.mesh.dcn, name) for name in AXES
+    }

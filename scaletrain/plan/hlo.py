@@ -1,0 +1,286 @@
+"""The compiler's optimised program as data: computations of instructions, in order.
+
+The text is no stable interface. What is not understood is kept as an opcode without
+meaning, so that a new compiler makes an account poorer and not wrong.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+_BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1,
+    "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4,
+    "f64": 8, "s64": 8, "u64": 8,
+}  # fmt: skip
+_SHAPE = re.compile(r"([a-z][a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+COLLECTIVES = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
+    "ragged-all-to-all", "collective-broadcast",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One array: its format, its dims and the memory it lies in (0 = HBM)."""
+
+    kind: str
+    dims: tuple[int, ...]
+    space: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes, without what tiling adds."""
+        return int(math.prod(self.dims) * _BYTES.get(self.kind, 0))
+
+    def __str__(self) -> str:
+        return f"{self.kind}[{','.join(map(str, self.dims))}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One operation; `attributes` is the rest of its line."""
+
+    name: str
+    shapes: tuple[Shape, ...]
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    is_root: bool
+
+    @property
+    def op_name(self) -> str:
+        """The path in the Python program it stems from."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what it gives."""
+        return sum(shape.nbytes for shape in self.shapes)
+
+    def called(self, what: str) -> str | None:
+        """Returns the computation an attribute such as `body` names."""
+        found = re.search(rf"\b{what}=%?([\w.\-]+)", self.attributes)
+        return found[1] if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """Instructions in the order in which they run."""
+
+    name: str
+    instructions: tuple[Instruction, ...]
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, Instruction]:
+        """The instructions by their names."""
+        return {each.name: each for each in self.instructions}
+
+    @property
+    def root(self) -> Instruction:
+        """What it returns."""
+        return next(each for each in self.instructions if each.is_root)
+
+    @functools.cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        """What reads each instruction."""
+        found: dict[str, list[Instruction]] = {}
+        for each in self.instructions:
+            for operand in each.operands:
+                found.setdefault(operand.split("#")[0], []).append(each)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A program."""
+
+    computations: dict[str, Computation]
+    entry: str
+
+    def trips(self, loop: Instruction) -> int:
+        """Returns how often a while loop runs: the constant its counter is held to."""
+        condition = self.computations[loop.called("condition") or ""]
+        constants = [
+            int(each.operands[0])
+            for each in condition.instructions
+            if each.opcode == "constant" and re.fullmatch(r"\d+", each.operands[0])
+        ]
+        return max(constants, default=1)
+
+
+def parse(text: str) -> Module:
+    """Returns the program of an optimised, scheduled HLO dump."""
+    computations, entry = {}, ""
+    for name, is_entry, lines in _blocks(text):
+        instructions = tuple(each for line in lines if (each := _instruction(line)))
+        computations[name] = Computation(name, instructions)
+        entry = name if is_entry else entry
+    return Module(computations, entry)
+
+
+def _blocks(text: str) -> Iterator[tuple[str, bool, list[str]]]:
+    """Yields (name, is entry, lines) of each computation; an instruction is a line."""
+    name, is_entry, lines = "", False, []
+    for line in text.splitlines():
+        if not name:
+            if found := _HEAD.match(line):
+                is_entry, name, lines = bool(found[1]), found[2], []
+        elif line.startswith("}"):  # and the thread it runs on
+            yield name, is_entry, lines
+            name = ""
+        elif _LINE.match(line):
+            lines.append(line)
+        elif lines:  # an attribute may run over several lines
+            lines[-1] += " " + line.strip()
+
+
+def _instruction(line: str) -> Instruction | None:
+    head = _LINE.match(line)
+    if head is None:
+        return None
+    rest = line[head.end() :]
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    shapes, rest = _shapes(rest[:end]), rest[end:].lstrip()
+    opcode, _, rest = rest.partition("(")
+    close = _closing("(" + rest, 0) - 1
+    operands = tuple(
+        word.split()[-1].lstrip("%") for word in _split(rest[:close]) if word.strip()
+    )
+    return Instruction(
+        head[2], shapes, opcode, operands, rest[close + 1 :], bool(head[1])
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """Returns where the bracket that opens at `start` closes."""
+    depth = 0
+    for i in range(start, len(text)):
+        if text[i] in "([{":
+            depth += 1
+        elif text[i] in ")]}":
+            depth -= 1
+            if depth == 0:
+                return i
+    return len(text) - 1
+
+
+def _split(text: str) -> list[str]:
+    """Returns the parts between commas that no bracket holds."""
+    parts, depth, start = [], 0, 0
+    for i, letter in enumerate(text):
+        if letter in "([{":
+            depth += 1
+        elif letter in ")]}":
+            depth -= 1
+        elif letter == "," and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    return [*parts, text[start:]]
+
+
+def _shapes(text: str) -> tuple[Shape, ...]:
+    found = []
+    for kind, dims, layout in _SHAPE.findall(text):
+        space = re.search(r"S\((\d+)\)", layout)
+        sizes = tuple(int(size) for size in dims.split(",") if size)
+        found.append(Shape(kind, sizes, int(space[1]) if space else 0))
+    return tuple(found)
+
+
+def group(instruction: Instruction, devices: int) -> np.ndarray:
+    """Returns the devices of the first group of a collective, as positions."""
+    text = instruction.attributes
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        sizes = {
+            name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])
+        }
+        over = re.findall(r"'([^']+)'", found[2])
+        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        index = tuple(slice(None) if name in over else 0 for name in sizes)
+        return ids[index].reshape(-1)
+    if found := re.search(
+        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
+    ):
+        groups, dims = (tuple(map(int, found[i].split(","))) for i in (1, 2))
+        ids = np.arange(math.prod(dims)).reshape(dims)
+        if found[3]:
+            ids = ids.transpose(tuple(map(int, found[3].split(","))))
+        return ids.reshape(groups)[0].reshape(-1)
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return np.array(list(map(int, found[1].split(","))))
+    if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
+        return np.array([int(found[1]), int(found[2])])
+    return np.arange(devices)
+
+
+def flops(instruction: Instruction, computation: Computation) -> int:
+    """Returns the useful FLOPs of a convolution or a dot, padding left out."""
+    if instruction.opcode not in ("convolution", "dot"):
+        return 0
+    lhs, rhs = (
+        computation.by_name[name.split("#")[0]].shapes[0]
+        for name in instruction.operands[:2]
+    )
+    out = instruction.shapes[0]
+    if instruction.opcode == "dot":
+        dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+        over = [int(i) for i in (dims[1] if dims else "").split(",") if i]
+        return 2 * math.prod(out.dims) * math.prod(lhs.dims[i] for i in over)
+    return _convolution(instruction.attributes, lhs, rhs, out)
+
+
+def _convolution(attributes: str, lhs: Shape, rhs: Shape, out: Shape) -> int:
+    """Returns 2 x batch x features in x features out x positions that meet."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    assert labels is not None
+    window = _window(attributes)
+    pairs = 1
+    for dim in sorted(x for x in labels[2] if x.isdigit()):
+        i = int(dim)
+        pairs *= _meetings(
+            lhs.dims[labels[1].index(dim)],
+            rhs.dims[labels[2].index(dim)],
+            out.dims[labels[3].index(dim)],
+            *(
+                window[what][i]
+                for what in ("stride", "pad", "lhs_dilate", "rhs_dilate")
+            ),
+        )
+    batch = out.dims[labels[3].index("b")]
+    outputs = out.dims[labels[3].index("f")]
+    inputs = rhs.dims[labels[2].index("i")]
+    return 2 * batch * outputs * inputs * pairs
+
+
+def _window(attributes: str) -> dict[str, list[int]]:
+    """Returns stride, low padding and dilations of each spatial dim."""
+    found = re.search(r"window=\{([^}]*)\}", attributes)
+    words = dict(word.split("=") for word in found[1].split()) if found else {}
+    count = len(words["size"].split("x")) if "size" in words else 0
+
+    def numbers(what: str, default: str) -> list[int]:
+        text = words.get(what, "x".join([default] * count))
+        return [int(part.split("_")[0]) for part in text.split("x") if part]
+
+    return {
+        "stride": numbers("stride", "1"),
+        "pad": numbers("pad", "0_0"),
+        "lhs_dilate": numbers("lhs_dilate", "1"),
+        "rhs_dilate": numbers("rhs_dilate", "1"),
+    }
+
+
+def _meetings(
+    size: int, kernel: int, out: int, stride: int, pad: int, spread: int, gap: int
+) -> int:
+    """Returns how many (output, kernel) positions meet an element of the input."""
+    at = np.arange(out)[:, None] * stride + np.arange(kernel)[None] * gap - pad
+    return int(((at >= 0) & (at <= (size - 1) * spread) & (at % spread == 0)).sum())

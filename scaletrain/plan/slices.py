@@ -1,0 +1,235 @@
+"""Slices a run can be planned for: what they are called, hold and connect.
+
+Facts of the TPU rows come from the compiler's own limits and the vendor's pages.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from typing import Any
+
+from scaletrain.errors import ConfigError
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device as jax shows it, and its links."""
+
+    peak_flops: float  # dense bf16, a second
+    hbm_bytes: int  # what a program may use
+    hbm_bytes_per_s: float
+    link_bytes_per_s: float  # one link, one way
+    attention_efficiency: float  # of the peak, in the attention kernel
+    chips: float = 1.0  # a device is this much of a chip
+    host_chips: int = 4  # chips a host has
+    error_band: str = "not compared with a measured step"
+
+
+# The prediction of TPU steps was compared with published MaxText steps.
+_BAND = "+-{} of published FSDP steps, more with a tensor axis"
+CHIPS = {
+    "v4": Chip(275e12, int(30.75 * _GIB), 1.2e12, 45e9, 0.50),
+    "v5e": Chip(
+        197e12, int(15.75 * _GIB), 0.81e12, 45e9, 0.50, error_band=_BAND.format("15%")
+    ),
+    "v5p": Chip(
+        459e12, int(95.73 * _GIB), 2.77e12, 90e9, 0.50, error_band=_BAND.format("15%")
+    ),
+    "v6e": Chip(
+        918e12, int(31.24 * _GIB), 1.64e12, 90e9, 0.35, error_band=_BAND.format("20%")
+    ),
+    "tpu7x": Chip(
+        1153.5e12,
+        int(94.74 * _GIB),
+        3.7e12,
+        90e9,
+        0.40,
+        chips=0.5,
+        error_band=_BAND.format("15%"),
+    ),
+    "a100": Chip(312e12, 80 * 10**9, 2.0e12, 300e9, 0.5, host_chips=8),
+    "h100": Chip(989e12, 80 * 10**9, 3.35e12, 450e9, 0.5, host_chips=8),
+    "h200": Chip(989e12, 141 * 10**9, 4.8e12, 450e9, 0.5, host_chips=8),
+    "b200": Chip(2250e12, 180 * 10**9, 8.0e12, 900e9, 0.5, host_chips=8),
+}
+GPUS = ("a100", "h100", "h200", "b200")
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_DEEP = (
+    "1x1x1 2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x4x16 4x8x8 4x8x16 8x8x8 8x8x12 "
+    "8x8x16 8x16x16 8x8x24 12x12x12 16x16x16 16x16x24"
+).split()
+SHAPES = {
+    "v4": tuple(s for s in _DEEP if s not in ("1x1x1", "16x16x24")),
+    "v5e": _FLAT,
+    "v5p": tuple(_DEEP),
+    "v6e": _FLAT,
+    "tpu7x": tuple(_DEEP),
+}
+# The cloud's names count cores where a chip has two.
+_CLOUD = {
+    "v4": ("v4", 2),
+    "v5litepod": ("v5e", 1),
+    "v5p": ("v5p", 2),
+    "v6e": ("v6e", 1),
+    "tpu7x": ("tpu7x", 2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Devices that train together: slices of one shape, or GPUs of some hosts."""
+
+    name: str  # as it is asked for, such as v5p:4x4x4
+    generation: str
+    shape: tuple[int, ...]  # of one slice, in chips
+    num_slices: int = 1
+
+    @property
+    def chip(self) -> Chip:
+        """A device of it."""
+        return CHIPS[self.generation]
+
+    @property
+    def is_tpu(self) -> bool:
+        """Whether the TPU compiler knows it."""
+        return self.generation not in GPUS
+
+    @property
+    def chips(self) -> int:
+        """Chips of all slices."""
+        return math.prod(self.shape) * self.num_slices
+
+    @property
+    def devices(self) -> int:
+        """Devices, as jax counts them, of all slices."""
+        return round(self.chips / self.chip.chips)
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """What the compiler is told beside the topology's name."""
+        found: dict[str, Any] = {"wrap": self._wrap()}
+        if self.generation == "v4":
+            found["chip_config_name"] = "megacore"
+        if self.num_slices > 1:
+            found["num_slices"] = self.num_slices
+        return found
+
+    @property
+    def topology(self) -> str:
+        """The name the compiler knows it by."""
+        return self.name
+
+    @property
+    def hbm_bytes(self) -> int:
+        """What a program may use of a device's memory."""
+        return self.chip.hbm_bytes
+
+    @property
+    def peak_flops(self) -> float:
+        """Dense bf16 FLOP/s of a device."""
+        return self.chip.peak_flops
+
+    @property
+    def link_bytes_per_s(self) -> float:
+        """What a device sends a second, in all directions, where it is a ring."""
+        links = 1 if not self.is_tpu else 2 * len(self.shape)
+        return links * self.chip.link_bytes_per_s * self.chip.chips
+
+    @property
+    def error_band(self) -> str:
+        """How far a predicted step time may be off."""
+        return self.chip.error_band
+
+    def _wrap(self) -> tuple[bool, bool, bool]:
+        """Returns which dims are rings; without this the compiler assumes none is."""
+        if len(self.shape) == 3:
+            ring = all(size >= 4 for size in self.shape)
+            return ring, ring, ring
+        x, y = self.shape
+        return x >= 16, y >= 16, False
+
+
+def parse(text: str, num_slices: int = 1) -> Slice:
+    """Returns the slice of a name such as v5p:4x4x4, v6e-256 or h100:8.
+
+    Raises:
+      ConfigError: there is no such slice; with the nearest that is.
+    """
+    where = f"--topology={text}"
+    found = re.fullmatch(r"([a-z0-9]+)([:-])([0-9x]+)", text.lower())
+    names = sorted({*CHIPS, *_CLOUD})
+    if num_slices < 1:
+        raise ConfigError([f"--num_slices={num_slices}; below 1; give 1 or more."])
+    if not found or found[1] not in names:
+        kind = re.split("[:-]", text.lower())[0]
+        near = difflib.get_close_matches(kind, names, 1, 0.3)
+        hint = _example(near[0] if near else "v5p")
+        raise ConfigError(
+            [
+                f"{where}; unknown; write GENERATION:SHAPE with one of "
+                f"{', '.join(CHIPS)}, such as {hint}."
+            ]
+        )
+    name, mark, size = found.groups()
+    if name in GPUS:
+        return _gpus(where, name, size, num_slices)
+    if mark == "-":
+        name, size = _shape_of(where, name, size)
+    if name not in SHAPES:
+        raise ConfigError([f"{where}; a cloud's name; write {name}-CHIPS."])
+    if size not in SHAPES[name]:
+        near = _nearest(size, SHAPES[name])
+        raise ConfigError(
+            [f"{where}; {name} has no such slice; the nearest is {name}:{near}."]
+        )
+    shape = tuple(map(int, size.split("x")))
+    return Slice(f"{name}:{size}", name, shape, num_slices)
+
+
+def _example(name: str) -> str:
+    if name in GPUS:
+        return f"{name}:8"
+    generation = _CLOUD[name][0] if name in _CLOUD else name
+    return f"{generation}:{'4x4' if SHAPES[generation] is _FLAT else '4x4x4'}"
+
+
+def _gpus(where: str, name: str, size: str, num_slices: int) -> Slice:
+    if "x" in size or int(size) < 1 or (int(size) > 8 and int(size) % 8):
+        raise ConfigError([f"{where}; give 1 to 8 GPUs, or hosts of 8, as {name}:16."])
+    if num_slices > 1:
+        raise ConfigError(
+            [f"--num_slices={num_slices}; GPUs have none; give {name}:COUNT alone."]
+        )
+    return Slice(f"{name}:{size}", name, (int(size),))
+
+
+def _shape_of(where: str, name: str, size: str) -> tuple[str, str]:
+    """Returns the generation and the shape behind a cloud's name."""
+    if name not in _CLOUD or "x" in size:
+        raise ConfigError([f"{where}; write {name}:{size} for a shape."])
+    generation, cores = _CLOUD[name]
+    sizes = {
+        cores * math.prod(map(int, shape.split("x"))): shape
+        for shape in reversed(SHAPES[generation])
+    }
+    if int(size) not in sizes:
+        near = min(sizes, key=lambda count: abs(count - int(size)))
+        raise ConfigError(
+            [f"{where}; no slice has that size; the nearest is {name}-{near}."]
+        )
+    return generation, sizes[int(size)]
+
+
+def _nearest(size: str, shapes: tuple[str, ...]) -> str:
+    """Returns the shape with the nearest number of chips, of the same rank at best."""
+    asked = [int(word) for word in size.split("x") if word]
+    count = math.prod(asked)
+
+    def distance(shape: str) -> tuple[float, str]:
+        chips = math.prod(map(int, shape.split("x")))
+        return abs(math.log(max(count, 1) / chips)), shape
+
+    return min(shapes, key=distance)

@@ -1,0 +1,353 @@
+"""How long a compiled step takes: a roofline over the schedule, wire and arithmetic.
+
+The scheduled program is walked in order. An operation takes the larger of its
+arithmetic and its memory traffic; a synchronous collective takes its time on the wire;
+an asynchronous one occupies its links from its start, and what is not over at its end
+is waited for. Nothing is measured: dispatch, input, checkpoints and host transfers are
+left out.
+"""
+
+import collections
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from scaletrain.plan import hlo
+from scaletrain.plan.hlo import COLLECTIVES, Computation, Instruction, Module
+from scaletrain.plan.slices import Slice
+
+# Shares of the peaks that single operations reach in the compiler's own cycle counts.
+_MATMUL, _MEMORY = 0.85, 0.60
+_DCN_BYTES_PER_S = 3.1e9  # a chip, between slices
+_FREE = (
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id",
+    "after-all", "iota", "broadcast", "async-update", "opt-barrier", "replica-id",
+)  # fmt: skip
+
+
+_ENDS = ("async-done", "copy-done", "send-done", "recv-done")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Seconds of one step on one device, and what it sends."""
+
+    seconds: float
+    by_class: dict[str, float]  # seconds; they add up to `seconds`
+    communication: dict[str, dict[str, Any]]  # mesh axes -> bytes, seconds, count
+
+
+@dataclasses.dataclass
+class _Clock:
+    """Where the walk is, and what it has met."""
+
+    now: float = 0.0
+    by_class: dict[str, float] = dataclasses.field(
+        default_factory=lambda: dict.fromkeys(
+            ("matmul", "attention", "elementwise", "communication"), 0.0
+        )
+    )
+    axes: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    links: dict[str, float] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(float)
+    )  # when each is free again
+    pending: dict[str, tuple[float, str]] = dataclasses.field(default_factory=dict)
+
+    def spend(self, what: str, seconds: float) -> None:
+        self.now += seconds
+        self.by_class[what] += seconds
+
+    def wait(self, until: float, axis: str) -> None:
+        late = max(0.0, until - self.now)
+        self.spend("communication", late)
+        if axis in self.axes:
+            self.axes[axis]["exposed_s"] += late
+
+
+def account(module: Module, axes: dict[str, int], slice_: Slice) -> Step:
+    """Returns the account of a program on a device of `slice_`.
+
+    Args:
+      axes: the mesh axes and their sizes, in the order of the devices.
+    """
+    clock = _Clock()
+    _Walk(module, axes, slice_, clock).computation(module.entry)
+    return Step(clock.now, clock.by_class, clock.axes)
+
+
+class _Walk:
+    """The way through a program."""
+
+    def __init__(
+        self, module: Module, axes: dict[str, int], slice_: Slice, clock: _Clock
+    ):
+        self._module, self._axes, self._slice = module, axes, slice_
+        self._chip, self._clock = slice_.chip, clock
+
+    def computation(self, name: str) -> None:
+        """Takes every instruction of a computation in turn."""
+        computation = self._module.computations[name]
+        for each in computation.instructions:
+            self._instruction(each, computation)
+
+    def _instruction(self, each: Instruction, computation: Computation) -> None:
+        opcode = each.opcode
+        kind = opcode.removesuffix("-start").removesuffix("-done")
+        if opcode in ("while", "call", "conditional"):
+            self._inside(each)
+        elif kind in COLLECTIVES:
+            self._collective(each, kind, opcode)
+        elif opcode == "async-start" or "async-collective-start" in each.name:
+            self._started(each)
+        elif opcode in _ENDS or "async-collective-done" in each.name:
+            self._done(each)
+        elif opcode == "copy-start":
+            # A prefetch: it occupies the memory, and is waited for if it is late.
+            self._queue(each.name, "memory", each.shapes[0].nbytes / self._memory())
+        elif opcode == "send" and "is_host_transfer=true" in each.attributes:
+            self._between_slices(each)
+        elif opcode not in _FREE:
+            self._compute(each, computation)
+
+    def _memory(self) -> float:
+        return _MEMORY * self._chip.hbm_bytes_per_s
+
+    def _inside(self, each: Instruction) -> None:
+        """Takes a loop as often as it runs; of branches the first.
+
+        Branches compute the same with other masks.
+        """
+        times = self._module.trips(each) if each.opcode == "while" else 1
+        for what in ("body", "to_apply", "true_computation", "branch_computations"):
+            name = each.called(what) or ""
+            if name in self._module.computations:
+                for _ in range(times):
+                    self.computation(name)
+                return
+
+    def _compute(self, each: Instruction, computation: Computation) -> None:
+        flops, inside = self._flops(each, computation)
+        traffic = self._traffic(each, computation) / self._memory()
+        attention = "bkgts" in inside or "splash" in inside or "flash" in inside
+        if "tpu_custom_call" in each.attributes:
+            peak = self._chip.attention_efficiency * self._chip.peak_flops
+            seconds = max(_kernel_flops(each, computation) / peak, traffic)
+            self._clock.spend("attention", seconds)
+        elif flops:
+            seconds = max(flops / (_MATMUL * self._chip.peak_flops), traffic)
+            self._clock.spend("attention" if attention else "matmul", seconds)
+        else:
+            self._clock.spend("attention" if attention else "elementwise", traffic)
+
+    def _flops(self, each: Instruction, computation: Computation) -> tuple[int, str]:
+        """Returns the FLOPs of an operation and the names of what is in it."""
+        called = each.called("calls") if each.opcode == "fusion" else None
+        if called is None:
+            return hlo.flops(each, computation), each.op_name
+        total, names = 0, each.op_name
+        inner = self._module.computations[called]
+        for instruction in inner.instructions:
+            more, words = self._flops(instruction, inner)
+            total += more
+            names += words if more else ""
+        return total, names
+
+    def _traffic(self, each: Instruction, computation: Computation) -> float:
+        """Returns the bytes that an operation moves to and from the memory."""
+        if each.opcode in ("dynamic-slice", "slice", "gather"):
+            return 2 * _held(each)
+        called = each.called("calls") if each.opcode == "fusion" else None
+        inner = self._module.computations.get(called or "")
+        total = _written(each, inner)
+        for i, operand in enumerate(each.operands):
+            shape = _shape(computation, operand)
+            if shape is not None and shape.space == 0:
+                total += _read(shape.nbytes, i, inner)
+        return total
+
+    def _collective(self, each: Instruction, kind: str, opcode: str) -> None:
+        if opcode.endswith("-done"):
+            return self._done(each)
+        axis, seconds = self._wire(each, kind)
+        if opcode.endswith("-start"):
+            self._queue(each.name, axis, seconds)
+        else:
+            begun = max(self._clock.now, self._clock.links[axis])
+            self._clock.wait(begun + seconds, axis)
+            self._clock.links[axis] = self._clock.now
+        return None
+
+    def _wire(self, each: Instruction, kind: str) -> tuple[str, float]:
+        """Returns the axes a collective runs over and its seconds on the wire."""
+        devices = math.prod(self._axes.values())
+        members = hlo.group(each, devices)
+        axis = self._axis(members)
+        share = (len(members) - 1) / len(members)
+        # A start gives its operands and its result; the result comes last.
+        assert each.shapes, each.name
+        last, size = each.shapes[-1].nbytes, max(s.nbytes for s in each.shapes)
+        if kind == "all-reduce":
+            size = sum(s.nbytes for s in each.shapes)
+            if each.opcode.endswith("-start") and len(each.shapes) > 1:
+                size //= 2
+        sent = {
+            "all-reduce": 2 * size * share,
+            "reduce-scatter": last * (len(members) - 1),
+            "collective-permute": last,
+        }.get(kind, size * share)
+        seconds = sent / self._bandwidth(len(members))
+        sums = self._clock.axes.setdefault(
+            axis, {"bytes": 0.0, "wire_s": 0.0, "exposed_s": 0.0, "count": 0}
+        )
+        sums["bytes"] += sent
+        sums["wire_s"] += seconds
+        sums["count"] += 1
+        return axis, seconds
+
+    def _axis(self, members: np.ndarray) -> str:
+        """Returns the names of the mesh axes along which the members differ."""
+        sizes = tuple(self._axes.values())
+        places = np.array(np.unravel_index(members % math.prod(sizes), sizes))
+        names = [
+            name
+            for name, row in zip(self._axes, places, strict=True)
+            if len(set(row.tolist())) > 1
+        ]
+        return "+".join(names) or "none"
+
+    def _bandwidth(self, members: int) -> float:
+        """Returns the bytes a second with which a device sends to `members` others.
+
+        A ring of the torus sends both ways; a group that spans more dims of the torus
+        uses the links of all of them.
+        """
+        chips = max(1.0, members * self._chip.chips)
+        spanned, covered = 0, 1.0
+        for size in sorted(self._slice.shape, reverse=True):
+            if covered >= chips:
+                break
+            covered *= size
+            spanned += 1
+        wrap = self._slice.kwargs["wrap"][0]
+        links = max(1, spanned) * (2 if wrap else 1)
+        return links * self._chip.link_bytes_per_s * self._chip.chips
+
+    def _between_slices(self, each: Instruction) -> None:
+        size = each.shapes[0].nbytes
+        sums = self._clock.axes.setdefault(
+            "dcn", {"bytes": 0.0, "wire_s": 0.0, "exposed_s": 0.0, "count": 0}
+        )
+        seconds = size / (_DCN_BYTES_PER_S * self._chip.chips)
+        sums["bytes"] += size
+        sums["wire_s"] += seconds
+        sums["count"] += 1
+        self._queue(each.name, "dcn", seconds)
+
+    def _queue(self, name: str, link: str, seconds: float) -> None:
+        """Starts a transfer when its link is free."""
+        links = self._clock.links
+        links[link] = max(self._clock.now, links[link]) + seconds
+        self._clock.pending[name] = links[link], link
+
+    def _started(self, each: Instruction) -> None:
+        """Starts what an asynchronous computation transfers, if it does."""
+        name = each.called("calls")
+        found = self._transfers(name) if name else []
+        for instruction in found:
+            kind = instruction.opcode.removesuffix("-start")
+            axis, seconds = self._wire(instruction, kind)
+            self._queue(each.name, axis, seconds)
+
+    def _transfers(self, name: str) -> list[Instruction]:
+        found = []
+        for each in self._module.computations[name].instructions:
+            if each.opcode.removesuffix("-start") in COLLECTIVES:
+                found.append(each)
+            elif inner := each.called("calls"):
+                found += self._transfers(inner)
+        return found
+
+    def _done(self, each: Instruction) -> None:
+        for operand in each.operands:
+            if found := self._clock.pending.pop(operand.split("#")[0], None):
+                self._clock.wait(*found)
+
+
+def _shape(computation: Computation, operand: str) -> hlo.Shape | None:
+    """Returns the shape of an operand, `name` or `name#part`."""
+    name, _, part = operand.partition("#")
+    found = computation.by_name.get(name)
+    if found is None or not found.shapes:
+        return None
+    index = int(part) if part.isdigit() else 0
+    return found.shapes[index] if index < len(found.shapes) else None
+
+
+def _held(each: Instruction) -> int:
+    """Returns the bytes of the results that lie in the large memory."""
+    return sum(shape.nbytes for shape in each.shapes if shape.space == 0)
+
+
+def _written(each: Instruction, inner: Computation | None) -> int:
+    """Returns the bytes written: of an update in place, the update alone."""
+    if inner is None:
+        return _held(each)
+    root = inner.root
+    roots = [inner.by_name.get(name.split("#")[0]) for name in root.operands]
+    parts = [r for r in roots if r] if root.opcode == "tuple" else [root]
+    total = 0
+    for part, shape in zip(parts, each.shapes, strict=False):
+        if shape.space == 0:
+            update = part.opcode == "dynamic-update-slice"
+            inside = _shape(inner, part.operands[1]) if update else None
+            total += inside.nbytes if inside else shape.nbytes
+    return total
+
+
+def _read(size: int, index: int, inner: Computation | None) -> int:
+    """Returns the bytes read of an operand: of a slice, the slice alone."""
+    if inner is None:
+        return size
+    name = next(
+        (
+            each.name
+            for each in inner.instructions
+            if each.opcode == "parameter" and each.operands == (str(index),)
+        ),
+        "",
+    )
+    users = _past_views(inner, name)
+    if users and all(u.opcode in ("dynamic-slice", "slice", "gather") for u in users):
+        return min(size, sum(user.nbytes for user in users))
+    if users and all(
+        u.opcode == "dynamic-update-slice" and u.operands[0] == name for u in users
+    ):
+        return 0
+    return size
+
+
+def _past_views(inner: Computation, name: str) -> list[Instruction]:
+    """Returns what reads a value, looked at through bitcasts."""
+    found = []
+    for user in inner.users.get(name, []):
+        found += _past_views(inner, user.name) if user.opcode == "bitcast" else [user]
+    return found
+
+
+def _kernel_flops(each: Instruction, computation: Computation) -> float:
+    """Returns the FLOPs of an attention kernel over causal blocks.
+
+    Forward has two products of T x S x H a head, the backward kernels five together:
+    three where keys and values get theirs, two where queries do, or five in one.
+    """
+    shapes = [_shape(computation, operand) for operand in each.operands]
+    four = [s.dims for s in shapes if s and len(s.dims) >= 3 and s.dims[-1] >= 32]
+    if len(four) < 2:
+        return 0.0
+    query, key = four[0], four[1]
+    one = math.prod(query) * key[-2]  # heads x T x H x S
+    name = each.name + each.op_name + each.attributes[:2000]
+    products = 4 if "dkv" in name else 3 if "dq" in name else 2
+    return 2 * products * one / 2

@@ -1,0 +1,100 @@
+"""Compiles the train step for a slice that is not here, in a process of its own.
+
+    python -m scaletrain.plan.worker FOLDER
+
+FOLDER holds `request.json`, gets the compiler's dump and, last, `answer.json`. There is
+no public way to stop a compilation before machine code is generated, which is nine
+tenths of its time: the process ends itself once the buffers are assigned.
+"""
+
+import json
+import os
+import pathlib
+import sys
+import threading
+import time
+from typing import Any
+
+# The compiler writes this file last before it generates code.
+ASSIGNED = "*jit_train_step*after_optimizations_after_buffer_assignment.txt"
+
+
+def main() -> None:
+    """Answers the request in the folder named on the command line."""
+    folder = pathlib.Path(sys.argv[1])
+    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second worker dies on a lock file
+        "TPU_SKIP_MDS_QUERY": "1",  # there is no machine to ask
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any; silences a warning
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_LOG_DIR": "disabled",
+    }
+    program, facts = _program(request)
+    if not request["full"]:
+        watch = threading.Thread(target=_stop, args=(folder, facts), daemon=True)
+        watch.start()
+    import jax
+
+    from scaletrain import step
+
+    began = time.monotonic()
+    try:
+        with jax.set_mesh(program.mesh):
+            memory = step.compiled(program).memory_analysis()
+        host = memory.host_temp_size_in_bytes
+        facts["peak_bytes"] = memory.peak_memory_in_bytes - host
+    except Exception as err:  # the compiler raises nothing narrower
+        facts["error"] = str(err)
+    facts["compile_s"] = time.monotonic() - began
+    _answer(folder, facts)
+
+
+def _program(request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Returns the step's program for the slice, and what is known of it."""
+    import jax
+    from jax.experimental import topologies
+
+    from scaletrain import config, mesh, sharding, step
+
+    slice_ = topologies.get_topology_desc(
+        topology_name=request["topology"], platform="tpu", **request["kwargs"]
+    )
+    run = config.resolve(config.from_json(request["config"]), len(slice_.devices))
+    grid = mesh.build(run.mesh, slice_.devices)
+    program = step.build(run, grid)
+    state = program.state
+    facts = {
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.weights)),
+        "bytes": {
+            "parameters": sharding.nbytes(state.weights),
+            "optimizer": sharding.nbytes(state.opt_state),
+            "gradients": sharding.nbytes(state.params),
+        },
+    }
+    return program, facts
+
+
+def _stop(folder: pathlib.Path, facts: dict[str, Any]) -> None:
+    """Ends the process when the compiler has said all that is asked of it."""
+    size = -1
+    while True:
+        time.sleep(0.05)
+        found = list(folder.glob(ASSIGNED))
+        # Written in pieces: whole when it has stopped growing.
+        if found and found[0].stat().st_size == size > 0:
+            _answer(folder, facts)
+        size = found[0].stat().st_size if found else -1
+
+
+def _answer(folder: pathlib.Path, facts: dict[str, Any]) -> None:
+    partial = folder / "answer.partial"
+    partial.write_text(json.dumps(facts), encoding="utf-8")
+    partial.rename(folder / "answer.json")
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
