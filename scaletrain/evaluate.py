@@ -100,7 +100,10 @@ def score(
       ScaletrainError: no such checkpoint, or ids it cannot be asked about.
     """
     ids_BT = _ids(tokens, run)
-    run = dataclasses.replace(run, precision=PrecisionConfig(compute="float32"))
+    model = dataclasses.replace(run.model, attention="xla")  # rows of any length
+    run = dataclasses.replace(
+        run, model=model, precision=PrecisionConfig(compute="float32")
+    )
     run = config.resolve(run, jax.device_count())
     grid = mesh.build(run.mesh)
     program = step.build(run, grid)

@@ -14,8 +14,10 @@ from jaxtyping import Array, Float, Int, UInt
 from scaletrain import optim, sharding
 from scaletrain.chips import COMPILER_OPTIONS
 from scaletrain.config import RunConfig
+from scaletrain.errors import ConfigError
 from scaletrain.losses import LossSums, next_token_loss
 from scaletrain.models import Decoder
+from scaletrain.models.attention import SPLASH_BLOCK
 
 Batch = dict[str, Any]  # tokens, targets, segments, positions, weights: [B, T]
 Tree = Any
@@ -208,8 +210,33 @@ def initial_state(run: RunConfig, tx: optax.GradientTransformation) -> TrainStat
     )
 
 
+def _with_attention(run: RunConfig, mesh: Mesh | AbstractMesh) -> RunConfig:
+    """Returns `run` with the attention that its mesh gets."""
+    asked, devices = run.model.attention, getattr(mesh, "devices", None)
+    on_tpu = devices is not None and devices.flat[0].platform == "tpu"
+    if asked == "splash" and devices is not None and not on_tpu:
+        raise ConfigError(
+            [
+                f"model.attention=splash; a kernel for TPUs, and the devices are "
+                f"{devices.flat[0].platform}; use auto or xla."
+            ]
+        )
+    if asked == "auto":
+        whole = run.seq_len % SPLASH_BLOCK == 0 and mesh.shape["context"] == 1
+        model = dataclasses.replace(
+            run.model, attention="splash" if on_tpu and whole else "xla"
+        )
+        run = dataclasses.replace(run, model=model)
+    return run
+
+
 def build(run: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
-    """Returns the program of a resolved run on a mesh; holds no device memory."""
+    """Returns the program of a resolved run on a mesh; holds no device memory.
+
+    Raises:
+      ConfigError: an attention that the mesh's devices do not have.
+    """
+    run = _with_attention(run, mesh)
     key = jax.random.key(run.seed)
     model = nnx.eval_shape(lambda: Decoder(run.model, run.precision, key, run.lora))
     graphdef, abstract = nnx.split(model)

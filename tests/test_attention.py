@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scaletrain.models.attention import IMPLEMENTATIONS, attend
+from scaletrain.models.attention import Scores, attend
 
 
 def reference(q, k, v, q_segments, kv_segments, q_start, window):
@@ -28,7 +28,7 @@ def reference(q, k, v, q_segments, kv_segments, q_start, window):
     return out
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["xla"])
 @pytest.mark.parametrize(("N", "K"), [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("window", [0, 1, 5])
 def test_equals_the_reference(implementation, N, K, window):
@@ -45,14 +45,14 @@ def test_equals_the_reference(implementation, N, K, window):
         q_segments_BT=jnp.asarray(q_segments),
         kv_segments_BS=jnp.asarray(kv_segments),
         q_start=start,
-        window=window,
+        how=Scores(scale=H**-0.5, window=window),
         implementation=implementation,
     )
     wanted = reference(q, k, v, q_segments, kv_segments, start, window)
     np.testing.assert_allclose(out, wanted, atol=2e-6)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["xla"])
 def test_packed_equals_unpacked(implementation):
     """Documents in one sequence get what each gets alone, gradients included."""
     N, K, H, lengths = 4, 2, 8, (5, 1, 10)
@@ -65,7 +65,7 @@ def test_packed_equals_unpacked(implementation):
     def run(q, k, v, segments):
         out = attend(
             q, k, v, q_segments_BT=segments, kv_segments_BS=segments,
-            implementation=implementation,
+            how=Scores(scale=H**-0.5), implementation=implementation,
         )  # fmt: skip
         return jnp.sum(jnp.sin(out)), out
 
@@ -88,9 +88,47 @@ def test_softmax_runs_in_the_reduce_precision():
     text = str(
         jax.make_jaxpr(
             lambda q, v: attend(
-                q, q, v, q_segments_BT=segments, kv_segments_BS=segments
+                q,
+                q,
+                v,
+                q_segments_BT=segments,
+                kv_segments_BS=segments,
+                how=Scores(scale=1.0),
             )
         )(q, v)
     )
     assert "f32[1,1,1,512,512] = exp" in text
     assert "bf16[1,1,1,512,512] = exp" not in text
+
+
+@pytest.mark.parametrize(
+    ("how", "local", "K", "H"),
+    [
+        (Scores(scale=0.1), True, 2, 128),
+        (Scores(scale=0.1, window=100), True, 4, 64),
+        (Scores(scale=0.3, soft_cap=2.0, window=100), "traced", 1, 128),
+    ],
+)
+def test_the_kernel_for_tpus_equals_the_plain_one(how, local, K, H):
+    """Interpreted on the CPU: packed documents, forward and gradients."""
+    B, T, N = 1, 256, 4
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((B, T, N, H), (B, T, K, H), (B, T, K, H))
+    q, k, v = (jax.random.normal(key, s) for key, s in zip(keys, shapes, strict=True))
+    segments = jnp.repeat(jnp.arange(3), jnp.array([30, 150, 76]))[None]
+
+    def run(q, k, v, local, implementation):
+        out = attend(
+            q, k, v, q_segments_BT=segments, kv_segments_BS=segments, how=how,
+            local=local, implementation=implementation,
+        )  # fmt: skip
+        return jnp.sum(jnp.sin(3 * out)), out
+
+    for flag in (True, False) if local == "traced" else (True,):
+        given = jnp.array(flag) if local == "traced" else flag
+        grad = jax.value_and_grad(run, (0, 1, 2), has_aux=True)
+        (_, plain), wanted = grad(q, k, v, given, "xla")
+        (_, out), found = grad(q, k, v, given, "splash_interpreted")
+        np.testing.assert_allclose(out, plain, atol=2e-6)
+        for one, two in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(one, two, atol=1e-5 * float(jnp.abs(two).max()))

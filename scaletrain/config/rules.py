@@ -38,7 +38,17 @@ def problems(run: RunConfig) -> list[str]:
     found = list(_values(run))
     if found:  # the rules below divide by these values
         return found + list(_unused(run))
-    rules = (_model, _lora, _batch, _layout, _optim, _data, _cadence, _unused)
+    rules = (
+        _model,
+        _attention,
+        _lora,
+        _batch,
+        _layout,
+        _optim,
+        _data,
+        _cadence,
+        _unused,
+    )
     return [problem for rule in rules for problem in rule(run)]
 
 
@@ -97,6 +107,21 @@ def _model(run: RunConfig) -> Iterator[str]:
         yield (
             f"model.rope.low_freq={m.rope.low_freq}; not below model.rope.high_freq="
             f"{m.rope.high_freq}; lower it."
+        )
+
+
+def _attention(run: RunConfig) -> Iterator[str]:
+    if run.model.attention != "splash":
+        return
+    if run.seq_len % 128:
+        yield (
+            f"model.attention=splash; its blocks do not divide seq_len={run.seq_len}; "
+            "make seq_len a multiple of 128, or use xla."
+        )
+    if _axis_sizes(run.mesh)["context"] != 1:
+        yield (
+            f"model.attention=splash; mesh.context={run.mesh.context} cuts sequences, "
+            "which it takes whole; set mesh.context=1, or use xla."
         )
 
 

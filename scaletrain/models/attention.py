@@ -5,9 +5,17 @@ Token t may look at token s when s comes no later, both belong to the same docum
 the same contract and is compared with `xla`, the plain reference.
 """
 
+import dataclasses
+import functools
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from scaletrain import sharding
+
+SPLASH_BLOCK = 128  # sequences that the kernel takes are multiples of it
 
 
 def visible(
@@ -30,25 +38,40 @@ def visible(
     return mask_TS[None] & (q_segments_BT[:, :, None] == kv_segments_BS[:, None, :])
 
 
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """How scores are made of queries and keys, and which of them count."""
+
+    scale: float
+    soft_cap: float = 0.0  # soft_cap * tanh(scores / soft_cap); 0 = off
+    window: int = 0  # slots a local layer looks back on, itself included; 0 = all
+    reduce: str = "float32"
+
+
 def _xla(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
     v_BSKH: Float[Array, "B S K H"],
-    mask_BTS: Bool[Array, "B T S"],
-    scale: float,
-    soft_cap: float,
-    reduce: str,
+    q_segments_BT: Int[Array, "B T"],
+    kv_segments_BS: Int[Array, "B S"],
+    q_start: int | Int[Array, ""],
+    local: bool | Bool[Array, ""],
+    how: Scores,
 ) -> Float[Array, "B T N H"]:
-    """Plain attention: all T x S scores at once, softmax in `reduce`."""
+    """Plain attention: all T x S scores at once, softmax in `how.reduce`."""
+    window = how.window if local is True else 0
+    if not isinstance(local, bool):
+        window = jnp.where(local, how.window, jnp.iinfo(jnp.int32).max)
+    mask_BTS = visible(q_segments_BT, kv_segments_BS, q_start, window)
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     att_BKGTS = jnp.einsum(
-        "btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=reduce
+        "btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=how.reduce
     )
-    att_BKGTS *= scale
-    if soft_cap:
-        att_BKGTS = soft_cap * jnp.tanh(att_BKGTS / soft_cap)
+    att_BKGTS *= how.scale
+    if how.soft_cap:
+        att_BKGTS = how.soft_cap * jnp.tanh(att_BKGTS / how.soft_cap)
     lowest = jnp.finfo(att_BKGTS.dtype).min
     att_BKGTS = jnp.where(mask_BTS[:, None, None], att_BKGTS, lowest)
     att_BKGTS = jax.nn.softmax(att_BKGTS, axis=-1).astype(v_BSKH.dtype)
@@ -56,7 +79,102 @@ def _xla(
     return out_BTKGH.reshape(B, T, N, H)
 
 
-IMPLEMENTATIONS = {"xla": _xla}
+def _splash(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    q_segments_BT: Int[Array, "B T"],
+    kv_segments_BS: Int[Array, "B S"],
+    q_start: int | Int[Array, ""],
+    local: bool | Bool[Array, ""],
+    how: Scores,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+    """The TPU's kernel: blocks of scores in fast memory, empty blocks left out.
+
+    It runs on each device's own sequences and heads; its softmax is in float32.
+    """
+    assert isinstance(q_start, int), "queries are the keys: there is no cache"
+
+    def here(q_BTNH, k_BSKH, v_BSKH, segments_BT, local):
+        def attend(window):
+            return _splash_here(
+                q_BTNH, k_BSKH, v_BSKH, segments_BT, window, how, interpret
+            )
+
+        if isinstance(local, bool):
+            return attend(how.window if local else 0)
+        return jax.lax.cond(local, lambda: attend(how.window), lambda: attend(0))
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return here(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, local)
+    heads = sharding.spec("batch", "tokens", "heads", "head")
+    kv_heads = sharding.spec("batch", "tokens", "kv_heads", "head")
+    rows = sharding.spec("batch", "tokens")
+    if isinstance(local, bool):
+        here = functools.partial(here, local=local)
+        specs = (heads, kv_heads, kv_heads, rows)
+        arguments = (q_BTNH, k_BSKH, v_BSKH, q_segments_BT)
+    else:
+        specs = (heads, kv_heads, kv_heads, rows, jax.P())
+        arguments = (q_BTNH, k_BSKH, v_BSKH, q_segments_BT, local)
+    # The kernel's outputs cannot be checked for what they vary over.
+    return jax.shard_map(here, in_specs=specs, out_specs=heads, check_vma=False)(
+        *arguments
+    )
+
+
+def _splash_here(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    segments_BT: Int[Array, "B T"],
+    window: int,
+    how: Scores,
+    interpret: bool,
+) -> Float[Array, "B T N H"]:
+    """Returns the kernel's answer for whole sequences on one device."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    T, N = q_BTNH.shape[1:3]
+    one = (
+        splash.LocalMask((T, T), (window - 1, 0), 0)
+        if 0 < window < T
+        else splash.CausalMask((T, T))
+    )
+    block = next(size for size in (512, 256, SPLASH_BLOCK) if T % size == 0)
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([one] * N),
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_kv_compute=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=block,
+            use_fused_bwd_kernel=True,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=how.soft_cap or None,
+        # What the backward kernel needs of the forward one: saved by this name,
+        # a layer that is computed again does not run it twice.
+        residual_checkpoint_name="attention",
+        interpret=interpret,
+    )
+    q_BNTH = (q_BTNH.swapaxes(1, 2).astype(how.reduce) * how.scale).astype(q_BTNH.dtype)
+    k_BKTH, v_BKTH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    ids = splash.SegmentIds(segments_BT, segments_BT)
+    out_BNTH = cast(jax.Array, jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, ids))
+    return out_BNTH.swapaxes(1, 2)
+
+
+IMPLEMENTATIONS = {
+    "xla": _xla,
+    "splash": _splash,
+    "splash_interpreted": functools.partial(_splash, interpret=True),
+}
 
 
 def attend(
@@ -66,24 +184,19 @@ def attend(
     *,
     q_segments_BT: Int[Array, "B T"],
     kv_segments_BS: Int[Array, "B S"],
+    how: Scores,
     q_start: int | Int[Array, ""] = 0,
-    window: int | Int[Array, ""] = 0,
-    scale: float = 0.0,
-    soft_cap: float = 0.0,
+    local: bool | Bool[Array, ""] = True,
     implementation: str = "xla",
-    reduce: str = "float32",
 ) -> Float[Array, "B T N H"]:
-    """Returns softmax(scale q k) v over the slots each query may look at.
+    """Returns softmax(scores) v over the slots each query may look at.
 
     N query heads share K key/value heads in groups of N / K (arXiv 2305.13245).
 
     Args:
-      window: slots a query looks back on, itself included; 0 = all.
-      scale: 0 = H^-0.5.
-      soft_cap: scores become soft_cap * tanh(scores / soft_cap); 0 = off.
+      q_start: slot of the first query among the S slots.
+      local: whether this layer looks through `how.window`.
     """
-    scale = scale or q_BTNH.shape[-1] ** -0.5
-    mask_BTS = visible(q_segments_BT, kv_segments_BS, q_start, window)
     return IMPLEMENTATIONS[implementation](
-        q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale, soft_cap, reduce
+        q_BTNH, k_BSKH, v_BSKH, q_segments_BT, kv_segments_BS, q_start, local, how
     )

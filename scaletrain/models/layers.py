@@ -21,7 +21,7 @@ from scaletrain.config import (
     RopeConfig,
     adapted,
 )
-from scaletrain.models.attention import attend
+from scaletrain.models.attention import Scores, attend
 from scaletrain.sharding import constrain, param
 
 
@@ -337,12 +337,15 @@ class Attention(nnx.Module):
             v_BSKH,
             q_segments_BT=segments_BT,
             kv_segments_BS=kv_segments_BS,
+            how=Scores(
+                scale=model.attention_scale or model.d_head**-0.5,
+                soft_cap=model.attention_soft_cap,
+                window=model.sliding_window,
+                reduce=self.precision.reduce,
+            ),
             q_start=start,
-            window=self._window(local),
-            scale=model.attention_scale,
-            soft_cap=model.attention_soft_cap,
-            implementation=model.attention,
-            reduce=self.precision.reduce,
+            local=local,
+            implementation=model.attention if cache is None else "xla",
         )
         out_BTNH = checkpoint_name(out_BTNH, "attention")
         return self.o(out_BTNH), None if cache is None else (k_BSKH, v_BSKH)
@@ -354,13 +357,6 @@ class Attention(nnx.Module):
         return jnp.where(
             local, rotary_rates(rope, H, local=True), rotary_rates(rope, H)
         )
-
-    def _window(self, local: bool | Bool[Array, ""]) -> int | Int[Array, ""]:
-        """Returns what `attend` takes for a window; it differs where layers do."""
-        window = self.model.sliding_window
-        if isinstance(local, bool):
-            return window if local else 0
-        return jnp.where(local, window, jnp.iinfo(jnp.int32).max)
 
 
 _ACTIVATIONS = {

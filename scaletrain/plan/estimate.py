@@ -81,7 +81,7 @@ def _activations(run: RunConfig, tokens: int, rows: int, tensor: int) -> int:
 
 
 def _plain(run: RunConfig) -> bool:
-    """Whether attention writes its scores to memory."""
+    """Whether attention writes its scores to memory: no kernel does."""
     return run.model.attention == "xla"
 
 

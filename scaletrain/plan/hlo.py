@@ -19,6 +19,7 @@ _BYTES = {
 }  # fmt: skip
 _SHAPE = re.compile(r"([a-z][a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_END = re.compile(r"^\}($|, )")  # the thread it runs on may follow
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
@@ -133,7 +134,7 @@ def _blocks(text: str) -> Iterator[tuple[str, bool, list[str]]]:
         if not name:
             if found := _HEAD.match(line):
                 is_entry, name, lines = bool(found[1]), found[2], []
-        elif line.startswith("}"):  # and the thread it runs on
+        elif _END.match(line):
             yield name, is_entry, lines
             name = ""
         elif _LINE.match(line):

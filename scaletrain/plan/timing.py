@@ -339,15 +339,14 @@ def _past_views(inner: Computation, name: str) -> list[Instruction]:
 def _kernel_flops(each: Instruction, computation: Computation) -> float:
     """Returns the FLOPs of an attention kernel over causal blocks.
 
-    Forward has two products of T x S x H a head, the backward kernels five together:
-    three where keys and values get theirs, two where queries do, or five in one.
+    Forward has two products of T x S x H a head, backward five. Windows are not seen.
     """
     shapes = [_shape(computation, operand) for operand in each.operands]
-    four = [s.dims for s in shapes if s and len(s.dims) >= 3 and s.dims[-1] >= 32]
-    if len(four) < 2:
+    floats = [s.dims for s in shapes if s and s.kind in ("bf16", "f32", "f16")]
+    if len(floats) < 2:
         return 0.0
-    query, key = four[0], four[1]
+    query, key = floats[:2]
     one = math.prod(query) * key[-2]  # heads x T x H x S
     name = each.name + each.op_name + each.attributes[:2000]
-    products = 4 if "dkv" in name else 3 if "dq" in name else 2
+    products = 5 if "dkv" in name else 2
     return 2 * products * one / 2
