@@ -5,7 +5,7 @@ CONSTRAINTS ?= -c constraints.txt
 BIN := .venv/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test check format parity
+.PHONY: quickstart test check format parity accuracy
 
 quickstart: .venv/installed
 	$(BIN)/scaletrain train --config=experiments/quickstart.py --workdir=$(WORKDIR)
@@ -34,6 +34,10 @@ format: .venv/dev
 parity: .venv/installed
 	$(if $(TORCH),,$(error parity needs TORCH=/path/to/python-with-torch))
 	$(BIN)/python tests/reference/parity.py --torch=$(TORCH) $(SEED:%=--seed=%)
+
+# Predicted against published steps; writes docs/accuracy.md (half an hour).
+accuracy: .venv/dev
+	$(BIN)/python tests/accuracy.py
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and \

@@ -16,7 +16,7 @@ from scaletrain.plan.slices import Slice
 
 MOST = 24  # layouts that are compiled
 _LARGEST_TENSOR = 8  # beyond a host's chips it has not paid on any published recipe
-_SLACK = 1.3  # estimates above this share of the memory are not compiled
+_SLACK = 1.1  # estimates above this share of the memory are not compiled
 
 Overrides = dict[str, Any]
 
