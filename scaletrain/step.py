@@ -212,7 +212,8 @@ def initial_state(run: RunConfig, tx: optax.GradientTransformation) -> TrainStat
 
 def _with_attention(run: RunConfig, mesh: Mesh | AbstractMesh) -> RunConfig:
     """Returns `run` with the attention that its mesh gets."""
-    asked, devices = run.model.attention, getattr(mesh, "devices", None)
+    asked = run.model.attention
+    devices = mesh.devices if isinstance(mesh, Mesh) else None
     on_tpu = devices is not None and devices.flat[0].platform == "tpu"
     if asked == "splash" and devices is not None and not on_tpu:
         raise ConfigError(

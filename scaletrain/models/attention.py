@@ -11,6 +11,7 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from scaletrain import sharding
@@ -76,7 +77,7 @@ def _xla(
     att_BKGTS = jnp.where(mask_BTS[:, None, None], att_BKGTS, lowest)
     att_BKGTS = jax.nn.softmax(att_BKGTS, axis=-1).astype(v_BSKH.dtype)
     out_BTKGH = jnp.einsum("bkgts,bskh->btkgh", att_BKGTS, v_BSKH)
-    return out_BTKGH.reshape(B, T, N, H)
+    return checkpoint_name(out_BTKGH.reshape(B, T, N, H), "attention")
 
 
 def _splash(
@@ -152,8 +153,10 @@ def _splash_here(
             block_kv_compute=block,
             block_q_dkv=block,
             block_kv_dkv=block,
-            block_kv_dkv_compute=block,
-            use_fused_bwd_kernel=True,
+            # Queries have a kernel of their own in the backward pass: the one that
+            # does all three writes their gradient once for each block of keys.
+            block_q_dq=block,
+            block_kv_dq=block,
         ),
         head_shards=1,
         q_seq_shards=1,
@@ -171,6 +174,7 @@ def _splash_here(
 
 
 IMPLEMENTATIONS = {
+    "auto": _xla,  # where no mesh has decided, see step.build
     "xla": _xla,
     "splash": _splash,
     "splash_interpreted": functools.partial(_splash, interpret=True),
@@ -191,7 +195,8 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Returns softmax(scores) v over the slots each query may look at.
 
-    N query heads share K key/value heads in groups of N / K (arXiv 2305.13245).
+    N query heads share K key/value heads in groups of N / K (arXiv 2305.13245). What
+    the backward pass needs is named "attention" for model.remat_save.
 
     Args:
       q_start: slot of the first query among the S slots.

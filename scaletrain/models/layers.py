@@ -347,7 +347,6 @@ class Attention(nnx.Module):
             local=local,
             implementation=model.attention if cache is None else "xla",
         )
-        out_BTNH = checkpoint_name(out_BTNH, "attention")
         return self.o(out_BTNH), None if cache is None else (k_BSKH, v_BSKH)
 
     def _rates(self, local: bool | Bool[Array, ""]) -> Float[Array, " P"]:

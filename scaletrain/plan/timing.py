@@ -103,6 +103,8 @@ class _Walk:
             self._started(each)
         elif opcode in _ENDS or "async-collective-done" in each.name:
             self._done(each)
+        elif (each.called("calls") or "").startswith("all-reduce-scatter"):
+            self._reduce_scatter(each)
         elif opcode == "copy-start":
             # A prefetch: it occupies the memory, and is waited for if it is late.
             self._queue(each.name, "memory", each.shapes[0].nbytes / self._memory())
@@ -179,12 +181,20 @@ class _Walk:
             self._clock.links[axis] = self._clock.now
         return None
 
-    def _wire(self, each: Instruction, kind: str) -> tuple[str, float]:
+    def _reduce_scatter(self, each: Instruction) -> None:
+        """Takes a sum of which each device keeps a part, written as one operation."""
+        for inner in self._transfers(each.called("calls") or ""):
+            axis, seconds = self._wire(inner, "all-reduce", share=0.5)
+            self._clock.wait(self._clock.now + seconds, axis)
+
+    def _wire(
+        self, each: Instruction, kind: str, share: float = 1.0
+    ) -> tuple[str, float]:
         """Returns the axes a collective runs over and its seconds on the wire."""
         devices = math.prod(self._axes.values())
         members = hlo.group(each, devices)
         axis = self._axis(members)
-        share = (len(members) - 1) / len(members)
+        share *= (len(members) - 1) / len(members)
         # A start gives its operands and its result; the result comes last.
         assert each.shapes, each.name
         last, size = each.shapes[-1].nbytes, max(s.nbytes for s in each.shapes)
@@ -270,7 +280,8 @@ class _Walk:
         return found
 
     def _done(self, each: Instruction) -> None:
-        for operand in each.operands:
+        """Waits for what was started: by its operand, or by its name's other half."""
+        for operand in (*each.operands, each.name.replace("-done", "-start")):
             if found := self._clock.pending.pop(operand.split("#")[0], None):
                 self._clock.wait(*found)
 
@@ -339,7 +350,8 @@ def _past_views(inner: Computation, name: str) -> list[Instruction]:
 def _kernel_flops(each: Instruction, computation: Computation) -> float:
     """Returns the FLOPs of an attention kernel over causal blocks.
 
-    Forward has two products of T x S x H a head, backward five. Windows are not seen.
+    Forward has two products of T x S x H a head; backward four for keys and values
+    and three for queries. Windows are not seen.
     """
     shapes = [_shape(computation, operand) for operand in each.operands]
     floats = [s.dims for s in shapes if s and s.kind in ("bf16", "f32", "f16")]
@@ -348,5 +360,5 @@ def _kernel_flops(each: Instruction, computation: Computation) -> float:
     query, key = floats[:2]
     one = math.prod(query) * key[-2]  # heads x T x H x S
     name = each.name + each.op_name + each.attributes[:2000]
-    products = 5 if "dkv" in name else 2
+    products = 4 if "dkv" in name else 3 if "_dq" in name else 2
     return 2 * products * one / 2

@@ -1,0 +1,419 @@
+"""Plans: what can be asked, what the compiler says and how it is read."""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import small
+
+from scaletrain import config, mesh, metrics, sharding, step
+from scaletrain.config import MeshConfig
+from scaletrain.errors import ConfigError
+from scaletrain.plan import command, compiler, cost, estimate, hlo, search, slices
+
+KEYS = {
+    "fits", "hbm_peak_bytes", "hbm_limit_bytes", "hbm_by_class", "parameters",
+    "flops_per_token", "step_time_s", "tokens_per_s_per_chip", "mfu", "mfu_palm",
+    "communication", "hours", "cost_usd", "energy_kwh", "co2e_kg", "overrides",
+    "topology", "num_chips",
+}  # fmt: skip
+RUN = small.changed(
+    small.RUN,
+    batch_size=8,
+    seq_len=256,
+    model__num_layers=3,
+    model__d_model=256,
+    model__d_head=64,
+    model__d_ff=512,
+    model__vocab_size=1024,
+    model__attention="xla",
+    precision__compute="bfloat16",
+    mesh=MeshConfig(fsdp=4),
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "chips", "devices"),
+    [
+        ("v5p:4x4x4", "v5p:4x4x4", 64, 64),
+        ("v5p-128", "v5p:4x4x4", 64, 64),
+        ("v5litepod-256", "v5e:16x16", 256, 256),
+        ("v6e-8", "v6e:2x4", 8, 8),
+        ("tpu7x:4x4x4", "tpu7x:4x4x4", 64, 128),
+        ("h100:8", "h100:8", 8, 8),
+    ],
+)
+def test_slices_have_their_names(text, name, chips, devices):
+    found = slices.parse(text)
+    assert (found.name, found.chips, found.devices) == (name, chips, devices)
+    assert slices.parse(text, 2).chips == 2 * chips if found.is_tpu else True
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("v5p:4x4x5", "the nearest is v5p:4x4x4"),
+        ("v5p:4x4", "the nearest is v5p:2x2x4"),
+        ("v6e-100", "the nearest is v6e-"),
+        ("v9:2x2", "unknown; write GENERATION:SHAPE"),
+        ("h100:12", "hosts of 8, as h100:16"),
+        ("nonsense", "unknown"),
+    ],
+)
+def test_slices_that_do_not_exist_are_refused(text, words):
+    with pytest.raises(ConfigError, match=words):
+        slices.parse(text)
+
+
+def test_rings_are_told_to_the_compiler():
+    wraps = {
+        name: slices.parse(name).kwargs["wrap"]
+        for name in ("v5p:4x4x4", "v5p:2x2x4", "v6e:16x16", "v5e:8x16", "v6e:4x4")
+    }
+    assert list(wraps.values()) == [
+        (True,) * 3, (False,) * 3, (True, True, False), (False, True, False),
+        (False,) * 3,
+    ]  # fmt: skip
+
+
+def test_a_bill_adds_up():
+    """10^9 tokens at 1000 tokens/s a chip on 10 chips: 10^5 s, by hand."""
+    bill = cost.of(
+        1e9, 1000, 10, "v5p", price_per_chip_hour=3.6, watts_per_chip=500, pue=1.2,
+        grid_g_per_kwh=100,
+    )  # fmt: skip
+    assert bill.hours == pytest.approx(1e5 / 3600)
+    assert bill.cost_usd == pytest.approx(1e5 / 3600 * 10 * 3.6)
+    assert bill.energy_kwh == pytest.approx(1e5 / 3600 * 10 * 0.5 * 1.2)
+    assert bill.co2e_kg == pytest.approx(bill.energy_kwh * 0.1)
+    given = {name for name, *_, source in bill.constants if "command line" in source}
+    assert given == {"price", "power", "PUE", "grid"}
+
+
+def test_every_figure_says_where_it_is_from():
+    figures = [f for rates in cost.RATES.values() for f in rates if f is not None]
+    for figure in (*figures, *cost.GRID.values(), cost.PUE):
+        assert figure.value > 0
+        assert len(figure.source) > 20
+    assert set(cost.RATES) == set(slices.CHIPS)
+    with pytest.raises(ConfigError, match=r"(?s)--region=mars.*--pue=0.5; below 1"):
+        cost.check("mars", None, None, 0.5, None)
+
+
+HLO = """\
+HloModule jit_train_step, is_scheduled=true
+
+%body (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %p = (s32[]{:T(128)}, bf16[8,16]{1,0}) parameter(0)
+  %kernel = bf16[4,64,32]{2,1,0} custom-call(%p#1), attributes={kernel_metadata={
+    "a": 1
+}}, metadata={op_name="splash"}
+  ROOT %out = (s32[], bf16[8,16]{1,0}) tuple(%p#0, %p#1)
+}, execution_thread="main"
+
+%cond (p.1: (s32[], bf16[8,16])) -> pred[] {
+  %p.1 = (s32[], bf16[8,16]{1,0}) parameter(0)
+  %limit = s32[] constant(7)
+  ROOT %lt = pred[] compare(%p.1#0, %limit), direction=LT
+}
+
+ENTRY %main (a: bf16[8,16]) -> bf16[8,16] {
+  %a = bf16[8,16]{1,0:T(8,128)S(1)} parameter(0)
+  %loop = (s32[], bf16[8,16]{1,0}) while(%a), condition=%cond, body=%body
+  ROOT %r = bf16[8,16]{1,0} copy(%loop#1)
+}
+"""
+
+
+def test_a_program_is_read():
+    module = hlo.parse(HLO)
+    assert module.entry == "main"
+    entry = module.computations["main"]
+    assert entry.by_name["a"].shapes[0].space == 1
+    assert module.trips(entry.by_name["loop"]) == 7
+    body = module.computations["body"]
+    assert [each.opcode for each in body.instructions] == [
+        "parameter", "custom-call", "tuple",
+    ]  # fmt: skip
+    assert body.by_name["kernel"].op_name == "splash"
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("replica_groups={{0,2},{1,3}}", [0, 2]),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", [0, 2, 4, 6]),
+        ("replica_groups=[4,2]<=[8]", [0, 1]),
+        ("replica_groups=mesh['x'=4,'y'=2] {'x'}", [0, 2, 4, 6]),
+        ("replica_groups=mesh['x'=4,'y'=2] {'y'}", [0, 1]),
+        ("source_target_pairs={{0,4},{4,0}}", [0, 4]),
+    ],
+)
+def test_groups_are_read_in_every_spelling(text, wanted):
+    each = hlo.Instruction("x", (), "all-gather", (), text, False)
+    assert hlo.group(each, 8).tolist() == wanted
+
+
+def test_padding_is_no_work():
+    """Pairs of positions that meet, against counting them one by one."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        size, kernel, stride, spread, gap = rng.integers(1, 6, 5).tolist()
+        pad, out = int(rng.integers(0, 6)), int(rng.integers(1, 9))
+        wanted = sum(
+            0 <= o * stride + k * gap - pad <= (size - 1) * spread
+            and (o * stride + k * gap - pad) % spread == 0
+            for o in range(out)
+            for k in range(kernel)
+        )
+        assert hlo._meetings(size, kernel, out, stride, pad, spread, gap) == wanted
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """A small step on four chips, compiled to buffers."""
+    run = config.resolve(config.check(RUN), 4)
+    return run, compiler.compile(run, slices.parse("v5e:2x2"))
+
+
+def test_the_compiler_sees_the_step_that_trains(planned):
+    """Parameters and bytes of a device are those of the program on CPU devices."""
+    run, said = planned
+    grid = mesh.build(run.mesh, jax.devices()[:4])
+    state = step.build(run, grid).state
+    assert said.parameters == sum(x.size for x in jax.tree.leaves(state.weights))
+    assert said.by_class["parameters"] == sharding.nbytes(state.weights)
+    assert said.by_class["optimizer"] == sharding.nbytes(state.opt_state)
+    assert sum(said.by_class.values()) == said.peak_bytes
+    assert said.fits
+    assert 0 < said.peak_bytes < slices.parse("v5e:2x2").hbm_bytes
+
+
+def test_weights_travel_as_often_as_they_must(planned):
+    """Gathered forward and backward; gradients summed; over the one axis there is."""
+    run, said = planned
+    assert set(said.step.communication) == {"fsdp"}
+    sums = said.step.communication["fsdp"]
+    weights = metrics.matmul_weights(run.model)
+    # Three quarters come from others: of bfloat16 twice, of float32 gradients once,
+    # or twice where the sum goes to all. The head's are gathered once.
+    gathered = 2 * (2 * weights - run.model.d_model * run.model.vocab_size) * 3 / 4
+    scattered = 4 * weights * 3 / 4
+    assert gathered + scattered < sums["bytes"] < 1.25 * (gathered + scattered)
+    assert sum(said.step.by_class.values()) == pytest.approx(said.step.seconds)
+
+
+def test_arithmetic_is_counted_to_the_flop():
+    """Dots and convolutions of the compiled step against the formula."""
+    run = config.resolve(small.changed(RUN, mesh=MeshConfig()), 1)
+    found = []
+
+    def count(module, axes, slice_):
+        def walk(name, times):
+            computation, total = module.computations[name], 0
+            for each in computation.instructions:
+                inner = each.called("body") or each.called("calls")
+                if inner in module.computations:
+                    trips = module.trips(each) if each.opcode == "while" else 1
+                    total += walk(inner, times * trips)
+                total += times * hlo.flops(each, computation)
+            return total
+
+        found.append(walk(module.entry, 1))
+        return compiler.timing.Step(1.0, {}, {})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler.timing, "account", count)
+        compiler.compile(run, slices.parse("v5e:1x1"))
+    _, palm = metrics.flops_per_token(run)  # the plain attention computes every score
+    assert found[0] == pytest.approx(palm * run.batch_size * run.seq_len, rel=0.01)
+
+
+def test_what_does_not_fit_comes_with_what_would():
+    """One chip, a step far too large, whose cutting into parts fits."""
+    run = small.changed(
+        RUN, batch_size=512, seq_len=1024, mesh=MeshConfig(), model__vocab_size=32_768
+    )
+    request = command.Request(slices=(slices.parse("v5e:1x1"),), spec="x.py")
+    found = command.run(run, request)
+    assert not found["fits"]
+    assert found["hbm_peak_bytes"] > found["hbm_limit_bytes"]
+    assert "head" in found["largest_buffers"][0][1]
+    assert found["remedies"]
+    for remedy in found["remedies"]:
+        assert remedy["fits"]
+        assert remedy["overrides"]
+    words = command_words(found)
+    assert "DOES NOT FIT" in words
+    assert "Changes that make it fit" in words
+
+
+def command_words(found):
+    from scaletrain import plan
+
+    return plan.in_words(found)
+
+
+def test_a_plan_holds_what_it_promises():
+    request = command.Request(
+        slices=(slices.parse("v5e:2x2"),), tokens=1e9, spec="x.py"
+    )
+    found = command.run(RUN, request)
+    assert found.keys() >= KEYS
+    json.dumps(found)
+    causal, _ = metrics.flops_per_token(RUN)
+    assert found["mfu"] == pytest.approx(
+        causal * found["tokens_per_s_per_chip"] / 197e12
+    )
+    assert found["hours"] == pytest.approx(
+        1e9 / (4 * found["tokens_per_s_per_chip"]) / 3600
+    )
+    assert "scaletrain train --config=x.py" in command_words(found)
+
+
+def test_a_search_keeps_what_fits_first(monkeypatch):
+    monkeypatch.setattr(search, "MOST", 4)
+    monkeypatch.setattr(search.layouts, "__defaults__", (4,))
+    request = command.Request(slices=(slices.parse("v5e:2x2"),), search=True, spec="x")
+    found = command.run(RUN, request)
+    assert len(found["candidates"]) == 4
+    seconds = [c["step_time_s"] for c in found["candidates"] if c["fits"]]
+    assert seconds == sorted(seconds)
+    best = found["candidates"][0]["overrides"]
+    assert found["overrides"] == best
+    assert math.prod(best[f"mesh.{a}"] for a in ("data", "fsdp", "tensor")) == 4
+    assert found["source"] == "compiled"
+
+
+def test_gpus_are_worked_out_by_hand():
+    found = command.run(
+        small.changed(RUN, mesh=MeshConfig(fsdp=8)),
+        command.Request(slices=(slices.parse("h100:8"),), spec="x.py"),
+    )
+    assert found["source"] == "worked out by hand, without a compiler"
+    assert found.keys() >= KEYS
+
+
+def test_offloaded_values_leave_the_chip():
+    run = small.changed(
+        RUN, model__remat="save", model__remat_offload=("residual", "attention")
+    )
+    run = config.resolve(config.check(run), 4)
+    assert compiler.compile(run, slices.parse("v5e:2x2")).host_bytes > 0
+
+
+def test_two_slices_are_two_parts_of_the_mesh():
+    slice_ = slices.parse("v5p:2x2x1", 2)
+    found = command.run(RUN, command.Request(slices=(slice_,), spec="x.py"))
+    assert (found["num_chips"], found["num_slices"]) == (8, 2)
+    assert found["fits"]
+
+
+SPLASH = small.changed(RUN, model__attention="auto", model__num_kv_heads=2)
+
+
+@pytest.mark.parametrize("name", ["v5e:2x2", "v6e:2x2"])
+def test_attention_is_a_kernel_on_tpus(name):
+    """Its time is counted, and its scores are not in memory."""
+    plain, kernel = (
+        compiler.compile(
+            config.resolve(small.changed(run, seq_len=2048, batch_size=4), 4),
+            slices.parse(name),
+        )
+        for run in (small.changed(SPLASH, model__attention="xla"), SPLASH)
+    )
+    assert kernel.peak_bytes < plain.peak_bytes
+    assert kernel.step.by_class["attention"] > 0
+
+
+@pytest.mark.parametrize(
+    ("experiment", "name"),
+    [
+        ("llama3_8b", "v5p:4x4x4"),
+        ("llama3_70b", "v5p:8x8x8"),
+        ("llama_1b:synthetic", "v6e:2x2"),
+    ],
+)
+def test_experiments_fit_their_slices(experiment, name):
+    file, _, arg = experiment.partition(":")
+    spec = f"experiments/{file}.py" + (f":{arg}" if arg else "")
+    run = config.load(spec)
+    slice_ = slices.parse(name)
+    run = command._resolved(run, slice_)
+    said = compiler.compile(run, slice_)
+    assert said.fits
+    assert said.peak_bytes <= slice_.hbm_bytes
+
+
+def test_small_runs_are_the_same_everywhere():
+    """20 random settings: parameters, bytes and FLOPs on a slice and on 8 devices."""
+    import os
+
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        heads = int(rng.choice([2, 4, 8]))
+        run = small.changed(
+            small.RUN,
+            model__num_layers=int(rng.integers(1, 4)),
+            model__num_heads=heads,
+            model__num_kv_heads=2,
+            model__d_head=int(rng.choice([8, 16])),
+            model__d_ff=int(rng.choice([64, 128])),
+            model__mlp=str(rng.choice(["swiglu", "gelu"])),
+            model__head=str(rng.choice(["tied", "untied"])),
+            optim__name=str(rng.choice(["adamw", "lion", "adafactor"])),
+            mesh=[MeshConfig(fsdp=8), MeshConfig(fsdp=4, tensor=2)][rng.integers(2)],
+        )
+        run = config.resolve(config.check(run), 8)
+        there, here = (
+            step.build(run, mesh.build(run.mesh, each)).state
+            for each in (devices, jax.devices())
+        )
+        count = sum(x.size for x in jax.tree.leaves(there.weights))
+        assert count == sum(x.size for x in jax.tree.leaves(here.weights))
+        assert sharding.nbytes(there) == sharding.nbytes(here)
+        near = estimate.parameters(run)
+        assert near == pytest.approx(count, rel=0.05)
+
+
+WRONG = [
+    (["--topology=v5p:4x4x5"], "v5p has no such slice; the nearest is v5p:4x4x4"),
+    ([], "--topology, --topologies; give one of the two"),
+    (["--topology=v5p:4x4x8"], "128 devices are here"),
+    (["--topology=v5p:4x4x4", "--num_slices=0"], "--num_slices=0; below 1"),
+    (["--topology=v5p:4x4x4", "--pue=0.2"], "--pue=0.2; below 1.0"),
+    (
+        ["--topology=v5p:4x4x4", "--config.mesh.fsdp=16", "--config.mesh.tensor=64"],
+        "mesh.tensor=64; does not divide model.num_heads=32",
+    ),
+]
+
+
+@pytest.mark.parametrize(("args", "words"), WRONG)
+def test_plans_that_cannot_work_are_one_clear_line(args, words):
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "scaletrain.main", "plan",
+            "--config=experiments/llama3_8b.py", *args,
+        ],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_the_compiler_it_is_told_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'scaletrain\[plan\]'"):
+        command.run(RUN, command.Request(slices=(slices.parse("v5e:2x2"),)))
