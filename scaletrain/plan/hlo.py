@@ -68,7 +68,7 @@ class Instruction:
 
     def called(self, what: str) -> str | None:
         """Returns the computation an attribute such as `body` names."""
-        found = re.search(rf"\b{what}=%?([\w.\-]+)", self.attributes)
+        found = re.search(rf"\b{what}=\{{?%?([\w.\-]+)", self.attributes)
         return found[1] if found else None
 
 

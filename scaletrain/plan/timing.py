@@ -275,8 +275,9 @@ class _Walk:
         for each in self._module.computations[name].instructions:
             if each.opcode.removesuffix("-start") in COLLECTIVES:
                 found.append(each)
-            elif inner := each.called("calls"):
-                found += self._transfers(inner)
+            for what in ("calls", "called_computations"):
+                if (inner := each.called(what)) in self._module.computations:
+                    found += self._transfers(inner)
         return found
 
     def _done(self, each: Instruction) -> None:
