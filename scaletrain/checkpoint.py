@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -259,6 +260,21 @@ def prepare_workdir(workdir: str) -> pathlib.Path:
             f"--workdir={workdir}; not writable; give a folder you may write to."
         )
     return path
+
+
+def check_room(setting: str, folder: pathlib.Path, nbytes: int) -> None:
+    """Refuses to begin what would fill the disk that `folder` is or will be on.
+
+    Raises:
+      CheckpointError: it has less than `nbytes`; `setting` is what the user gave.
+    """
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < nbytes:
+        raise CheckpointError(
+            f"{setting}; {nbytes:,} bytes are to be written there and {free:,} are "
+            "free; make room, or give a folder on another disk."
+        )
 
 
 @contextlib.contextmanager
