@@ -320,10 +320,22 @@ def initial_weights(run: RunConfig, weights: Tree) -> Tree:
     Raises:
       CheckpointError: they are not where init_from says.
     """
+    with _reading_origin(run) as (checkpoints, step):
+        return checkpoints.restore_params(step, weights)
+
+
+@contextlib.contextmanager
+def _reading_origin(run: RunConfig) -> Iterator[tuple[Checkpoints, int]]:
+    """Yields what `reading` yields of `init_from`, and names it in what is raised."""
     workdir, step = origin(run.init_from)
+    if not (pathlib.Path(workdir) / "checkpoints").is_dir():
+        raise CheckpointError(
+            f"init_from={run.init_from}; no checkpoint there; "
+            "give the workdir of an import or of a run."
+        )
     try:
-        with reading(workdir, run, step) as (checkpoints, step):
-            return checkpoints.restore_params(step, weights)
+        with reading(workdir, run, step) as found:
+            yield found
     except CheckpointError as err:
         raise CheckpointError(f"init_from={run.init_from}; {err}") from err
 
@@ -338,11 +350,15 @@ def pinned(run: RunConfig) -> RunConfig:
     """Returns `run` with the step in `init_from`, so that it means one thing for good.
 
     Raises:
-      CheckpointError: there is no checkpoint.
+      CheckpointError: there is no checkpoint, or none of whole weights.
     """
     if not run.init_from:
         return run
-    workdir, step = origin(run.init_from)
-    with reading(workdir, run, step) as (_, step):
-        path = pathlib.Path(workdir).absolute()
-        return dataclasses.replace(run, init_from=f"{path}@{step}")
+    with _reading_origin(run) as (checkpoints, step):
+        if checkpoints.settings(step).lora.rank:
+            raise CheckpointError(
+                "it holds adapters without the weights beside them; export it with "
+                "--merge, import that and start from there."
+            )
+    workdir = os.path.abspath(origin(run.init_from)[0])
+    return dataclasses.replace(run, init_from=f"{workdir}@{step}")
