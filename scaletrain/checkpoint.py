@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -261,6 +262,21 @@ def prepare_workdir(workdir: str) -> pathlib.Path:
     return path
 
 
+def check_room(setting: str, folder: pathlib.Path, nbytes: int) -> None:
+    """Refuses to begin what would fill the disk that `folder` is or will be on.
+
+    Raises:
+      CheckpointError: it has less than `nbytes`; `setting` is what the user gave.
+    """
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < nbytes:
+        raise CheckpointError(
+            f"{setting}; {nbytes:,} bytes are to be written there and {free:,} are "
+            "free; make room, or give a folder on another disk."
+        )
+
+
 @contextlib.contextmanager
 def reading(
     workdir: str, run: RunConfig, step: int | None
@@ -304,10 +320,22 @@ def initial_weights(run: RunConfig, weights: Tree) -> Tree:
     Raises:
       CheckpointError: they are not where init_from says.
     """
+    with _reading_origin(run) as (checkpoints, step):
+        return checkpoints.restore_params(step, weights)
+
+
+@contextlib.contextmanager
+def _reading_origin(run: RunConfig) -> Iterator[tuple[Checkpoints, int]]:
+    """Yields what `reading` yields of `init_from`, and names it in what is raised."""
     workdir, step = origin(run.init_from)
+    if not (pathlib.Path(workdir) / "checkpoints").is_dir():
+        raise CheckpointError(
+            f"init_from={run.init_from}; no checkpoint there; "
+            "give the workdir of an import or of a run."
+        )
     try:
-        with reading(workdir, run, step) as (checkpoints, step):
-            return checkpoints.restore_params(step, weights)
+        with reading(workdir, run, step) as found:
+            yield found
     except CheckpointError as err:
         raise CheckpointError(f"init_from={run.init_from}; {err}") from err
 
@@ -322,11 +350,15 @@ def pinned(run: RunConfig) -> RunConfig:
     """Returns `run` with the step in `init_from`, so that it means one thing for good.
 
     Raises:
-      CheckpointError: there is no checkpoint.
+      CheckpointError: there is no checkpoint, or none of whole weights.
     """
     if not run.init_from:
         return run
-    workdir, step = origin(run.init_from)
-    with reading(workdir, run, step) as (_, step):
-        path = pathlib.Path(workdir).absolute()
-        return dataclasses.replace(run, init_from=f"{path}@{step}")
+    with _reading_origin(run) as (checkpoints, step):
+        if checkpoints.settings(step).lora.rank:
+            raise CheckpointError(
+                "it holds adapters without the weights beside them; export it with "
+                "--merge, import that and start from there."
+            )
+    workdir = os.path.abspath(origin(run.init_from)[0])
+    return dataclasses.replace(run, init_from=f"{workdir}@{step}")

@@ -1,10 +1,12 @@
 """Loss, perplexity and bits per byte of a split."""
 
+import contextlib
 import dataclasses
 import functools
 import math
 import pathlib
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -111,23 +113,18 @@ def score(
     ways = grid.shape["data"] * grid.shape["fsdp"]
     execute = jax.jit(functools.partial(step.logits_step, program=program))
     whole = jax.NamedSharding(grid, jax.P())
-    nats, written = 0.0, None
+    nats = 0.0
     # TPUs and GPUs multiply float32 in shorter formats unless told otherwise.
     with jax.set_mesh(grid), jax.default_matmul_precision("highest"):
         at, weights = checkpoint.weights_of(workdir, run, at, program.state)
-        if save_logits:
-            written = _logits_file(save_logits, (B, T, run.model.vocab_size))
-        for first in range(0, B, ways):
-            rows_BT = np.zeros((ways, T), np.int32)
-            real = min(ways, B - first)
-            rows_BT[:real] = ids_BT[first : first + real]
-            logits_BTV, nats_B = execute(weights, jax.device_put(rows_BT, whole))
-            nats += float(np.asarray(nats_B)[:real].sum())
-            if written is not None:
-                written[first : first + real] = np.asarray(logits_BTV)[:real]
-    if written is not None and save_logits:
-        written.flush()
-        pathlib.Path(f"{save_logits}.partial").rename(save_logits)
+        with _logits_file(save_logits, (B, T, run.model.vocab_size)) as write:
+            for first in range(0, B, ways):
+                rows_BT = np.zeros((ways, T), np.int32)
+                real = min(ways, B - first)
+                rows_BT[:real] = ids_BT[first : first + real]
+                logits_BTV, nats_B = execute(weights, jax.device_put(rows_BT, whole))
+                nats += float(np.asarray(nats_B)[:real].sum())
+                write(logits_BTV, real)
     return {"step": at, "loss": nats / (B * (T - 1)), "tokens": B * (T - 1)}
 
 
@@ -135,9 +132,14 @@ def _ids(path: str, run: RunConfig) -> np.ndarray:
     """Returns the ids in an .npy file."""
     try:
         ids_BT = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as err:
-        raise DataError(f"--tokens={path}; it cannot be read: {err}.") from err
+    except (OSError, ValueError, EOFError) as err:
+        why = err.strerror if isinstance(err, OSError) else "no numbers are in it"
+        raise DataError(
+            f"--tokens={path}; it cannot be read: {why}; give an .npy file."
+        ) from err
     model, problem = run.model, ""
+    if not isinstance(ids_BT, np.ndarray):
+        raise DataError(f"--tokens={path}; an archive of arrays; give an .npy file.")
     if ids_BT.ndim != 2 or ids_BT.dtype.kind not in "iu":
         problem = f"{ids_BT.dtype} {list(ids_BT.shape)}; give integers [B, T]"
     elif ids_BT.shape[0] < 1 or ids_BT.shape[1] < 2:
@@ -151,18 +153,42 @@ def _ids(path: str, run: RunConfig) -> np.ndarray:
     return ids_BT.astype(np.int32)
 
 
-def _logits_file(path: str, shape: tuple[int, ...]) -> np.memmap:
-    """Returns an array on disk, under the temporary name of `path`."""
+@contextlib.contextmanager
+def _logits_file(
+    path: str | None, shape: tuple[int, ...]
+) -> Iterator[Callable[[jax.Array, int], None]]:
+    """Yields what appends rows to an .npy file, which appears when it is whole.
+
+    Not a memory map: on a full disk that ends the process instead of failing.
+    """
+    if not path:
+        yield lambda rows, count: None
+        return
+    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    folder, partial = pathlib.Path(path).parent, pathlib.Path(f"{path}.partial")
+    checkpoint.check_room(f"--save_logits={path}", folder, 4 * math.prod(shape))
     try:
-        return np.lib.format.open_memmap(f"{path}.partial", "w+", np.float32, shape)
+        with partial.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+
+            def write(rows: jax.Array, count: int) -> None:
+                file.write(np.asarray(rows)[:count].data)
+
+            yield write
+        partial.rename(path)
     except OSError as err:
         raise DataError(
             f"--save_logits={path}; {err.strerror}; give a file that can be made."
         ) from err
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def in_words(found: dict[str, Any]) -> str:
     """Returns the numbers as a person reads them."""
+    if "loss" not in found:
+        return "has no sequence"
     words = f"loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
     if "bits_per_byte" in found:
         words += (

@@ -149,7 +149,12 @@ def _parser() -> _Parser:
 
 def _numbers(text: str) -> tuple[int, ...]:
     """Returns the ids of "1,2,3"."""
-    return tuple(int(word) for word in text.split(","))
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(
+            f"invalid ids {text!r}; give whole numbers with commas between"
+        ) from err
 
 
 def read(argv: list[str]) -> tuple[argparse.Namespace, config.RunConfig]:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,8 +32,11 @@ class Sampling:
     def problems(self) -> list[str]:
         """Returns what cannot be honoured, as `setting=value; why; what to do`."""
         found = []
-        if self.temperature < 0:
-            found.append(f"--temperature={self.temperature}; below 0; give 0 or more.")
+        if not 0 <= self.temperature < math.inf:
+            found.append(
+                f"--temperature={self.temperature}; below 0 or not finite; "
+                "give 0 or more."
+            )
         if self.top_k < 0:
             found.append(f"--top_k={self.top_k}; below 0; give 1 or more, 0 for all.")
         if not 0 < self.top_p <= 1:
@@ -111,7 +115,10 @@ def run(
     Raises:
       ScaletrainError: no such checkpoint, no tokenizer, or senseless sampling.
     """
-    if found := sampling.problems():
+    found = sampling.problems()
+    if not 0 <= seed < 2**32:
+        found.append(f"--seed={seed}; outside 0 to {2**32 - 1}; give a number in it.")
+    if found:
         raise ConfigError(found)
     run = config.resolve(run, jax.device_count())
     grid = mesh.build(run.mesh)
@@ -124,7 +131,8 @@ def run(
         else list(map(int, prompt))
         for prompt in prompts
     ]
-    _check_ids(ids, run)
+    if problems := list(_problems(prompts, ids, run, sampling.max_new_tokens)):
+        raise ConfigError(problems)
     with jax.set_mesh(grid):
         _, weights = checkpoint.weights_of(workdir, run, at, program.state)
         new = generate(
@@ -148,15 +156,26 @@ def _tokenizer(folder: pathlib.Path, prompts: Sequence[Any]) -> data.Tokenizer |
     return None
 
 
-def _check_ids(ids: Sequence[Sequence[int]], run: RunConfig) -> None:
-    for row in ids:
+def _problems(
+    prompts: Sequence[Any], ids: Sequence[Sequence[int]], run: RunConfig, new: int
+) -> Iterator[str]:
+    """Yields what the model cannot be asked: ids or positions that it does not have."""
+    for prompt, row in zip(prompts, ids, strict=True):
+        given = f"--prompt_ids={','.join(map(str, row))}"
+        if isinstance(prompt, str):
+            given = f"--prompt={prompt}"
         if not row or min(row) < 0 or max(row) >= run.model.vocab_size:
-            raise ConfigError(
-                [
-                    f"--prompt_ids={','.join(map(str, row))}; not ids of this model; "
-                    f"give numbers from 0 to {run.model.vocab_size - 1}."
-                ]
+            yield (
+                f"{given}; not ids of this model; "
+                f"give numbers from 0 to {run.model.vocab_size - 1}."
             )
+    most, longest = run.model.max_positions, max(map(len, ids))
+    if run.model.positions == "learned" and longest + new > most:
+        remedy = f"give {most - longest} or fewer" if longest < most else "shorten it"
+        yield (
+            f"--max_new_tokens={new}; with a prompt of {longest} tokens more than "
+            f"the {most} positions of this model (model.max_positions); {remedy}."
+        )
 
 
 def in_words(found: dict[str, Any]) -> str:

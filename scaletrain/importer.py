@@ -12,7 +12,8 @@ import json
 import math
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +32,9 @@ from scaletrain.errors import CheckpointError, ConfigError
 from scaletrain.families import Entry, Family
 from scaletrain.safetensors import Stored
 
+_GENERATION = "generation_config.json"
 _SEQ_LEN = 2048  # of the settings an import leaves; training may set another
+_HEAD = "*lm_head.weight"  # whatever it is published under
 _CHUNK_BYTES = 2**26  # on their way to a device at once
 
 
@@ -45,20 +48,24 @@ def run(
     """
     folder, target = pathlib.Path(source), pathlib.Path(workdir).absolute()
     _check_places(folder, target)
-    family, model = families.of_config(_config(folder))
+    about = safetensors.json_object(folder / "config.json")
+    family, model = families.of_config(about)
+    ids = _generation(folder, about)
     settings = _settings(folder, target, family, model, overrides)
     resolved = config.resolve(settings, jax.device_count())
     grid = mesh.build(resolved.mesh)
     shapes = checkpoint.flat(step.build(resolved, grid).state.params)
     entries = list(families.entries(family, model, shapes))
     stored = _matched(folder, family, model, entries)
+    needed = sum(safetensors.nbytes(t.shape, t.dtype) for t in stored.values())
+    checkpoint.check_room(f"--workdir={workdir}", target, needed)
     partial = target.parent / f".{target.name}.importing"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        tokenizer = _tokenizer(folder)
+        tokenizer = _tokenizer(folder, settings.data)
         if tokenizer is not None:
             tokenizer.save(partial / "tokenizer")
-        _leave_ids(folder, partial / "tokenizer")
+        _leave_generation(ids, partial / "tokenizer")
         weights = _weights(entries, stored, shapes)
         with contextlib.closing(checkpoint.Checkpoints(partial, settings)) as new:
             new.save_weights(weights)
@@ -70,7 +77,7 @@ def run(
             f"--workdir={workdir}; it cannot be written: {err}; give another folder."
         ) from err
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
     count = sum(math.prod(leaf.shape) for leaf in shapes.values())
     return {
         "family": family.name,
@@ -79,6 +86,14 @@ def run(
         "workdir": str(target),
         "tokenizer": tokenizer is not None,
     }
+
+
+def _remove(partial: pathlib.Path) -> None:
+    """Removes what a failed import wrote, with what it still had under way."""
+    if partial.exists():
+        for pause in (0.1, 0.4, 0.0):  # seconds; writes outlive the error of one
+            shutil.rmtree(partial, ignore_errors=True)
+            time.sleep(pause)
 
 
 def in_words(found: Mapping[str, Any]) -> str:
@@ -107,17 +122,6 @@ def _check_places(folder: pathlib.Path, target: pathlib.Path) -> None:
         ) from err
 
 
-def _config(folder: pathlib.Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
-        raise CheckpointError(f"{path}; it cannot be read: {err}; add it.") from err
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}; not a JSON object; fetch it again.")
-    return found
-
-
 def _tokenizer_file(folder: pathlib.Path) -> pathlib.Path | None:
     for name in ("tokenizer.json", "tokenizer.model"):
         if (folder / name).is_file():
@@ -125,21 +129,26 @@ def _tokenizer_file(folder: pathlib.Path) -> pathlib.Path | None:
     return None
 
 
-def _tokenizer(folder: pathlib.Path) -> data.Tokenizer | None:
+def _tokenizer(folder: pathlib.Path, asked: DataConfig) -> data.Tokenizer | None:
     path = _tokenizer_file(folder)
-    return data.read_tokenizer(DataConfig(tokenizer=str(path))) if path else None
+    if path is None:
+        return None
+    return data.read_tokenizer(dataclasses.replace(asked, tokenizer=str(path)))
 
 
-def _leave_ids(folder: pathlib.Path, to: pathlib.Path) -> None:
-    """Keeps the special ids of the checkpoint's own files for its export."""
-    kept = _config(folder)
+def _generation(folder: pathlib.Path, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the checkpoint's own files say of generating: special ids first."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    ids = {name: kept[name] for name in names if kept.get(name) is not None}
-    path = folder / "generation_config.json"
-    if path.is_file():
-        ids |= json.loads(path.read_text(encoding="utf-8"))
+    ids = {name: about[name] for name in names if about.get(name) is not None}
+    path = folder / _GENERATION
+    return ids | (safetensors.json_object(path) if path.is_file() else {})
+
+
+def _leave_generation(found: Mapping[str, Any], to: pathlib.Path) -> None:
+    """Keeps what `_generation` returned for an export."""
     to.mkdir(parents=True, exist_ok=True)
-    (to / path.name).write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(found, indent=2) + "\n"
+    (to / _GENERATION).write_text(text, encoding="utf-8")
 
 
 def _settings(
@@ -175,8 +184,12 @@ def _matched(
       CheckpointError: with every tensor that is missing, unknown or of another shape.
     """
     stored = safetensors.contents(folder)
-    found = {family.known_as(name): tensor for name, tensor in stored.items()}
-    problems = []
+    found, problems = {}, []
+    for tensor in stored.values():
+        name = family.known_as(tensor.name)
+        if name in found:
+            problems.append(f"{tensor.name}: the same tensor as {found[name].name}")
+        found[name] = tensor
     for entry in entries:
         tensor = found.get(entry.name)
         if tensor is None:
@@ -187,12 +200,14 @@ def _matched(
                 f"config.json asks for {list(entry.shape)}"
             )
     wanted = {entry.name for entry in entries}
-    # A tied head may be stored twice; the embedding is the one that is read.
-    left_out = family.left_out + (("*lm_head.weight",) if model.head == "tied" else ())
+    # A tied head may be stored twice; the embedding is the one that is laid down.
+    left_out = family.left_out + ((_HEAD,) if model.head == "tied" else ())
     for name in found.keys() - wanted:
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in left_out):
             tensor = found[name]
             problems.append(f"{tensor.name} of {tensor.path.name}: not in this model")
+    if not problems and model.head == "tied":
+        problems += _untied(entries, found)
     if problems:
         shown = "\n".join(f"  {problem}" for problem in sorted(problems)[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
@@ -201,6 +216,17 @@ def _matched(
             f"config.json:\n{shown}{more}\nfetch its files again."
         )
     return {name: found[name] for name in wanted}
+
+
+def _untied(entries: list[Entry], found: Mapping[str, Stored]) -> Iterator[str]:
+    """Yields each stored head that is not the embedding it should be tied to."""
+    (shared,) = (e.name for e in entries if e.pieces[0].path == "embedding")
+    for name in fnmatch.filter(found, _HEAD):
+        if not np.array_equal(found[name].read(), found[shared].read()):
+            yield (
+                f"{name} of {found[name].path.name}: other numbers than {shared}, "
+                "where config.json has tie_word_embeddings=true; is it false?"
+            )
 
 
 def _weights(

@@ -18,8 +18,9 @@ from scaletrain.errors import ConfigError, ScaletrainError
 
 def main() -> None:
     """Runs the command line and exits with what became of it (see `errors`)."""
-    # Orbax warns of choices that are made on purpose here; what fails is raised.
-    logging.set_verbosity(logging.ERROR)
+    # Orbax warns of choices that are made on purpose here, and prints the traceback
+    # of what it then raises.
+    logging.set_verbosity(logging.FATAL)
     try:
         args, run = flags.read(sys.argv[1:])
         record, words = COMMANDS[args.command](run, args)

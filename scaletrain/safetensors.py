@@ -26,6 +26,7 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _LARGEST_HEADER = 100_000_000  # bytes; the published limit
 
 
@@ -40,11 +41,62 @@ class Stored:
     start: int  # byte in the file
 
     def read(self) -> np.ndarray:
-        """Returns the tensor; nothing else of the file is read."""
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            flat = np.fromfile(file, self.dtype, math.prod(self.shape))
-        return flat.reshape(self.shape)
+        """Returns the tensor; nothing else of the file is read.
+
+        Raises:
+          CheckpointError: the file can no longer be read where the tensor lies.
+        """
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.start)
+                flat = np.fromfile(file, self.dtype, math.prod(self.shape))
+            return flat.reshape(self.shape)
+        except (OSError, ValueError) as err:
+            raise CheckpointError(
+                f"{self.path}; tensor {self.name} cannot be read: {err}; "
+                "fetch the file again."
+            ) from err
+
+
+def nbytes(shape: Iterable[int], dtype: np.dtype) -> int:
+    """Returns what a tensor takes in a file."""
+    return math.prod(shape) * dtype.itemsize
+
+
+def json_object(path: pathlib.Path) -> dict[str, Any]:
+    """Returns what a JSON file beside the tensors holds.
+
+    Raises:
+      CheckpointError: it is missing, or not a JSON object.
+    """
+    try:
+        return _object(path.read_bytes())
+    except FileNotFoundError as err:
+        raise CheckpointError(f"{path}; missing; fetch it too.") from err
+    except (OSError, ValueError) as err:
+        raise CheckpointError(
+            f"{path}; it cannot be read: {err}; fetch it again."
+        ) from err
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    """Returns a JSON object; raises ValueError where it is none."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"{twice} is there twice")
+        return found
+
+    try:
+        found = json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique)
+    except RecursionError as err:
+        raise ValueError("it nests too deeply") from err
+    if not isinstance(found, dict):
+        raise ValueError("it is not a JSON object")
+    return found
 
 
 def contents(folder: pathlib.Path) -> dict[str, Stored]:
@@ -53,37 +105,38 @@ def contents(folder: pathlib.Path) -> dict[str, Stored]:
     Raises:
       CheckpointError: naming the file, and the tensor where there is one.
     """
-    if (folder / INDEX).is_file():
-        return _indexed(folder)
-    if (folder / SINGLE).is_file():
-        return _header(folder / SINGLE)
-    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    try:
+        if (folder / INDEX).is_file():
+            return _indexed(folder)
+        if (folder / SINGLE).is_file():
+            return _header(folder / SINGLE)
+    except OSError as err:
+        raise CheckpointError(
+            f"{folder}; {err.filename or 'a file'} cannot be read: {err.strerror}; "
+            "make it readable."
+        ) from err
+    shards = sorted(p.name for p in folder.glob("*.safetensors") if p.is_file())
     if shards:
         raise CheckpointError(
             f"{folder / INDEX}; missing, and {shards[0]} is one shard of several; "
             "fetch the index too."
         )
+    pickles = sorted(p.name for end in _PICKLES for p in folder.glob(end))
+    if pickles:
+        raise CheckpointError(
+            f"{folder / pickles[0]}; a pickle, which can run whatever its author "
+            "liked; fetch the model's .safetensors, or convert it where that does "
+            "no harm (save_pretrained of transformers)."
+        )
     raise CheckpointError(
-        f"{folder}; no {SINGLE} and no {INDEX} there; give a folder that has one "
-        "(files of pickles are not read)."
+        f"{folder}; no {SINGLE} and no {INDEX} there; give a folder that has one."
     )
 
 
 def _indexed(folder: pathlib.Path) -> dict[str, Stored]:
     """Returns the tensors that the index names, each from the shard it names."""
-    path = folder / INDEX
-    try:
-        where = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        where = {name: str(shard) for name, shard in where.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
-        raise CheckpointError(f"{path}; no weight_map can be read in it.") from err
-    shards = {}
+    where, shards = _weight_map(folder / INDEX), {}
     for shard in sorted(set(where.values())):
-        if pathlib.PurePath(shard).name != shard or shard in ("", ".", ".."):
-            raise CheckpointError(
-                f"{path}; it leads outside its folder, to {shard!r}; "
-                "do not use this checkpoint."
-            )
         if not (folder / shard).is_file():
             raise CheckpointError(
                 f"{folder / shard}; missing, though {INDEX} names it; fetch it too."
@@ -96,11 +149,32 @@ def _indexed(folder: pathlib.Path) -> dict[str, Stored]:
                 "so; fetch both again."
             )
     for shard, found in shards.items():
-        for name in found.keys() - where.keys():
-            raise CheckpointError(
-                f"{folder / shard}; tensor {name} is not in {INDEX}; fetch both again."
-            )
+        for name in found:
+            if where.get(name) != shard:
+                elsewhere = f"in {where[name]} by" if name in where else "not in"
+                raise CheckpointError(
+                    f"{folder / shard}; tensor {name} is {elsewhere} {INDEX}; "
+                    "fetch both again."
+                )
     return {name: shards[shard][name] for name, shard in where.items()}
+
+
+def _weight_map(path: pathlib.Path) -> dict[str, str]:
+    """Returns which shard each tensor lies in, all of them in the index's folder."""
+    where = json_object(path).get("weight_map")
+    if not isinstance(where, dict) or not all(
+        isinstance(shard, str) for shard in where.values()
+    ):
+        raise CheckpointError(
+            f"{path}; no weight_map can be read in it; fetch it again."
+        )
+    for shard in where.values():
+        if pathlib.PurePath(shard).name != shard or shard in ("", ".", ".."):
+            raise CheckpointError(
+                f"{path}; it leads outside its folder, to {shard!r}; "
+                "do not use this checkpoint."
+            )
+    return where
 
 
 def _header(path: pathlib.Path) -> dict[str, Stored]:
@@ -116,14 +190,16 @@ def _header(path: pathlib.Path) -> dict[str, Stored]:
             )
         text = file.read(length)
     try:
-        header = json.loads(text)
+        header = _object(text)
         header.pop("__metadata__", None)
         found, at = {}, 8 + length
         for name, entry in sorted(
             header.items(), key=lambda item: item[1]["data_offsets"]
         ):
             start, stop = entry["data_offsets"]
-            shape = tuple(map(int, entry["shape"]))
+            shape = tuple(entry["shape"])
+            if not all(type(n) is int for n in (start, stop, *shape)):
+                raise ValueError(f"tensor {name} has a place or shape of other numbers")
             if entry["dtype"] not in DTYPES:
                 raise CheckpointError(
                     f"{path}; tensor {name} holds {entry['dtype']}; only "
@@ -132,7 +208,7 @@ def _header(path: pathlib.Path) -> dict[str, Stored]:
             dtype = DTYPES[entry["dtype"]]
             if (
                 start + 8 + length != at
-                or stop - start != math.prod(shape) * dtype.itemsize
+                or stop - start != nbytes(shape, dtype)
                 or min(shape, default=1) < 0
             ):
                 raise CheckpointError(
@@ -143,7 +219,7 @@ def _header(path: pathlib.Path) -> dict[str, Stored]:
             at += stop - start
     except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise CheckpointError(
-            f"{path}; its header cannot be read; fetch it again."
+            f"{path}; its header cannot be read: {err}; fetch it again."
         ) from err
     if at != size:
         last = next(reversed(found), "none")
@@ -165,7 +241,7 @@ def write_file(
     at = 0
     for name in names:
         shape, dtype = tensors[name]
-        stop = at + math.prod(shape) * dtype.itemsize
+        stop = at + nbytes(shape, dtype)
         header[name] = {
             "dtype": _NAMES[dtype],
             "shape": list(shape),
@@ -180,7 +256,8 @@ def write_file(
             shape, dtype = tensors[name]
             tensor = read(name)
             assert (tensor.shape, tensor.dtype) == (shape, dtype), name
-            np.ascontiguousarray(tensor).tofile(file)
+            # Not ndarray.tofile: of a full disk it does not say that it is full.
+            file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
 
 
 def write(
@@ -197,10 +274,7 @@ def write(
       read: name -> the tensor.
       shard_bytes: what a file holds at most; a larger tensor has one of its own.
     """
-    sizes = {
-        name: math.prod(shape) * dtype.itemsize
-        for name, (shape, dtype) in tensors.items()
-    }
+    sizes = {name: nbytes(*kind) for name, kind in tensors.items()}
     shards = list(_shards(sizes, shard_bytes))
     if len(shards) == 1:
         write_file(folder / SINGLE, shards[0], tensors, read)

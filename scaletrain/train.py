@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import os
 import pathlib
 import signal
 import sys
@@ -85,7 +86,7 @@ def _as_begun(run: RunConfig, folder: pathlib.Path) -> RunConfig:
     if not run.init_from or not path.is_file():
         return run
     then = config.from_json(path.read_text(encoding="utf-8")).init_from
-    workdir = str(pathlib.Path(run.init_from).absolute())
+    workdir = os.path.abspath(run.init_from)
     same = checkpoint.origin(then)[0] == workdir
     return dataclasses.replace(run, init_from=then) if same else run
 

@@ -285,6 +285,20 @@ GOOD = {"messages": TURNS}
         ({"messages": [{"content": "x"}]}, r"not a list of objects with a role"),
         ({"messages": []}, r"no message of role assistant \(there are: none\)"),
         ({"messages": [user("x")]}, r"no message of role assistant \(there are: user"),
+        ({"messages": [user("x"), assistant("")]}, r"message 2 \(assistant\) says no"),
+        (
+            {"messages": [user("x"), assistant(None)]},
+            r"message 2 \(assistant\) says no",
+        ),
+        (
+            {"messages": [{"role": "user"}, assistant("x")]},
+            r"message 1 \(user\) says n",
+        ),
+        ({"messages": [user("x"), assistant(5)]}, r"message 2 .* content of type int"),
+        (
+            {"messages": [user({}), assistant("x")]},
+            r"message 1 .* content of type dict",
+        ),
         (
             {"messages": [{"role": "tool", "content": ""}, assistant("x")]},
             "the chat template fails: no role tool; repair the row",

@@ -117,6 +117,7 @@ def test_parquet_rows_are_documents_read_in_batches(tmp_path, monkeypatch):
     ("line", "message"),
     [
         ('{"text": ', r"a.jsonl:2 is not JSON.*one JSON object a line"),
+        ("[" * 99_999, r"a.jsonl:2 is not JSON.*one JSON object a line"),
         ('["text"]', r"a.jsonl:2 has no field data.text_field='text', only list"),
         ('{"body": "x"}', r"a.jsonl:2 has no field .*only \['body'\]; set data.text_f"),
         ('{"text": 3}', r"a.jsonl:2 holds int in 'text', not a text"),

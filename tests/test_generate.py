@@ -121,6 +121,7 @@ def test_only_allowed_tokens_are_drawn(sampling, allowed):
     ("sampling", "words"),
     [
         (Sampling(temperature=-1.0), "--temperature=-1.0; below 0"),
+        (Sampling(temperature=float("nan")), "--temperature=nan; .* not finite"),
         (Sampling(top_k=-1), "--top_k=-1; below 0"),
         (Sampling(top_p=0.0), r"--top_p=0.0; outside \(0, 1\]"),
         (Sampling(max_new_tokens=0), "--max_new_tokens=0; below 1"),

@@ -10,6 +10,9 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import threading
+import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +20,12 @@ import numpy as np
 import pytest
 import small
 from flax import nnx
+from tokenizers import Tokenizer, models
 
 from scaletrain import (
     checkpoint,
     config,
+    data,
     evaluate,
     exporter,
     families,
@@ -31,7 +36,7 @@ from scaletrain import (
     step,
     train,
 )
-from scaletrain.errors import CheckpointError, ConfigError
+from scaletrain.errors import CheckpointError, ConfigError, DataError
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 FAMILIES = [
@@ -289,6 +294,65 @@ def renamed(old, new):
     return change
 
 
+def headed(function):
+    """Changes the header of a file, and what comes after it, by `function`."""
+
+    def change(folder, name=safetensors.SINGLE):
+        path = folder / name
+        content = path.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header, body = json.loads(content[8 : 8 + length]), content[8 + length :]
+        text, body = function(header, body)
+        path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+    return change
+
+
+def changed_entry(**values):
+    def function(header, body):
+        header["lm_head.weight"].update(values)
+        return json.dumps(header).encode(), body
+
+    return headed(function)
+
+
+def copied(name, other):
+    """Stores a tensor under one more name."""
+
+    def function(header, body):
+        start, stop = header[name]["data_offsets"]
+        at = [len(body), len(body) + stop - start]
+        text = json.dumps(header)[:-1] + f', "{other}": '
+        text += json.dumps({**header[name], "data_offsets": at}) + "}"
+        return text.encode(), body + body[start:stop]
+
+    return headed(function)
+
+
+def in_both_shards(folder):
+    """Stores one tensor of the first shard in the second too, as zeros."""
+    one, two = sorted(folder.glob("model-*.safetensors"))
+    tensor = next(iter(safetensors._header(one).values()))
+    entry = {"dtype": "F32", "shape": list(tensor.shape)}
+
+    def function(header, body):
+        more = bytes(safetensors.nbytes(tensor.shape, np.dtype(np.float32)))
+        header[tensor.name] = entry | {
+            "data_offsets": [len(body), len(body) + len(more)]
+        }
+        return json.dumps(header).encode(), body + more
+
+    headed(function)(folder, two.name)
+
+
+def only_a_pickle(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def written(name, text):
+    return lambda folder: (folder / name).write_bytes(text)
+
+
 def first_shard(folder):
     return sorted(folder.glob("model-*.safetensors"))[0]
 
@@ -297,7 +361,7 @@ BROKEN = [
     ("llama", cut("model.safetensors", 5000), "model.safetensors.*cut off"),
     ("llama", cut("model.safetensors", 100), "model.safetensors; not a safetensors"),
     ("llama", cut("config.json", 30), "config.json; it cannot be read"),
-    ("llama", lambda f: (f / "config.json").unlink(), "config.json; it cannot be read"),
+    ("llama", lambda f: (f / "config.json").unlink(), "config.json; missing; fetch"),
     ("llama", lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
     (
         "qwen3_sharded",
@@ -349,6 +413,52 @@ BROKEN = [
         "layer_types=.*; not supported; every n-th",
     ),
     ("llama", edited(num_key_value_heads=3), "num_kv_heads=3; does not divide"),
+    ("llama", only_a_pickle, "pytorch_model.bin; a pickle, which can run .*; fetch"),
+    ("llama", written("config.json", b"[" * 99_999), "config.json; .* too deeply"),
+    ("llama", written("config.json", b'{"a": "\xff"}'), "config.json; .*'utf-8'"),
+    ("llama", written("config.json", b"[]"), "config.json; .*not a JSON object"),
+    ("llama", edited(extra="x" * 99_999), "extra='x{150,250}\\.\\.\\.; scaletrain"),
+    ("llama", written("generation_config.json", b"{"), "generation_config.json; it"),
+    ("llama", edited(num_attention_heads=0, head_dim=None), "head_dim; it cannot be"),
+    ("gpt2", edited(n_head=0), "model.d_head; it cannot be told"),
+    ("llama", edited(hidden_size=32.5), "hidden_size=32.5; not a whole number"),
+    ("llama", edited(hidden_size=float("inf")), "hidden_size=inf; not a whole number"),
+    ("llama", edited(rms_norm_eps="small"), "rms_norm_eps='small'; not a usable"),
+    ("llama", edited(tie_word_embeddings=[]), r"tie_word_embeddings=\[\]; not supp"),
+    ("llama", edited(rope_scaling="yarn"), "rope_scaling='yarn'; not an object"),
+    ("gemma2", edited(layer_types=5), "layer_types=5; not a list"),
+    (
+        "gemma2",
+        edited(layer_types=["sliding_attention"]),
+        "layer_types=.*; not a list for num_hidden_layers=4",
+    ),
+    (
+        "llama",
+        edited(tie_word_embeddings=True),
+        "lm_head.weight of model.safetensors: other numbers than model.embed_tokens",
+    ),
+    ("llama", changed_entry(dtype="F8_E4M3"), "lm_head.weight holds F8_E4M3; only"),
+    ("llama", changed_entry(shape=[96.5, 32]), "its header cannot be read: tensor lm_"),
+    (
+        "llama",
+        headed(lambda header, body: (b"[" * 99_999, body)),
+        "header cannot be read: it nests too deeply",
+    ),
+    (
+        "llama",
+        copied("model.norm.weight", "model.norm.weight"),
+        "header cannot be read: model.norm.weight is there twice",
+    ),
+    (
+        "gpt2",
+        copied("transformer.wte.weight", "wte.weight"),
+        "wte.weight: the same tensor as transformer.wte.weight",
+    ),
+    (
+        "qwen3_sharded",
+        in_both_shards,
+        "model-00002-of.*; tensor .* is in model-00001-of-00002.safetensors by",
+    ),
 ]
 
 
@@ -371,6 +481,124 @@ def test_nothing_is_left_of_an_import_that_fails_late(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="No space left"):
         importer.run(str(REFERENCE / "llama"), str(tmp_path / "w"), [])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
+    imported, tmp_path, monkeypatch
+):
+    workdir, full = imported("llama"), types.SimpleNamespace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(CheckpointError, match=r"--workdir=.*w; [\d,]+ bytes .* 0 are"):
+        importer.run(str(REFERENCE / "llama"), str(tmp_path / "w"), [])
+    assert not list(tmp_path.iterdir())
+    tokens = np.zeros((2, 8), np.int32)
+    with pytest.raises(CheckpointError, match=r"--save_logits=.*; 6,144 bytes"):
+        logits(workdir, tokens, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["tokens.npy"]
+
+
+def test_nothing_is_left_where_writes_outlive_an_import(tmp_path, monkeypatch):
+    """Orbax raises at the first write that fails; others may still be under way."""
+
+    def full(self, weights):
+        late = self.folder / "0.orbax-checkpoint-tmp"
+        threading.Timer(0.05, lambda: late.mkdir(parents=True)).start()
+        raise CheckpointError("full")
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save_weights", full)
+    with pytest.raises(CheckpointError, match="full"):
+        importer.run(str(REFERENCE / "llama"), str(tmp_path / "w"), [])
+    time.sleep(0.1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_import_that_was_killed_can_be_repeated(tmp_path):
+    """What it left has no name of a workdir, and the next one clears it away."""
+    left = tmp_path / ".w.importing" / "checkpoints" / "0"
+    left.mkdir(parents=True)
+    (left / "half").write_text("half")
+    importer.run(str(REFERENCE / "llama"), str(tmp_path / "w"), [])
+    assert [p.name for p in tmp_path.iterdir()] == ["w"]
+    assert not list((tmp_path / "w").rglob("half"))
+
+
+def test_a_file_that_changes_under_the_import_is_named(tmp_path):
+    folder = broken("llama", lambda f: None, tmp_path / "in")
+    found = safetensors.contents(folder)["model.norm.weight"]
+    cut(safetensors.SINGLE, 5000)(folder)
+    with pytest.raises(CheckpointError, match="model.safetensors; tensor model.norm"):
+        found.read()
+
+
+@pytest.mark.parametrize("asked", [[], [("data.end_of_text", "<|stop|>")]])
+def test_an_end_of_text_that_no_file_names_can_be_given(asked, tmp_path):
+    folder = broken("llama", lambda f: None, tmp_path / "in")
+    library = Tokenizer(models.WordLevel({"<|stop|>": 0, "a": 1}, unk_token="a"))
+    library.save(str(folder / "tokenizer.json"))
+    workdir = tmp_path / "w"
+    if asked:
+        importer.run(str(folder), str(workdir), asked)
+        assert data.load_tokenizer(workdir / "tokenizer").end_id == 0
+    else:
+        with pytest.raises(DataError, match="set data.end_of_text to the token"):
+            importer.run(str(folder), str(workdir), asked)
+        assert not workdir.exists()
+
+
+UNSCORED = [
+    (np.zeros((1, 129), np.int32), "129 tokens a row; give 128 or fewer"),
+    (np.full((1, 8), 96), "ids outside 0 to 95"),
+    (np.full((1, 8), -1), "ids outside 0 to 95"),
+    (np.zeros((1, 8)), r"float64 \[1, 8\]; give integers"),
+    (np.zeros(8, np.int32), r"int32 \[8\]; give integers"),
+    (np.zeros((0, 8), np.int32), r"\[0, 8\] holds nothing to predict"),
+    (np.array([[{}]], object), "no numbers are in it; give an .npy file"),
+    (b"", "no numbers are in it; give an .npy file"),
+    (b"hello", "no numbers are in it; give an .npy file"),
+]
+
+
+@pytest.mark.parametrize(("content", "words"), UNSCORED)
+def test_ids_that_cannot_be_scored_are_told(content, words, imported, tmp_path):
+    path, workdir = tmp_path / "tokens.npy", imported("gpt2")
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        np.save(path, content)
+    with pytest.raises(DataError, match=f"--tokens={path}; .*{words}"):
+        evaluate.score(settings(workdir), workdir, None, str(path), None)
+
+
+def test_logits_appear_whole_or_not_at_all(imported, tmp_path):
+    np.savez(tmp_path / "two.npz", one=np.zeros((1, 8), np.int32))
+    workdir = imported("gpt2")
+    run = settings(workdir)
+    with pytest.raises(DataError, match="two.npz; an archive of arrays"):
+        evaluate.score(run, workdir, None, str(tmp_path / "two.npz"), None)
+    (tmp_path / "taken").mkdir()
+    np.save(tmp_path / "tokens.npy", np.zeros((1, 128), np.int32))
+    given = str(tmp_path / "tokens.npy"), str(tmp_path / "taken")
+    with pytest.raises(DataError, match="--save_logits=.*taken; Is a directory"):
+        evaluate.score(run, workdir, None, *given)
+    there = sorted(p.name for p in tmp_path.iterdir())
+    assert there == ["taken", "tokens.npy", "two.npz"]
+
+
+def test_text_beyond_the_learned_positions_is_refused(imported):
+    run, workdir = settings(imported("gpt2")), imported("gpt2")
+
+    def ask(prompts, new, seed=0):
+        sampling = generate.Sampling(temperature=0.0, max_new_tokens=new)
+        return generate.run(run, workdir, None, prompts, sampling, seed)
+
+    words = "(?s)prompt_ids=-1; not ids.*--max_new_tokens=126; .*; give 125 or fewer"
+    with pytest.raises(ConfigError, match=words):
+        ask([[1, 2, 3], [-1]], 126)
+    with pytest.raises(ConfigError, match="--max_new_tokens=1; .*; shorten it"):
+        ask([[1] * 128], 1)
+    with pytest.raises(ConfigError, match="--seed=-1; outside 0 to"):
+        ask([[1]], 1, seed=-1)
+    assert len(ask([[1] * 127], 1)[0]["ids"]) == 1
 
 
 def test_places_that_are_taken_are_refused(imported, tmp_path):

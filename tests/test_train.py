@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import config, train
+from scaletrain import config, evaluate, train
 from scaletrain.config import DataConfig, MeshConfig
 from scaletrain.errors import CheckpointError, DivergedError, Interrupted
 
@@ -71,6 +71,14 @@ def straight(text_run, tmp_path_factory):
         patch.setattr(train.mesh, "build", lambda c: whole(c, jax.devices()[:1]))
         train.run(text_run, str(workdir))
     return workdir
+
+
+def test_a_run_without_validation_says_so(text_run, tmp_path):
+    run = small.changed(
+        text_run, num_steps=1, data__validation_fraction=0.0, eval__num_batches=0
+    )
+    found = train.run(run, str(tmp_path))
+    assert evaluate.in_words(found) == "has no sequence"
 
 
 def test_a_run_leaves_what_is_promised(straight, text_run):

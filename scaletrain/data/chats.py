@@ -24,7 +24,7 @@ def messages_of(row: Mapping[str, Any]) -> list[Message]:
     """Returns the conversation in `row`: its messages, or a prompt and its completion.
 
     Raises:
-      DataError: there is none, or nobody answers in it.
+      DataError: there is none, nobody answers in it, or a message says nothing.
     """
     if row.get("messages") is not None:
         found = row["messages"]
@@ -52,9 +52,23 @@ def messages_of(row: Mapping[str, Any]) -> list[Message]:
             f"no message of role assistant (there are: {roles}), so nothing to learn; "
             "leave the row out."
         )
+    for place, message in enumerate(found, start=1):
+        _check_content(place, message)
     # Parquet fills in what one message has and another lacks; templates ask whether
     # a key is there.
     return [{k: v for k, v in m.items() if v is not None} for m in found]
+
+
+def _check_content(place: int, message: Message) -> None:
+    """Refuses what a template would write as Python spells it, or as nothing."""
+    content, named = message.get("content"), f"message {place} ({message['role']})"
+    if not isinstance(content, (str, list, type(None))):
+        raise DataError(
+            f"{named} has content of type {type(content).__name__}; write it as a text."
+        )
+    says = any(value for key, value in message.items() if key != "role")
+    if not says and (_answers(message) or content is None):
+        raise DataError(f"{named} says nothing; give it content, or leave the row out.")
 
 
 class ChatTemplate:

@@ -164,8 +164,8 @@ def _json_lines(
         if not line.strip():
             continue
         try:
-            yield where, json.loads(line.decode("utf-8"))
-        except ValueError as err:
+            yield where, json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as err:
             remedy = "write one JSON object a line"
             raise _refused(data, f"{where} is not JSON: {err}", remedy) from err
 

@@ -46,7 +46,7 @@ def of_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
         if kind in family.model_types:
             try:
                 flat = spelling.flat(dict(config))
-            except (ValueError, KeyError, TypeError, AttributeError) as err:
+            except ValueError as err:
                 raise CheckpointError(
                     f"config.json cannot be honoured:\n  {err}"
                 ) from err

@@ -14,6 +14,7 @@ from einops import rearrange
 
 from scaletrain.config import ModelConfig, replaced
 from scaletrain.errors import CheckpointError
+from scaletrain.families.spelling import shown
 
 Config = Mapping[str, Any]  # a config.json, flattened to dotted keys
 _REQUIRED = object()
@@ -56,17 +57,30 @@ class Key:
         elif value is None:
             if self.absent is _REQUIRED:
                 raise ValueError(f"{self.key}; missing; the model needs it.")
-            value = self.absent(config) if callable(self.absent) else self.absent
+            value = _told(self.key, self.absent, config)
         if self.values is None:
-            kind = type(_get(ModelConfig(), self.path))
-            try:
-                return kind(self.to(value))
-            except (ValueError, TypeError) as err:
-                raise ValueError(f"{self.key}={value!r}; not a number.") from err
-        if value not in self.values:
-            known = ", ".join(map(repr, self.values))
-            raise ValueError(f"{self.key}={value!r}; not supported; known: {known}.")
-        return self.values[value]
+            return self._number(value)
+        for theirs, ours in self.values.items():
+            if type(value) is type(theirs) and value == theirs:
+                return ours
+        known = ", ".join(map(repr, self.values))
+        raise ValueError(f"{self.key}={shown(value)}; not supported; known: {known}.")
+
+    def _number(self, value: Any) -> int | float:
+        """Returns our number; a whole one is not made by leaving a fraction out."""
+        kind = type(_get(ModelConfig(), self.path))
+        try:
+            if isinstance(value, (bool, str)):
+                raise TypeError
+            ours = self.to(value)
+            if kind is int and int(ours) != ours:
+                raise ValueError
+            return kind(ours)
+        except (ValueError, TypeError, ArithmeticError) as err:
+            what = "a whole number" if kind is int else "a usable number"
+            raise ValueError(
+                f"{self.key}={shown(value)}; not {what}; fetch config.json again."
+            ) from err
 
     def write(self, value: Any) -> Any:
         """Returns their value; raises ValueError where they have none."""
@@ -135,13 +149,26 @@ def to_model(family: Family, config: Config) -> ModelConfig:
             model = replaced(model, key.path, key.read(config))
         except ValueError as err:
             problems.append(str(err))
+    if not problems:
+        try:
+            for path, value in family.implied.items():
+                model = replaced(model, path, _told(f"model.{path}", value, config))
+        except ValueError as err:
+            problems.append(str(err))
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise CheckpointError(f"config.json cannot be honoured:\n{lines}")
-    for path, value in family.implied.items():
-        value = value(config) if callable(value) else value
-        model = replaced(model, path, value)
     return model
+
+
+def _told(name: str, value: Any, config: Config) -> Any:
+    """Returns `value`, or what it makes of the file if it is a function."""
+    if not callable(value):
+        return value
+    try:
+        return value(config)
+    except (KeyError, TypeError, ArithmeticError) as err:
+        raise ValueError(f"{name}; it cannot be told from the other keys.") from err
 
 
 def _unknown(family: Family, config: Config) -> Iterator[str]:
@@ -152,11 +179,11 @@ def _unknown(family: Family, config: Config) -> Iterator[str]:
             allowed = family.fixed[name]
             if value is not None and value not in allowed:
                 known = " or ".join(map(repr, allowed))
-                yield f"{name}={value!r}; not supported; known: {known}."
+                yield f"{name}={shown(value)}; not supported; known: {known}."
         # What is off or empty changes nothing.
         elif value and name not in read and name not in family.harmless:
             yield (
-                f"{name}={value!r}; scaletrain does not know what it changes; "
+                f"{name}={shown(value)}; scaletrain does not know what it changes; "
                 "remove it if it changes nothing."
             )
 

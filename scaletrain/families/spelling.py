@@ -3,7 +3,14 @@
 Readers of every age know the older spelling, so that is the one written.
 """
 
+from collections.abc import Mapping
 from typing import Any
+
+
+def shown(value: Any) -> str:
+    """Returns what a file holds as a message can hold it."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
@@ -16,21 +23,27 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: with what cannot be said in these keys.
     """
-    found = dict(config.get("text_config") or config)
+    found = dict(_group(config, "text_config") or config)
     found.setdefault("model_type", config.get("model_type"))
-    rope = found.pop("rope_parameters", None)
-    scaling = dict(found.pop("rope_scaling", None) or {})
-    if rope and "full_attention" in rope:
-        local = rope["sliding_attention"]
+    rope, scaling = (_group(found, n) for n in ("rope_parameters", "rope_scaling"))
+    for name in ("rope_parameters", "rope_scaling"):
+        found.pop(name, None)
+    if "full_attention" in rope:
+        local = _group(rope, "sliding_attention")
         if local.get("rope_type", "default") != "default":
             raise ValueError(
-                f"rope_parameters.sliding_attention={local!r}; not supported; "
+                f"rope_parameters.sliding_attention={shown(local)}; not supported; "
                 "layers with a window are not stretched."
             )
+        if "rope_theta" not in local:
+            raise ValueError(
+                "rope_parameters.sliding_attention.rope_theta; missing; "
+                "the model needs it."
+            )
         found["rope_local_base_freq"] = local["rope_theta"]
-        rope = rope["full_attention"]
+        rope = _group(rope, "full_attention")
     # Where both are given, readers go by the older one.
-    scaling = scaling or dict(rope or {})
+    scaling = scaling or rope
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in scaling:
             found[name] = scaling.pop(name)
@@ -45,6 +58,14 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _group(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Returns a copy of an object in the file, empty if it is absent or null."""
+    value = config.get(name) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}={shown(value)}; not an object; fetch the file again.")
+    return dict(value)
+
+
 def _pattern(found: dict[str, Any]) -> int | None:
     kinds = found.pop("layer_types", None)
     said = [
@@ -52,13 +73,26 @@ def _pattern(found: dict[str, Any]) -> int | None:
         for name in ("sliding_window_pattern", "_sliding_window_pattern")
         if found.get(name) is not None
     ]
+    for value in said:
+        if type(value) is not int:
+            raise ValueError(
+                f"sliding_window_pattern={shown(value)}; not a whole number; "
+                "fetch the file again."
+            )
     if not kinds:
         return said[0] if said else None
+    layers = found.get("num_hidden_layers")
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        raise ValueError(
+            f"layer_types={shown(kinds)}; not a list for num_hidden_layers={layers!r}; "
+            "fetch the file again."
+        )
     for n in (*said, *range(len(kinds) + 1)):
         if kinds == layer_types(n, len(kinds)):
             return n
     raise ValueError(
-        f"layer_types={kinds!r}; not supported; every n-th layer may attend to all."
+        f"layer_types={shown(kinds)}; not supported; "
+        "every n-th layer may attend to all."
     )
 
 
