@@ -15,6 +15,7 @@ class LossSums(NamedTuple):
     weight: Float[Array, ""]  # tokens
 
 
+@jax.named_scope("loss")
 def next_token_loss(
     logits_BTV: Float[Array, "B T V"],
     targets_BT: Int[Array, "B T"],
