@@ -9,10 +9,11 @@ import jax
 
 from scaletrain import config, mesh, metrics, step, train
 from scaletrain.bench import profile, roofline, timing
-from scaletrain.bench.sweep import Sweep
+from scaletrain.bench.sweep import OUT_OF_MEMORY, Sweep
 from scaletrain.bench.timing import Timed
 from scaletrain.config import RunConfig
 from scaletrain.errors import BenchError
+from scaletrain.step import Program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,45 +45,36 @@ def run(run: RunConfig, request: Request) -> dict[str, Any]:
     run = config.resolve(run, jax.device_count())
     extra: dict[str, Any] = {}
     if request.sweep:
-        sweep = Sweep(run, jax.device_count(), lambda each: _tried(each, request))
+        plain = dataclasses.replace(request, profile=False)
+        sweep = Sweep(run, jax.device_count(), lambda each: _timed(each, plain)[1])
         extra["candidates"] = sweep.best()
         if not any(each["fits"] for each in extra["candidates"]):
             raise _too_large(run)
         run = sweep.applied(extra["candidates"][0]["overrides"])
-    program = step.build(run, mesh.build(run.mesh))
     try:
-        timed = _timed(program, request, extra)
+        program, timed, traced = _timed(run, request)
     except jax.errors.JaxRuntimeError as err:
-        if "RESOURCE_EXHAUSTED" not in str(err):
+        if OUT_OF_MEMORY not in str(err):
             raise
         raise _too_large(run) from err
     train.say(f"step {timed.step_time_s:.4f} s; measuring what the hardware can do")
-    return _record(program, timed, roofline.measure(program)) | extra
+    record = _record(program, timed, roofline.measure(program))
+    if request.data:
+        record["data_wait"] = timed.data_wait
+    return record | traced | extra
 
 
-def _timed(program: step.Program, request: Request, extra: dict[str, Any]) -> Timed:
-    """Times the step; puts what else was asked of it into `extra`."""
-    with jax.set_mesh(program.mesh):
+def _timed(run: RunConfig, request: Request) -> tuple[Program, Timed, dict[str, Any]]:
+    """Returns the program of a resolved run, its time, and where it went if asked."""
+    grid = mesh.build(run.mesh)
+    program = step.build(run, grid)
+    with jax.set_mesh(grid):
         feed = timing.from_data if request.data else timing.synthetic
         steps = timing.Steps(program, feed(program))
         timed = steps.measure(request.steps)
-        if request.data:
-            extra["data_wait"] = timed.data_wait
-        if request.profile:
-            extra["profile"] = profile.of(steps, request.workdir)
-    return timed
-
-
-def _tried(run: RunConfig, request: Request) -> Timed | None:
-    """Returns what a candidate of a sweep took; None where it does not fit."""
-    program = step.build(run, mesh.build(run.mesh))
-    plain = dataclasses.replace(request, profile=False)
-    try:
-        return _timed(program, plain, {})
-    except jax.errors.JaxRuntimeError as err:
-        if "RESOURCE_EXHAUSTED" not in str(err):
-            raise
-    return None
+        if not request.profile:
+            return program, timed, {}
+        return program, timed, {"profile": profile.of(steps, request.workdir)}
 
 
 def _too_large(run: RunConfig) -> BenchError:
@@ -92,9 +84,7 @@ def _too_large(run: RunConfig) -> BenchError:
     )
 
 
-def _record(
-    program: step.Program, timed: Timed, ceilings: dict[str, Any]
-) -> dict[str, Any]:
+def _record(program: Program, timed: Timed, ceilings: dict[str, Any]) -> dict[str, Any]:
     run, devices = program.run, jax.devices()
     speed = metrics.throughput(run, timed.step_time_s, devices)
     return {

@@ -33,7 +33,7 @@ _MOVES = {
 _LOOPS = ("while", "call", "conditional")  # their time is that of what they run
 # Kernels whose instruction is not known, and custom calls: by words of their name.
 _WORDS = (
-    ("attention", r"fmha|flash|attention|splash"),
+    ("attention", r"fmha|sdpa|flash|attention|splash"),
     ("collective", r"nccl|all[-_]?reduce|all[-_]?gather|reduce[-_]?scatter"),
     ("matmul", r"gemm|matmul|cutlass|nvjet|xmma|\bdot\b"),
     ("copy", r"memcpy|memset|copy|transpose"),
@@ -91,7 +91,8 @@ def kernels(data: Any) -> Iterator[Kernel]:
                 name = stats.get("hlo_op")
                 if name is None and plane.name.startswith("/device:"):
                     # A TPU's event is named by the text of its instruction.
-                    name = event.name.partition(" = ")[0].lstrip("%")
+                    text = re.match(r"%([\w.\-]+) ", event.name)
+                    name = text[1] if text else event.name
                 if name is not None:
                     device = f"{plane.name} {stats.get('device_ordinal', '')}".strip()
                     yield Kernel(device, str(name), event.duration_ns * 1e-9)
@@ -153,8 +154,11 @@ def class_of(each: hlo.Instruction, module: hlo.Module) -> str:
     if base in hlo.COLLECTIVES:
         return "collective"
     if each.opcode == "custom-call":
-        words = f"{target[1] if target else ''} {each.op_name}"
-        return class_of_name(words)
+        found = class_of_name(target[1] if target else "")
+        # A kernel of our own is called by its compiler's name; in the scope of
+        # attention it is attention.
+        is_ours = found == "other" and scope_of(each, module) == "attention"
+        return "attention" if is_ours else found
     inner = module.computations.get(each.called("calls") or "")
     opcodes = {part.opcode for part in inner.instructions} if inner else {each.opcode}
     if opcodes & set(_MATMULS):

@@ -119,4 +119,4 @@ def _candidates(found: list[dict[str, Any]]) -> Iterator[str]:
                 f"{size:>9}  {words}"
             )
         else:
-            yield f"  {'does not fit':>36}  {words}"
+            yield f"  {each['problem'][:36]:>36}  {words}"

@@ -6,18 +6,19 @@ what does not fit a batch does not fit a larger one, and at one batch computing 
 again is never slower.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
-from scaletrain import config
+import jax
+
+from scaletrain import config, train
 from scaletrain.bench.timing import Timed
 from scaletrain.config import REMAT_NAMES, RunConfig
 from scaletrain.errors import ConfigError
 from scaletrain.plan import search
 
 Overrides = dict[str, Any]
-Measure = Callable[[RunConfig], Timed | None]  # None: it does not fit
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # what XLA says of what does not fit
 _BATCHES = (0.5, 1, 1.5, 2)
 # What a layer keeps for the backward pass, from all to nothing.
 _REMATS = (
@@ -31,7 +32,9 @@ _REMATS = (
 class Sweep:
     """The candidates of a run on some devices, and what became of them."""
 
-    def __init__(self, run: RunConfig, num_devices: int, measure: Measure):
+    def __init__(
+        self, run: RunConfig, num_devices: int, measure: Callable[[RunConfig], Timed]
+    ):
         self.run, self._num_devices, self._measure = run, num_devices, measure
         self._known: dict[RunConfig, float] = {}  # tokens a second, 0 = does not fit
         self._candidates: list[dict[str, Any]] = []
@@ -45,7 +48,7 @@ class Sweep:
         try:
             self._search()
         except KeyboardInterrupt:
-            print("stopped; this is what is known", file=sys.stderr)
+            train.say("stopped; going on with the best of what is known")
         return sorted(
             self._candidates, key=lambda each: -each["tokens_per_s_per_device"]
         )
@@ -73,12 +76,13 @@ class Sweep:
             [{"model.attention": kind} for kind in _choices("model.attention")],
             [{"model.layers": way} for way in _choices("model.layers")],
         ]
-        self._left = sum(map(len, (*switches, batches, _REMATS))) - 2
+        rest = len(batches) + len(_REMATS) - 1
+        self._left = rest + sum(map(len, switches)) - 1
         chosen: Overrides = {}
         for values in switches:
             tried = [chosen | value for value in values]
             chosen = max(tried, key=self._speed)
-        level = 0
+        level, self._left = 0, rest
         for batch in batches:
             while not self._speed(chosen | batch | _keeping(level)):
                 level += 1
@@ -105,7 +109,12 @@ class Sweep:
 
     def _tried(self, run: RunConfig, overrides: Overrides) -> float:
         self._left -= 1
-        timed = self._measure(run)
+        timed, problem = None, ""
+        try:
+            timed = self._measure(run)
+        except jax.errors.JaxRuntimeError as err:
+            said = str(err).strip().splitlines()[0]
+            problem = "does not fit" if OUT_OF_MEMORY in said else f"fails: {said}"
         speed = 0.0
         if timed:
             speed = run.batch_size * run.seq_len / timed.step_time_s / self._num_devices
@@ -114,14 +123,15 @@ class Sweep:
             {
                 "overrides": changed,
                 "fits": timed is not None,
+                "problem": problem,
                 "step_time_s": timed and timed.step_time_s,
                 "tokens_per_s_per_device": speed,
                 "peak_memory_bytes": timed and timed.peak_memory_bytes,
             }
         )
         words = " ".join(search.flags(changed)) or "as configured"
-        verdict = f"{speed:,.0f} tokens/s a device" if timed else "does not fit"
-        print(f"{words}: {verdict}; {self._left} more at most", file=sys.stderr)
+        verdict = problem or f"{speed:,.0f} tokens/s a device"
+        train.say(f"{words}: {verdict}; {self._left} more at most")
         return speed
 
 

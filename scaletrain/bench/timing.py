@@ -48,7 +48,7 @@ class Steps:
         began = time.perf_counter()
         self.compiled = step.compiled(program)
         self.compile_time_s = time.perf_counter() - began
-        self._state = initial_state(program)
+        self.state = initial_state(program)
 
     def measure(self, count: int) -> Timed:
         """Warms up and goes straight on to `count` steps that are timed."""
@@ -77,7 +77,7 @@ class Steps:
                 asked.append(time.perf_counter())
                 batch = self._feed()
                 fed.append(time.perf_counter())
-                self._state, numbers = self.compiled(self._state, batch)
+                self.state, numbers = self.compiled(self.state, batch)
                 # The devices work on this batch while the host sees to the one before.
                 if done:
                     done[-1].result()
