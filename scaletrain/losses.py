@@ -1,10 +1,22 @@
-"""Token losses. Every reduction returns its sum and what to divide it by."""
+"""The head's loss: logits are made, used and dropped, a piece of the batch at a time.
 
-from typing import NamedTuple
+No array of all logits ever exists. Each piece gives its part of the loss and of both
+gradients at once, so nothing of it has to be kept or computed again.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from scaletrain import sharding
+from scaletrain.config import PrecisionConfig
+
+# Tokens a device gives to the head at once: enough to fill its matmuls.
+CHUNK = 4096
 
 
 class LossSums(NamedTuple):
@@ -15,26 +27,190 @@ class LossSums(NamedTuple):
     weight: Float[Array, ""]  # tokens
 
 
-@jax.named_scope("loss")
-def next_token_loss(
-    logits_BTV: Float[Array, "B T V"],
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """How features become a loss."""
+
+    precision: PrecisionConfig
+    vocab_first: bool = False  # the matrix is [V, D], an embedding's
+    soft_cap: float = 0.0  # logits become cap * tanh(logits / cap); 0 = unlimited
+    z_loss: float = 0.0  # weight of log(Z)^2 in the objective
+    trained: bool = True  # the matrix gets a gradient
+
+    @property
+    def axes(self) -> tuple[str, str]:
+        """Logical axes of the matrix."""
+        return ("vocab", "embed") if self.vocab_first else ("embed", "vocab")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def head_loss(
+    head: Head,
+    x_BTD: Float[Array, "B T D"],
+    w: Float[Array, "..."],
     targets_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
-) -> LossSums:
-    """Returns summed next-token cross-entropy.
+) -> tuple[Float[Array, ""], LossSums]:
+    """Returns the objective, summed over tokens, and the sums it is made of.
+
+    The objective alone has a gradient, to `x_BTD` and `w`.
 
     Args:
+      w: [D, V], or [V, D] where `head.vocab_first`.
       weights_BT: 0 leaves a token out of every sum.
 
     Source: PaLM (arXiv 2204.02311) section 5 for the log(Z)^2 term.
     """
-    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    # A comparison instead of a gather: it stays local when the vocabulary is split.
-    vocab_11V = jnp.arange(logits_BTV.shape[-1])[None, None]
-    hit_BTV = vocab_11V == targets_BT[:, :, None]
-    picked_BT = jnp.sum(jnp.where(hit_BTV, logits_BTV, 0), axis=-1)
-    return LossSums(
-        loss=jnp.sum((log_z_BT - picked_BT) * weights_BT),
-        z=jnp.sum(jnp.square(log_z_BT) * weights_BT),
-        weight=jnp.sum(weights_BT),
+    return _spread(head, False, x_BTD, w, targets_BT, weights_BT)[0]
+
+
+def _forward(head, x_BTD, w, targets_BT, weights_BT):
+    return _spread(head, True, x_BTD, w, targets_BT, weights_BT)
+
+
+def _backward(head, gradients, cotangents):
+    scale, _ = cotangents
+    dx_BTD, dw = ((scale * g).astype(g.dtype) for g in gradients)
+    return dx_BTD, dw, None, None
+
+
+head_loss.defvjp(_forward, _backward)
+
+
+def _mesh_axes(*logical: str) -> tuple[str, ...]:
+    """Returns the mesh axes that split these logical axes."""
+    entries = (
+        (entry,) if isinstance(entry, str) else entry or ()
+        for entry in sharding.spec(*logical)
     )
+    return tuple(axis for entry in entries for axis in entry)
+
+
+def _spread(
+    head: Head, learns: bool, x_BTD: Any, w: Any, targets_BT: Any, weights_BT: Any
+) -> tuple[tuple[Any, LossSums], tuple[Any, Any]]:
+    """Returns the loss and the gradients: every device works on what it holds.
+
+    Written device by device, so that the matrix is gathered once, its gradient is
+    summed once, and logits split over the vocabulary meet in three numbers a token.
+    """
+    here = functools.partial(_here, head, learns)
+    if jax.sharding.get_abstract_mesh().empty:
+        return here((), (), (), x_BTD, w, targets_BT, weights_BT)
+    rows, embed = _mesh_axes("batch", "tokens"), _mesh_axes("embed")
+    here = functools.partial(here, rows, embed, _mesh_axes("vocab"))
+    x_spec, batch = (
+        sharding.spec("batch", "tokens", "residual"),
+        sharding.spec("batch", "tokens"),
+    )
+    whole = sharding.spec(*(a if a == "vocab" else "norm" for a in head.axes))
+    learned = sharding.spec(*head.axes) if learns and head.trained else whole
+    return jax.shard_map(
+        here,
+        in_specs=(x_spec, whole, batch, batch),
+        out_specs=(
+            (jax.P(), LossSums(jax.P(), jax.P(), jax.P())),
+            (x_spec, learned),
+        ),
+        check_vma=False,
+    )(x_BTD, w, targets_BT, weights_BT)
+
+
+def _here(
+    head: Head,
+    learns: bool,
+    rows: tuple[str, ...],
+    embed: tuple[str, ...],
+    vocab: tuple[str, ...],
+    x_BTD: Float[Array, "B T D"],
+    w: Float[Array, "..."],
+    targets_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
+) -> tuple[tuple[Any, LossSums], tuple[Any, Any]]:
+    """Returns one device's part, summed over the devices that share it."""
+    B, T, D = x_BTD.shape
+    reduce = head.precision.reduce
+    count = next(c for c in range(max(1, B * T // CHUNK), B * T + 1) if B * T % c == 0)
+    w_low = w.astype(head.precision.compute)
+    dw = jnp.zeros(w.shape if learns and head.trained else (), reduce)
+
+    def piece(carry, inputs):
+        sums, dw = carry
+        x_CD, targets_C, weights_C = inputs
+        more, dx_CD, more_dw = _piece(
+            head, learns, vocab, w_low, x_CD, targets_C, weights_C
+        )
+        return (jax.tree.map(jnp.add, sums, more), dw + more_dw), dx_CD
+
+    zero = jnp.zeros((), reduce)
+    pieces = (
+        x_BTD.reshape(count, -1, D),
+        targets_BT.reshape(count, -1),
+        weights_BT.reshape(count, -1),
+    )
+    carry, dx = jax.lax.scan(piece, (LossSums(zero, zero, zero), dw), pieces)
+    sums, dw = carry
+    sums = jax.tree.map(lambda s: jax.lax.psum(s, rows), sums) if rows else sums
+    objective = sums.loss + head.z_loss * sums.z if head.z_loss else sums.loss
+    if not learns:
+        return (objective, sums), (x_BTD, w)
+    dx_BTD = dx.reshape(B, T, D)
+    if vocab:
+        dx_BTD = jax.lax.psum(dx_BTD, vocab)
+    if not head.trained:
+        return (objective, sums), (dx_BTD, jnp.zeros_like(w))
+    dim = head.axes.index("embed")
+    if others := tuple(axis for axis in rows if axis not in embed):
+        dw = jax.lax.psum(dw, others)
+    if embed:
+        dw = jax.lax.psum_scatter(dw, embed, scatter_dimension=dim, tiled=True)
+    return (objective, sums), (dx_BTD, dw.astype(w.dtype))
+
+
+def _piece(
+    head: Head,
+    learns: bool,
+    vocab: tuple[str, ...],
+    w: Float[Array, "..."],
+    x_CD: Float[Array, "C D"],
+    targets_C: Int[Array, " C"],
+    weights_C: Float[Array, " C"],
+) -> tuple[LossSums, Any, Any]:
+    """Returns the sums of C tokens and what they add to both gradients."""
+    p, w_dims = head.precision, "vd" if head.vocab_first else "dv"
+    logits_CV = jnp.einsum(f"cd,{w_dims}->cv", x_CD, w).astype(p.reduce)
+    slope_CV = None
+    if head.soft_cap:
+        tanh_CV = jnp.tanh(logits_CV / head.soft_cap)
+        logits_CV, slope_CV = head.soft_cap * tanh_CV, 1 - jnp.square(tanh_CV)
+
+    def over_vocab(reduced, collective):
+        return collective(reduced, vocab) if vocab else reduced
+
+    top_C = over_vocab(jnp.max(logits_CV, axis=-1), jax.lax.pmax)
+    exp_CV = jnp.exp(logits_CV - top_C[:, None])
+    log_z_C = top_C + jnp.log(over_vocab(jnp.sum(exp_CV, axis=-1), jax.lax.psum))
+    V = logits_CV.shape[-1]
+    first = jax.lax.axis_index(vocab) * V if vocab else 0
+    # A comparison instead of a gather: it stays local when the vocabulary is split.
+    hit_CV = (first + jnp.arange(V))[None, :] == targets_C[:, None]
+    picked_C = jnp.sum(jnp.where(hit_CV, logits_CV, 0), axis=-1)
+    picked_C = over_vocab(picked_C, jax.lax.psum)
+    sums = LossSums(
+        loss=jnp.sum((log_z_C - picked_C) * weights_C),
+        z=jnp.sum(jnp.square(log_z_C) * weights_C),
+        weight=jnp.sum(weights_C),
+    )
+    if not learns:
+        return sums, None, 0
+    pull_C = 1 + 2 * head.z_loss * log_z_C if head.z_loss else jnp.ones_like(log_z_C)
+    d_CV = jnp.exp(logits_CV - log_z_C[:, None]) * pull_C[:, None] - hit_CV
+    d_CV *= weights_C[:, None]
+    if slope_CV is not None:
+        d_CV *= slope_CV
+    d_CV = d_CV.astype(x_CD.dtype)
+    dx_CD = jnp.einsum(f"cv,{w_dims}->cd", d_CV, w)
+    if not head.trained:
+        return sums, dx_CD, 0
+    dw = jnp.einsum(f"cd,cv->{w_dims}", x_CD, d_CV, preferred_element_type=p.reduce)
+    return sums, dx_CD, dw

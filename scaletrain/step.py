@@ -15,7 +15,7 @@ from scaletrain import optim, sharding
 from scaletrain.chips import COMPILER_OPTIONS
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError
-from scaletrain.losses import LossSums, next_token_loss
+from scaletrain.losses import Head, LossSums, head_loss
 from scaletrain.models import Decoder
 from scaletrain.models.attention import SPLASH_BLOCK
 
@@ -102,10 +102,7 @@ def train_step(
 
 def eval_step(weights: Tree, batch: Batch, *, program: Program) -> LossSums:
     """Returns the summed loss of one batch, without dropout."""
-    logits_BTV = nnx.merge(program.graphdef, weights)(
-        batch["tokens"], batch["positions"], batch["segments"]
-    )
-    return next_token_loss(logits_BTV, batch["targets"], batch["weights"])
+    return _loss(nnx.merge(program.graphdef, weights), batch, program.run)[1]
 
 
 def logits_step(
@@ -125,12 +122,24 @@ def _objective(
     params: Tree, batch: Batch, *, frozen: Tree, program: Program
 ) -> tuple[jax.Array, LossSums]:
     """Returns what is differentiated: the summed loss with its z-loss."""
-    logits_BTV = nnx.merge(program.graphdef, _joined(params, frozen))(
-        batch["tokens"], batch["positions"], batch["segments"], batch["key"]
+    model = nnx.merge(program.graphdef, _joined(params, frozen))
+    return _loss(model, batch, program.run)
+
+
+def _loss(model: Decoder, batch: Batch, run: RunConfig) -> tuple[jax.Array, LossSums]:
+    """Returns the objective and its sums; with keys in the batch, with dropout."""
+    x_BTD = model.features(
+        batch["tokens"], batch["positions"], batch["segments"], batch.get("key")
     )
-    sums = next_token_loss(logits_BTV, batch["targets"], batch["weights"])
-    weight = program.run.optim.z_loss
-    return (sums.loss + weight * sums.z if weight else sums.loss), sums
+    head = Head(
+        precision=run.precision,
+        vocab_first=run.model.head == "tied",
+        soft_cap=run.model.logit_soft_cap,
+        z_loss=run.optim.z_loss,
+        trained=run.lora.rank == 0,
+    )
+    with jax.named_scope("head"):
+        return head_loss(head, x_BTD, model.output, batch["targets"], batch["weights"])
 
 
 def _hash(tokens_BT: Int[Array, "B T"]) -> UInt[Array, ""]:

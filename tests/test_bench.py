@@ -157,6 +157,10 @@ def test_a_device_has_its_part_of_the_heads_and_of_the_batch():
     rows = 16 // 4 // 2 * 32 // 2
     assert (q.rows, q.inputs, q.outputs, q.count) == (rows, 32, 16, 8)
     assert (o.rows, o.inputs, o.outputs) == (rows, 16, 32)
+    assert (shapes.gemms(run)["down"].inputs, shapes.gemms(run)["up"].outputs) == (
+        32,
+        32,
+    )
     assert shapes.gemms(run)["head"].count == 4
     (attention,) = shapes.attentions(run).values()
     assert (attention.rows, attention.queries, attention.keys) == (2, 16, 32)

@@ -22,7 +22,7 @@ from scaletrain.plan import hlo
 
 STEPS = 3  # that are traced
 _LARGEST = 12  # kernels that are listed
-SCOPES = ("attention", "mlp", "head", "embedding", "loss", "optimizer")
+SCOPES = ("attention", "mlp", "head", "embedding", "optimizer")
 _IN_SCOPE = re.compile(rf"(?<![\w'])({'|'.join(SCOPES)})(?![\w'])")
 _MATMULS = ("dot", "convolution", "scaled-dot", "ragged-dot")
 _MOVES = {

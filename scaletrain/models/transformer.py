@@ -196,9 +196,27 @@ class Decoder(nnx.Module):
           segments_BT: document of each token; equal ids see each other.
           dropout_B: a key for each sequence; None runs without dropout.
         """
+        return self._logits(
+            self.features(tokens_BT, positions_BT, segments_BT, dropout_B)
+        )
+
+    def features(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        segments_BT: Int[Array, "B T"],
+        dropout_B: Key[Array, " B"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Returns what the head multiplies, see `__call__`."""
         x_BTD = self._embed(tokens_BT, positions_BT)
         x_BTD, _ = self._layers(x_BTD, positions_BT, segments_BT, None, dropout_B)
-        return self._logits(x_BTD)
+        with jax.named_scope("head"):
+            return self.norm(x_BTD)
+
+    @property
+    def output(self) -> Float[Array, "..."]:
+        """The head's matrix: [D, V], or [V, D] where it is the embedding."""
+        return self.embedding[...] if self.head is None else self.head.weight[...]
 
     def decode(
         self,
@@ -215,7 +233,7 @@ class Decoder(nnx.Module):
         cache = dataclasses.replace(cache, segments_BS=segments_BS)
         x_BTD = self._embed(tokens_BT, positions_BT)
         x_BTD, (k, v) = self._layers(x_BTD, positions_BT, segments_BT, cache, None)
-        logits_BTV = self._logits(x_BTD[:, -1:])
+        logits_BTV = self._logits(self.norm(x_BTD[:, -1:]))
         return logits_BTV[:, 0], Cache(k, v, segments_BS, start + tokens_BT.shape[1])
 
     @jax.named_scope("embedding")
@@ -232,12 +250,8 @@ class Decoder(nnx.Module):
     def _logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         p, cap = self.precision, self.model.logit_soft_cap
         with jax.named_scope("head"):
-            x_BTD = self.norm(x_BTD)
-            if self.head is None:
-                logits = project("btd,vd->btv", x_BTD, self.embedding[...], p)
-            else:
-                logits = self.head(x_BTD)
-            logits_BTV = logits.astype(p.reduce)
+            letters = "btd,vd->btv" if self.head is None else "btd,dv->btv"
+            logits_BTV = project(letters, x_BTD, self.output, p).astype(p.reduce)
             if cap:
                 logits_BTV = cap * jnp.tanh(logits_BTV / cap)
             return constrain(logits_BTV, "batch", "tokens", "vocab")
