@@ -6,7 +6,7 @@ ScaletrainError
 ├── DataError        a corpus or a tokenizer that cannot be read as asked
 ├── CheckpointError  a checkpoint that is missing, partial or of another model
 ├── PlanError        a compiler that refuses a program
-├── BenchError       a step that cannot be timed here
+├── BenchError       a step that the devices cannot hold
 ├── DivergedError    the numbers stopped being finite
 └── Interrupted      a signal arrived; everything is saved
 
@@ -50,7 +50,7 @@ class PlanError(ScaletrainError):
 
 
 class BenchError(ScaletrainError):
-    """A step that the devices cannot hold, or a trace that cannot be left."""
+    """A step that the devices cannot hold."""
 
     exit_code = 1
 

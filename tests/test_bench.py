@@ -13,7 +13,7 @@ import small
 from scaletrain import bench, config, flags, mesh, metrics, step
 from scaletrain.bench import command, loops, profile, roofline, shapes, sweep, timing
 from scaletrain.config import LoraConfig, MeshConfig
-from scaletrain.errors import BenchError, ConfigError
+from scaletrain.errors import BenchError, CheckpointError, ConfigError
 from scaletrain.plan import hlo
 
 KEYS = {
@@ -84,7 +84,9 @@ def test_collectives_are_measured_over_the_axes_in_use(found):
 def test_a_trace_of_the_cpu_says_where_the_time_went(found):
     said = found["profile"]
     assert {"matmul", "collective"} <= said["by_class"].keys()
-    assert {"attention", "mlp", "head", "optimizer"} <= said["by_scope"].keys()
+    assert {"attention", "mlp", "head", "embedding", "optimizer"} <= said[
+        "by_scope"
+    ].keys()
     assert said["by_scope"]["mlp"]["matmul"] > 0
     assert len(said["devices"]) == 8
     assert all("host" in device for device in said["devices"])
@@ -293,6 +295,8 @@ def test_an_interrupted_sweep_keeps_what_it_knows():
     _, candidates, _ = swept(speed, small.changed(small.RUN, model__attention="xla"))
     assert [each["overrides"] for each in candidates] == [{}]
     assert candidates[0]["fits"]
+    with pytest.raises(KeyboardInterrupt):
+        swept(speed, small.changed(small.RUN, model__layers="unroll"))
 
 
 def test_a_sweep_in_which_nothing_fits_is_an_error(monkeypatch):
@@ -306,6 +310,8 @@ def test_a_sweep_in_which_nothing_fits_is_an_error(monkeypatch):
         with pytest.raises(BenchError, match="batch_size=16; .* lower it") as err:
             bench.run(RUN, request)
         assert err.value.exit_code == 1
+        # After a sweep in which nothing fits nothing is tried again.
+        assert (err.value.__cause__ is None) == is_sweep
 
 
 def test_other_failures_of_the_devices_are_not_hidden(monkeypatch):
@@ -415,7 +421,8 @@ def trace(plane, line, events):
         f'planes {{ name: "{plane}" lines {{ name: "{line}" {" ".join(said)} }} '
         f'lines {{ name: "Steps" {other} }} {" ".join(kinds)} '
         'stat_metadata { key: 1 value { id: 1 name: "hlo_op" } } } '
-        'planes { name: "/host:CPU" }'
+        f'planes {{ name: "/host:CPU" lines {{ {" ".join(said)} }} {" ".join(kinds)} '
+        'stat_metadata { key: 1 value { id: 1 name: "hlo_op" } } }'
     )
     return jax.profiler.ProfileData.from_serialized_xspace(
         jax.profiler.ProfileData.text_proto_to_serialized_xspace(text)
@@ -462,16 +469,12 @@ def test_a_trace_without_kernels_says_which_planes_it_has(found):
     assert "no kernels of the step; its planes: /host:metadata, /host:CPU" in words
 
 
-def test_a_trace_that_cannot_be_left_is_an_error(tmp_path):
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path):
     path = tmp_path / "file"
     path.write_text("")
-
-    class Steps:
-        def take(self, count):
-            pass
-
-    with pytest.raises(BenchError, match="no trace could be left there"):
-        profile.of(Steps(), str(path))
+    request = command.Request(profile=True, workdir=str(path))
+    with pytest.raises(CheckpointError, match="--workdir=.*; give a folder"):
+        bench.run(RUN, request)
 
 
 def test_problems_come_together():

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from scaletrain import config, mesh, metrics, step, train
+from scaletrain import checkpoint, config, mesh, metrics, step, train
 from scaletrain.bench import profile, roofline, timing
 from scaletrain.bench.sweep import OUT_OF_MEMORY, Sweep
 from scaletrain.bench.timing import Timed
@@ -40,9 +40,12 @@ def run(run: RunConfig, request: Request) -> dict[str, Any]:
 
     Raises:
       ConfigError: settings that the devices cannot honour.
+      CheckpointError: a folder of the trace that cannot be made.
       BenchError: a step that does not fit into their memory.
     """
     run = config.resolve(run, jax.device_count())
+    if request.workdir:
+        checkpoint.prepare_workdir(request.workdir)
     extra: dict[str, Any] = {}
     if request.sweep:
         plain = dataclasses.replace(request, profile=False)

@@ -48,6 +48,8 @@ class Sweep:
         try:
             self._search()
         except KeyboardInterrupt:
+            if not self._candidates:
+                raise
             train.say("stopped; going on with the best of what is known")
         return sorted(
             self._candidates, key=lambda each: -each["tokens_per_s_per_device"]
