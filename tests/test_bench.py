@@ -421,7 +421,8 @@ def trace(plane, line, events):
         f'planes {{ name: "{plane}" lines {{ name: "{line}" {" ".join(said)} }} '
         f'lines {{ name: "Steps" {other} }} {" ".join(kinds)} '
         'stat_metadata { key: 1 value { id: 1 name: "hlo_op" } } } '
-        f'planes {{ name: "/host:CPU" lines {{ {" ".join(said)} }} {" ".join(kinds)} '
+        f'planes {{ name: "/host:CPU" lines {{ name: "Stream" '
+        f"{' '.join(said)} }} {' '.join(kinds)} "
         'stat_metadata { key: 1 value { id: 1 name: "hlo_op" } } }'
     )
     return jax.profiler.ProfileData.from_serialized_xspace(
