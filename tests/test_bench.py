@@ -314,6 +314,22 @@ def test_a_sweep_in_which_nothing_fits_is_an_error(monkeypatch):
         assert (err.value.__cause__ is None) == is_sweep
 
 
+def test_several_processes_do_not_sweep(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match="--sweep; 2 processes .*; sweep in one"):
+        bench.run(RUN, command.Request(sweep=True))
+
+
+def test_several_processes_make_as_many_calls(monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    loops.median(lambda carry: calls.append(carry) or carry, 0)
+    assert len(calls) == 2 + 3 * 4
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    loops.median(lambda carry: calls.append(carry) or carry, 0)
+    assert len(calls) == 14 + 2 + 3 * 16
+
+
 def test_other_failures_of_the_devices_are_not_hidden(monkeypatch):
     def fail(self, count):
         raise jax.errors.JaxRuntimeError("INTERNAL: a bug")

@@ -12,7 +12,7 @@ from scaletrain.bench import profile, roofline, timing
 from scaletrain.bench.sweep import OUT_OF_MEMORY, Sweep
 from scaletrain.bench.timing import Timed
 from scaletrain.config import RunConfig
-from scaletrain.errors import BenchError
+from scaletrain.errors import BenchError, ConfigError
 from scaletrain.step import Program
 
 
@@ -44,6 +44,13 @@ def run(run: RunConfig, request: Request) -> dict[str, Any]:
       BenchError: a step that does not fit into their memory.
     """
     run = config.resolve(run, jax.device_count())
+    if request.sweep and jax.process_count() > 1:
+        raise ConfigError(
+            [
+                f"--sweep; {jax.process_count()} processes would choose by clocks of "
+                "their own; sweep in one process."
+            ]
+        )
     if request.workdir:
         checkpoint.prepare_workdir(request.workdir)
     extra: dict[str, Any] = {}

@@ -18,6 +18,7 @@ from scaletrain.chips import COMPILER_OPTIONS
 REPEATS = 8  # inside a loop
 _ROUNDS = 3  # of which the median counts
 _AHEAD, _ENOUGH_S = 16, 0.05  # calls in a round: so many, or so long
+_AGREED = 4  # calls in a round of several processes
 
 
 def seconds(op: Callable, first: jax.Array, *rest: jax.Array) -> float:
@@ -53,6 +54,8 @@ def median(call: Callable, carry: Any) -> float:
     carry = jax.block_until_ready(call(carry))
     # Short calls follow each other without a wait, which would be measured with them.
     ahead = max(1, min(_AHEAD, int(_ENOUGH_S / (time.perf_counter() - began))))
+    if jax.process_count() > 1:
+        ahead = _AGREED  # clocks differ, and collectives need as many calls of each
     rounds = []
     for _ in range(_ROUNDS):
         began = time.perf_counter()
