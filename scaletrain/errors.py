@@ -6,6 +6,7 @@ ScaletrainError
 ├── DataError        a corpus or a tokenizer that cannot be read as asked
 ├── CheckpointError  a checkpoint that is missing, partial or of another model
 ├── PlanError        a compiler that refuses a program
+├── BenchError       a step that the devices cannot hold
 ├── DivergedError    the numbers stopped being finite
 └── Interrupted      a signal arrived; everything is saved
 
@@ -44,6 +45,12 @@ class CheckpointError(ScaletrainError):
 
 class PlanError(ScaletrainError):
     """A program that the compiler refuses."""
+
+    exit_code = 1
+
+
+class BenchError(ScaletrainError):
+    """A step that the devices cannot hold."""
 
     exit_code = 1
 

@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import difflib
 import pathlib
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import scaletrain
@@ -58,12 +59,15 @@ def _parser() -> _Parser:
     def step(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--step", type=int, help="checkpoint (default: the newest)")
 
+    def processes(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
+        sub.add_argument("--num_processes", type=int, help="with --coordinator")
+        sub.add_argument("--process_id", type=int, help="with --coordinator, from 0")
+
     train = command("train", "train, or go on training, in a workdir")
     experiment(train, required=True)
     workdir(train)
-    train.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
-    train.add_argument("--num_processes", type=int, help="with --coordinator")
-    train.add_argument("--process_id", type=int, help="with --coordinator, from 0")
+    processes(train)
 
     evaluate = command("eval", "loss, perplexity and bits per byte of a checkpoint")
     experiment(evaluate, required=False)
@@ -120,6 +124,23 @@ def _parser() -> _Parser:
         ("grid_g_per_kwh", "grams of CO2 equivalent"),
     ):
         plan.add_argument(f"--{name}", type=float, help=f"{words} (default: a table)")
+
+    bench = command("bench", "speed of the step here, and what the hardware could do")
+    experiment(bench, required=True)
+    bench.add_argument("--steps", type=int, default=20, help="that are timed")
+    bench.add_argument(
+        "--data", action="store_true", help="read the settings' data (default: random)"
+    )
+    bench.add_argument(
+        "--profile", action="store_true", help="say where the time went, with a trace"
+    )
+    bench.add_argument(
+        "--sweep", action="store_true", help="try attention, layers, remat and batches"
+    )
+    bench.add_argument(
+        "--workdir", metavar="DIR", default="", help="of the trace (default: temporary)"
+    )
+    processes(bench)
 
     bring = command("import", "a Hugging Face checkpoint folder becomes a run")
     bring.add_argument(
@@ -180,6 +201,8 @@ def read(argv: list[str]) -> tuple[argparse.Namespace, config.RunConfig]:
         near = difflib.get_close_matches(arg.partition("=")[0], known, 1)
         hint = f"did you mean {near[0]}?" if near else f"see {args.command} --help."
         problems.append(f"{arg}; not an option of {args.command}; {hint}")
+    if args.command == "bench":
+        problems += _bench_problems(args)
     try:
         run = _load(args, overrides)
     except ConfigError as err:
@@ -209,6 +232,13 @@ def _load(
         return run
     # Whatever mesh it was trained on, spread it over the devices that are here.
     return dataclasses.replace(run, mesh=config.MeshConfig(fsdp=-1))
+
+
+def _bench_problems(args: argparse.Namespace) -> Iterator[str]:
+    if args.steps < 1:
+        yield f"--steps={args.steps}; below 1; give 1 or more."
+    if args.workdir and not args.profile:
+        yield f"--workdir={args.workdir}; no effect without --profile; give both."
 
 
 def _settings_of(workdir: str) -> str:

@@ -72,6 +72,14 @@ def _plan(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str
     return found, plan.in_words(found)
 
 
+def _bench(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    _join_processes(args)
+    from scaletrain import bench
+
+    found = bench.run(run, bench.request(args))
+    return found, bench.in_words(found)
+
+
 def _import(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     del run  # its settings come from what is imported
     from scaletrain import importer
@@ -108,6 +116,7 @@ COMMANDS = {
     "generate": _generate,
     "config": _config,
     "plan": _plan,
+    "bench": _bench,
     "import": _import,
     "export": _export,
 }

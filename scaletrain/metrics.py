@@ -22,11 +22,11 @@ from scaletrain.config import GATED, LINEARS, ModelConfig, RunConfig, adapted
 
 def matmul_weights(model: ModelConfig) -> int:
     """Returns the number of weights a token is multiplied with, without adapters."""
-    layer = sum(rows * columns for rows, columns in _linears(model).values())
+    layer = sum(rows * columns for rows, columns in linears(model).values())
     return model.num_layers * layer + model.d_model * model.vocab_size
 
 
-def _linears(model: ModelConfig) -> dict[str, tuple[int, int]]:
+def linears(model: ModelConfig) -> dict[str, tuple[int, int]]:
     """Returns the (inputs, outputs) of the matrices of a layer."""
     D, F = model.d_model, model.d_ff
     NH, KH = model.num_heads * model.d_head, model.num_kv_heads * model.d_head
@@ -44,17 +44,17 @@ def flops_per_token(run: RunConfig) -> tuple[float, float]:
     A frozen matrix has no gradient of its own: 4 FLOPs a weight instead of 6.
     """
     model, lora = run.model, run.lora
-    linears = _linears(model)
-    adapters = sum(lora.rank * sum(linears.get(name, ())) for name in adapted(lora))
+    sizes = linears(model)
+    adapters = sum(lora.rank * sum(sizes.get(name, ())) for name in adapted(lora))
     weights = (4 if lora.rank else 6) * matmul_weights(model)
     weights += 6 * model.num_layers * adapters
     per_key = 12 * model.num_heads * model.d_head
-    seen = [_keys_seen(model, i, run.seq_len) for i in range(model.num_layers)]
+    seen = [keys_seen(model, i, run.seq_len) for i in range(model.num_layers)]
     causal, palm = (per_key * sum(each) for each in zip(*seen, strict=True))
     return weights + causal, weights + palm
 
 
-def _keys_seen(model: ModelConfig, layer: int, seq_len: int) -> tuple[float, float]:
+def keys_seen(model: ModelConfig, layer: int, seq_len: int) -> tuple[float, float]:
     """Returns the keys a query sees on average: (causal, PaLM's convention)."""
     window, every = model.sliding_window, model.global_every
     if not 0 < window < seq_len or (every and (layer + 1) % every == 0):

@@ -80,8 +80,9 @@ def train_step(
     rate = optim.schedule(run)(state.step - optim.guard_of(state.opt_state).skipped)
     sums = optim.Sums(grads, sums.loss, sums.weight, jnp.zeros(()))
     whole = optim.as_sums(state.params)
-    updates, opt_state = program.tx.update(sums, state.opt_state, whole)
-    params = optax.apply_updates(state.params, cast(optim.Sums, updates).params)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = program.tx.update(sums, state.opt_state, whole)
+        params = optax.apply_updates(state.params, cast(optim.Sums, updates).params)
     guard = optim.guard_of(opt_state)
     metrics = {
         "loss": guard.loss,

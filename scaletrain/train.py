@@ -124,6 +124,21 @@ def _initial(program: Program) -> TrainState:
     return jax.jit(make, out_shardings=layout)()
 
 
+def batches_of(
+    program: Program, sequences: Any, start: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields this process's rows of every batch after step `start`."""
+    run, layout = program.run, program.batch["tokens"]
+    parts = run.batch_size // layout.shape[0]
+    return data.training_batches(
+        sequences,
+        seed=run.seed,
+        batch_size=layout.shape[0],
+        rows=sharding.rows_here(layout),
+        start_step=start * parts,
+    )
+
+
 @dataclasses.dataclass
 class Loop:
     """The steps of one attempt, and what happens between them."""
@@ -147,7 +162,7 @@ class Loop:
         began = time.perf_counter()
         execute = step.compiled(program)
         say(f"compiled in {time.perf_counter() - began:.1f} s")
-        batches = self._batches(start)
+        batches = batches_of(program, self.sequences["train"], start)
         self._clock, self._counted = time.perf_counter(), start
         watch = concurrent.futures.ThreadPoolExecutor(1)
         found: dict[str, Any] = {}
@@ -173,18 +188,6 @@ class Loop:
                     found = self._evaluate(now, state)
         self.checkpoints.finish()
         return found or self._evaluate(start, state)
-
-    def _batches(self, start: int) -> Iterator[dict[str, np.ndarray]]:
-        """Yields this process's rows of every batch after step `start`."""
-        run, layout = self.program.run, self.program.batch["tokens"]
-        parts = run.batch_size // layout.shape[0]
-        return data.training_batches(
-            self.sequences["train"],
-            seed=run.seed,
-            batch_size=layout.shape[0],
-            rows=sharding.rows_here(layout),
-            start_step=start * parts,
-        )
 
     def _step(
         self, execute: Callable, state: TrainState, batches: Iterator

@@ -97,6 +97,9 @@ WRONG = [
     (["eval", QUICKSTART, "--workdir={w}", "--split=test"], "invalid choice: 'test'"),
     (["generate", "--workdir={w}", "--prompt=x"], "no config.json there"),
     (["generate", QUICKSTART, "--workdir={w}", "--top_p=2"], "--top_p=2.0; outside"),
+    (["bench", QUICKSTART, "--steps=0"], "--steps=0; below 1"),
+    (["bench", QUICKSTART, "--workdir={w}"], "--workdir=.*; no effect without --prof"),
+    (["bench", QUICKSTART, "--config.mesh.data=2"], r"mesh=\(data=2\); 1 devices are"),
     (["config", QUICKSTART, "--config.seed=-1", "--config.seq_len=1.5"], "not a whole"),
 ]  # fmt: skip
 
@@ -154,7 +157,7 @@ def test_help_and_refusals_do_not_wait_for_jax():
         assert done.stderr.strip().splitlines()[-1] == "False"
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "generate", "config"])
+@pytest.mark.parametrize("command", ["train", "eval", "generate", "config", "bench"])
 def test_every_command_has_help(command):
     done = scaletrain(command, "--help")
     assert done.returncode == 0

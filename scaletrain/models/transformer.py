@@ -236,6 +236,7 @@ class Decoder(nnx.Module):
         logits_BTV = self._logits(self.norm(x_BTD[:, -1:]))
         return logits_BTV[:, 0], Cache(k, v, segments_BS, start + tokens_BT.shape[1])
 
+    @jax.named_scope("embedding")
     def _embed(
         self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"]
     ) -> Float[Array, "B T D"]:

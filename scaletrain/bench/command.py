@@ -1,0 +1,118 @@
+"""`scaletrain bench`: the step of `train`, timed, and what the hardware could do."""
+
+import argparse
+import dataclasses
+import json
+from typing import Any
+
+import jax
+
+from scaletrain import checkpoint, config, mesh, metrics, step, train
+from scaletrain.bench import profile, roofline, timing
+from scaletrain.bench.sweep import OUT_OF_MEMORY, Sweep
+from scaletrain.bench.timing import Timed
+from scaletrain.config import RunConfig
+from scaletrain.errors import BenchError, ConfigError
+from scaletrain.step import Program
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked of a bench beside the settings."""
+
+    steps: int = 20  # that are timed
+    data: bool = False  # the settings' own data instead of random tokens
+    profile: bool = False  # say where the time went
+    sweep: bool = False  # try other settings, go on with the fastest
+    workdir: str = ""  # of the trace; "" = a temporary folder
+
+
+def request(args: argparse.Namespace) -> Request:
+    """Returns what a command line asks for."""
+    names = [field.name for field in dataclasses.fields(Request)]
+    return Request(**{name: getattr(args, name) for name in names})
+
+
+def run(run: RunConfig, request: Request) -> dict[str, Any]:
+    """Returns what `--json` promises of a run on the devices that are here.
+
+    With a sweep it is that of the fastest settings.
+
+    Raises:
+      ConfigError: settings that the devices cannot honour.
+      CheckpointError: a folder of the trace that cannot be made.
+      BenchError: a step that does not fit into their memory.
+    """
+    run = config.resolve(run, jax.device_count())
+    if request.sweep and jax.process_count() > 1:
+        raise ConfigError(
+            [
+                f"--sweep; {jax.process_count()} processes would choose by clocks of "
+                "their own; sweep in one process."
+            ]
+        )
+    if request.workdir:
+        checkpoint.prepare_workdir(request.workdir)
+    extra: dict[str, Any] = {}
+    if request.sweep:
+        plain = dataclasses.replace(request, profile=False)
+        sweep = Sweep(run, jax.device_count(), lambda each: _timed(each, plain)[1])
+        extra["candidates"] = sweep.best()
+        if not any(each["fits"] for each in extra["candidates"]):
+            raise _too_large(run)
+        run = sweep.applied(extra["candidates"][0]["overrides"])
+    try:
+        program, timed, traced = _timed(run, request)
+    except jax.errors.JaxRuntimeError as err:
+        if OUT_OF_MEMORY not in str(err):
+            raise
+        raise _too_large(run) from err
+    train.say(f"step {timed.step_time_s:.4f} s; measuring what the hardware can do")
+    record = _record(program, timed, roofline.measure(program))
+    if request.data:
+        record["data_wait"] = timed.data_wait
+    return record | traced | extra
+
+
+def _timed(run: RunConfig, request: Request) -> tuple[Program, Timed, dict[str, Any]]:
+    """Returns the program of a resolved run, its time, and where it went if asked."""
+    grid = mesh.build(run.mesh)
+    program = step.build(run, grid)
+    with jax.set_mesh(grid):
+        feed = timing.from_data if request.data else timing.synthetic
+        steps = timing.Steps(program, feed(program))
+        timed = steps.measure(request.steps)
+        if not request.profile:
+            return program, timed, {}
+        return program, timed, {"profile": profile.of(steps, request.workdir)}
+
+
+def _too_large(run: RunConfig) -> BenchError:
+    return BenchError(
+        f"batch_size={run.batch_size}; a step does not fit into the memory of a "
+        f"{jax.devices()[0].device_kind}; lower it, or see what does: --sweep."
+    )
+
+
+def _record(program: Program, timed: Timed, ceilings: dict[str, Any]) -> dict[str, Any]:
+    run, devices = program.run, jax.devices()
+    speed = metrics.throughput(run, timed.step_time_s, devices)
+    return {
+        "step_time_s": timed.step_time_s,
+        "step_time_spread": timed.spread,
+        "tokens_per_s_per_device": speed["tokens_per_s"] / len(devices),
+        "mfu": speed["mfu"],
+        "mfu_palm": speed["mfu_palm"],
+        "peak_flops": speed["peak_flops_per_device"],
+        "peak_memory_bytes": timed.peak_memory_bytes,
+        "compile_time_s": timed.compile_time_s,
+        "roofline": ceilings,
+        "achieved_over_ideal": ceilings["ideal"]["step_s"] / timed.step_time_s,
+        "device": {
+            "kind": devices[0].device_kind,
+            "platform": devices[0].platform,
+            "count": len(devices),
+            "jax": jax.__version__,
+        },
+        "config": json.loads(config.to_json(run)),
+    }

@@ -1,0 +1,228 @@
+"""What the hardware can do with the shapes of a run, measured where the run was.
+
+Matmuls, attention and copies run on one device with the shapes that a device gets, the
+optimizer and the collectives on the mesh.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from scaletrain import optim
+from scaletrain.bench import loops, shapes, timing
+from scaletrain.bench.shapes import Attention, Gemm
+from scaletrain.chips import BF16_PEAK_FLOPS
+from scaletrain.config import RunConfig
+from scaletrain.models.attention import Scores, attend
+from scaletrain.step import Program
+
+COPY_BYTES = 2**28  # far above what any chip caches
+MESSAGE_BYTES = 2**27  # of what a collective makes or takes in all, as is customary
+
+
+def measure(program: Program) -> dict[str, Any]:
+    """Returns what the devices of a program reach; bytes and FLOPs are a second's.
+
+    `ideal` adds up a step that does its matmuls, its attention and its optimizer's
+    update at these speeds, one after the other, and nothing else.
+    """
+    run, grid = program.run, cast(Mesh, program.mesh)
+    by_name = _gemms(run)
+    attention = {
+        name: _attention(each, run) for name, each in shapes.attentions(run).items()
+    }
+    optimizer_s = _optimizer(program)
+    total = {
+        "gemms_s": sum(each["count"] * sum(_times(each)) for each in by_name.values()),
+        "attention_s": sum(
+            each["count"] * each["forward_backward_s"] for each in attention.values()
+        ),
+        "optimizer_s": optimizer_s,
+    }
+    flops = sum(
+        each.count * each.flops * len(each.passes)
+        for each in shapes.gemms(run).values()
+    )
+    return {
+        "gemms": by_name,
+        "gemm_flops": flops / total["gemms_s"],
+        "attention": attention,
+        "copy_bandwidth": _copy(),
+        "optimizer_s": optimizer_s,
+        "collectives": {
+            axis: {name: _collective(name, axis, grid) for name in _COLLECTIVES}
+            for axis, size in grid.shape.items()
+            if size > 1
+        },
+        "ideal": total | {"step_s": sum(total.values())},
+    }
+
+
+def _times(gemm: dict[str, Any]) -> list[float]:
+    """Returns the seconds of the passes of a measured matmul."""
+    return [gemm[f"{name}_s"] for name in _PASSES if f"{name}_s" in gemm]
+
+
+_PASSES = {"forward": "mk,kn->mn", "dgrad": "mn,kn->mk", "wgrad": "mk,mn->kn"}
+
+
+def _gemms(run: RunConfig) -> dict[str, Any]:
+    """Returns the seconds and the speed of each matmul; equal ones are run once."""
+
+    @functools.cache
+    def seconds(gemm: Gemm, name: str) -> float:
+        sizes = {"m": gemm.rows, "k": gemm.inputs, "n": gemm.outputs}
+        letters = _PASSES[name]
+        inputs, _ = letters.split("->")
+        x, y = (
+            _random([sizes[letter] for letter in dims], run.precision.compute)
+            for dims in inputs.split(",")
+        )
+        # Weight gradients leave their matmul in the format they are summed in.
+        dtype = run.precision.reduce if name == "wgrad" else run.precision.compute
+        dot = functools.partial(jnp.einsum, letters, preferred_element_type=dtype)
+        return loops.seconds(dot, x, y)
+
+    found = {}
+    for name, gemm in shapes.gemms(run).items():
+        alike = dataclasses.replace(gemm, count=1)
+        times = {f"{each}_s": seconds(alike, each) for each in gemm.passes}
+        speed = gemm.flops * len(times) / sum(times.values())
+        peak = BF16_PEAK_FLOPS.get(loops.kind(), math.inf)
+        assert speed <= peak, f"{name}: {speed:.3g} FLOP/s, and the peak is {peak:.3g}"
+        found[name] = {
+            "rows": gemm.rows,
+            "inputs": gemm.inputs,
+            "outputs": gemm.outputs,
+            "count": gemm.count,
+            **times,
+            "flops": speed,
+        }
+    return found
+
+
+def _attention(shape: Attention, run: RunConfig) -> dict[str, Any]:
+    """Returns the seconds and the speed of the model's own attention."""
+    model, dtype = run.model, run.precision.compute
+    B, T, S, H = shape.rows, shape.queries, shape.keys, shape.d_head
+    q_BTNH, dy_BTNH = (_random((B, T, shape.heads, H), dtype, seed=i) for i in (0, 1))
+    k_BSKH, v_BSKH = (_random((B, S, shape.kv_heads, H), dtype, seed=i) for i in (2, 3))
+    segments_BT, segments_BS = (jnp.ones((B, n), jnp.int32) for n in (T, S))
+    how = Scores(
+        scale=model.attention_scale or H**-0.5,
+        soft_cap=model.attention_soft_cap,
+        window=model.sliding_window,
+        reduce=run.precision.reduce,
+    )
+
+    def forward(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS):
+        return attend(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            q_segments_BT=segments_BT,
+            kv_segments_BS=segments_BS,
+            how=how,
+            local=shape.local,
+            implementation=model.attention,
+        )
+
+    def both(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS, dy_BTNH):
+        def of_qkv(q_BTNH, k_BSKH, v_BSKH):
+            return forward(q_BTNH, k_BSKH, v_BSKH, segments_BT, segments_BS)
+
+        out_BTNH, back = jax.vjp(of_qkv, q_BTNH, k_BSKH, v_BSKH)
+        return out_BTNH, back(dy_BTNH)
+
+    inputs = (k_BSKH, v_BSKH, segments_BT, segments_BS)
+    # What a loop works on is given away.
+    one = loops.seconds(forward, jnp.copy(q_BTNH), *inputs)
+    two = loops.seconds(both, q_BTNH, *inputs, dy_BTNH)
+    return {
+        "implementation": model.attention,
+        "count": shape.count,
+        "forward_s": one,
+        "forward_backward_s": two,
+        "forward_flops": shape.flops / one,
+        "flops": 3 * shape.flops / two,
+    }
+
+
+def _copy() -> float:
+    """Returns bytes read and written a second."""
+    x = _random((COPY_BYTES // 4,), "float32")
+    return 2 * COPY_BYTES / loops.seconds(jnp.negative, x)
+
+
+def _optimizer(program: Program) -> float:
+    """Returns the seconds of an optimizer step, of random gradients."""
+
+    def update(params, opt_state, grads):
+        sums = optim.as_sums(grads)._replace(weight=jnp.ones(()))
+        whole = optim.as_sums(params)
+        updates, opt_state = program.tx.update(sums, opt_state, whole)
+        updates = cast(optim.Sums, updates).params
+        return optax.apply_updates(params, updates), opt_state
+
+    with jax.set_mesh(cast(Mesh, program.mesh)):
+        state = timing.initial_state(program)
+        params, opt_state = state.params, state.opt_state
+        del state  # and with it what is frozen
+        grads = jax.tree.map(jnp.copy, params)
+        kept = jax.tree.map(lambda leaf: leaf.sharding, (params, opt_state))
+        jitted = jax.jit(update, donate_argnums=(0, 1), out_shardings=kept)
+        run = loops.compiled(jitted, params, opt_state, grads)
+        calls = timing.parts(program)
+
+        def step(carry):
+            for _ in range(calls):
+                carry = run(*carry, grads)
+            return carry
+
+        return loops.median(step, (params, opt_state))
+
+
+_COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce")
+
+
+def _collective(name: str, axis: str, grid: Mesh) -> float:
+    """Returns the bus bandwidth in bytes a second, as NCCL's tests define it."""
+    ways = grid.shape[axis]
+    part = MESSAGE_BYTES // 2 // ways
+    sizes = {"all_gather": (1, ways), "reduce_scatter": (ways, 1)}
+    ins, outs = sizes.get(name, (ways, ways))
+    op = {
+        "all_gather": lambda x: jax.lax.all_gather(x, axis, tiled=True),
+        "reduce_scatter": lambda x: jax.lax.psum_scatter(x, axis, tiled=True),
+        "all_reduce": lambda x: jax.lax.psum(x, axis),
+    }[name]
+    where = NamedSharding(grid, jax.P(axis))
+    x, y = (
+        jax.jit(jnp.ones, static_argnums=(0, 1), out_shardings=where)(
+            (ways * part * times,), "bfloat16"
+        )
+        for times in (ins, outs)
+    )
+    loop = jax.shard_map(
+        functools.partial(loops.looped, op),
+        mesh=grid,
+        in_specs=jax.P(axis),
+        out_specs=jax.P(axis),
+        check_vma=False,  # a gathered array is whole everywhere, and is not said to be
+    )
+    run = loops.compiled(jax.jit(loop, donate_argnums=(0, 1)), x, y)
+    seconds = loops.median(lambda carry: run(*carry), (x, y)) / loops.REPEATS
+    wire = 2 * part * (ways - 1) * (2 if name == "all_reduce" else 1)
+    return wire / seconds
+
+
+def _random(shape: Sequence[int], dtype: str, seed: int = 0) -> jax.Array:
+    """Returns normal numbers: a chip is faster on zeros, which take less power."""
+    return jax.random.normal(jax.random.key(seed), tuple(shape), dtype)

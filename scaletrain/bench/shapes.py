@@ -1,0 +1,106 @@
+"""The matmuls and the attention of a run, in the shapes that one device meets."""
+
+import dataclasses
+
+from scaletrain import metrics
+from scaletrain.config import RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemm:
+    """A matmul of the model as one device meets it: [rows, inputs] x [inputs, outputs].
+
+    Rows are tokens of one part of the batch; `count` is how often a step does it.
+    """
+
+    rows: int
+    inputs: int
+    outputs: int
+    count: int
+    trained: bool  # whether its weights have gradients
+
+    @property
+    def flops(self) -> int:
+        """Of one pass: forward, dgrad and wgrad each take as many."""
+        return 2 * self.rows * self.inputs * self.outputs
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """What a step computes with it."""
+        return ("forward", "dgrad", "wgrad") if self.trained else ("forward", "dgrad")
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """The attention of a kind of layer as one device meets it."""
+
+    rows: int  # sequences
+    queries: int  # tokens of a sequence that lie on the device
+    keys: int
+    heads: int
+    kv_heads: int
+    d_head: int
+    local: bool  # whether it looks through the sliding window
+    keys_seen: float  # by a query, on average
+    count: int
+
+    @property
+    def flops(self) -> float:
+        """Of the forward pass; backward takes twice as many."""
+        return 4 * self.rows * self.queries * self.heads * self.d_head * self.keys_seen
+
+
+def gemms(run: RunConfig) -> dict[str, Gemm]:
+    """Returns the matmuls of a resolved run, adapters left out, by their names."""
+    model, tensor = run.model, _axis(run, "tensor")
+    trained = run.lora.rank == 0
+    rows = _rows(run) * run.seq_len // _axis(run, "context")
+    count = model.num_layers * run.accumulate_steps
+    found = {}
+    for name, (inputs, outputs) in metrics.linears(model).items():
+        # Tensor parallelism cuts heads and hidden units: what q, k, v, gate and up
+        # give, and what o and down take.
+        if name in ("attention/o", "mlp/down"):
+            inputs //= tensor
+        else:
+            outputs //= tensor
+        found[name.split("/")[1]] = Gemm(rows, inputs, outputs, count, trained)
+    found["head"] = Gemm(
+        rows, model.d_model, model.vocab_size // tensor, run.accumulate_steps, trained
+    )
+    return found
+
+
+def attentions(run: RunConfig) -> dict[str, Attention]:
+    """Returns the attention of local and of global layers, as far as there are any."""
+    model, tensor = run.model, _axis(run, "tensor")
+    kinds: dict[bool, list[int]] = {}
+    for layer in range(model.num_layers):
+        every = model.global_every
+        local = model.sliding_window > 0 and not (every and (layer + 1) % every == 0)
+        kinds.setdefault(local, []).append(layer)
+    return {
+        "local" if local else "global": Attention(
+            rows=_rows(run),
+            queries=run.seq_len // _axis(run, "context"),
+            keys=run.seq_len,
+            heads=model.num_heads // tensor,
+            kv_heads=model.num_kv_heads // tensor,
+            d_head=model.d_head,
+            local=local,
+            keys_seen=metrics.keys_seen(model, layers[0], run.seq_len)[0],
+            count=len(layers) * run.accumulate_steps,
+        )
+        for local, layers in kinds.items()
+    }
+
+
+def _axis(run: RunConfig, name: str) -> int:
+    """Returns the size of a mesh axis, inside and across slices."""
+    return getattr(run.mesh, name) * getattr(run.mesh.dcn, name)
+
+
+def _rows(run: RunConfig) -> int:
+    """Returns the sequences of a part of the batch that lie on a device."""
+    ways = _axis(run, "data") * _axis(run, "fsdp")
+    return run.batch_size // run.accumulate_steps // ways

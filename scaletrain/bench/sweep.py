@@ -1,0 +1,147 @@
+"""Settings tried one after another in this process: a few, in an order that pays.
+
+Attention and the walk over layers are chosen first, each on its own. Then batches grow
+from half to twice what was asked for, each with the least recomputation that fits it:
+what does not fit a batch does not fit a larger one, and at one batch computing less
+again is never slower.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from scaletrain import config, train
+from scaletrain.bench.timing import Timed
+from scaletrain.config import REMAT_NAMES, RunConfig
+from scaletrain.errors import ConfigError
+from scaletrain.plan import search
+
+Overrides = dict[str, Any]
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # what XLA says of what does not fit
+_BATCHES = (0.5, 1, 1.5, 2)
+# What a layer keeps for the backward pass, from all to nothing.
+_REMATS = (
+    {"model.remat": "none", "model.remat_save": ()},
+    {"model.remat": "save", "model.remat_save": REMAT_NAMES},
+    {"model.remat": "save", "model.remat_save": ("attention",)},
+    {"model.remat": "full", "model.remat_save": ()},
+)
+
+
+class Sweep:
+    """The candidates of a run on some devices, and what became of them."""
+
+    def __init__(
+        self, run: RunConfig, num_devices: int, measure: Callable[[RunConfig], Timed]
+    ):
+        self.run, self._num_devices, self._measure = run, num_devices, measure
+        self._known: dict[RunConfig, float] = {}  # tokens a second, 0 = does not fit
+        self._candidates: list[dict[str, Any]] = []
+        self._left = 0
+
+    def best(self) -> list[dict[str, Any]]:
+        """Returns the candidates, fastest first and at the end those that do not fit.
+
+        An interrupt ends the search with what is known.
+        """
+        try:
+            self._search()
+        except KeyboardInterrupt:
+            if not self._candidates:
+                raise
+            train.say("stopped; going on with the best of what is known")
+        return sorted(
+            self._candidates, key=lambda each: -each["tokens_per_s_per_device"]
+        )
+
+    def applied(self, overrides: Overrides) -> RunConfig:
+        """Returns the run with `overrides`.
+
+        Raises:
+          ConfigError: the settings do not go together.
+        """
+        run = self.run
+        for path, value in overrides.items():
+            run = config.replaced(run, path, value)
+        return config.resolve(config.check(run), self._num_devices)
+
+    def _search(self) -> None:
+        batches = [
+            batch
+            for factor in _BATCHES
+            if self._is_possible(
+                batch := {"batch_size": int(self.run.batch_size * factor)}
+            )
+        ]
+        switches = [
+            [{"model.attention": kind} for kind in _choices("model.attention")],
+            [{"model.layers": way} for way in _choices("model.layers")],
+        ]
+        rest = len(batches) + len(_REMATS) - 1
+        self._left = rest + sum(map(len, switches)) - 1
+        chosen: Overrides = {}
+        for values in switches:
+            tried = [chosen | value for value in values]
+            chosen = max(tried, key=self._speed)
+        level, self._left = 0, rest
+        for batch in batches:
+            while not self._speed(chosen | batch | _keeping(level)):
+                level += 1
+                if level == len(_REMATS):
+                    return
+
+    def _is_possible(self, overrides: Overrides) -> bool:
+        try:
+            self.applied(overrides)
+        except ConfigError:
+            return False
+        return True
+
+    def _speed(self, overrides: Overrides) -> float:
+        """Returns tokens a second of a device; 0 where the run is not possible."""
+        try:
+            run = self.applied(overrides)
+            if run not in self._known:
+                self._known[run] = 0.0
+                self._known[run] = self._tried(run, overrides)
+        except ConfigError:
+            return 0.0
+        return self._known[run]
+
+    def _tried(self, run: RunConfig, overrides: Overrides) -> float:
+        self._left -= 1
+        timed, problem = None, ""
+        try:
+            timed = self._measure(run)
+        except jax.errors.JaxRuntimeError as err:
+            said = str(err).strip().splitlines()[0]
+            problem = "does not fit" if OUT_OF_MEMORY in said else f"fails: {said}"
+        speed = 0.0
+        if timed:
+            speed = run.batch_size * run.seq_len / timed.step_time_s / self._num_devices
+        changed = search.spelled(overrides, self.run)
+        self._candidates.append(
+            {
+                "overrides": changed,
+                "fits": timed is not None,
+                "problem": problem,
+                "step_time_s": timed and timed.step_time_s,
+                "tokens_per_s_per_device": speed,
+                "peak_memory_bytes": timed and timed.peak_memory_bytes,
+            }
+        )
+        words = " ".join(search.flags(changed)) or "as configured"
+        verdict = problem or f"{speed:,.0f} tokens/s a device"
+        train.say(f"{words}: {verdict}; {self._left} more at most")
+        return speed
+
+
+def _choices(path: str) -> list[str]:
+    """Returns the values a setting may have, but that which decides on one."""
+    fields = {name: field for name, field, _ in config.leaves(RunConfig())}
+    return [each for each in fields[path].metadata["choices"] if each != "auto"]
+
+
+def _keeping(level: int) -> Overrides:
+    return {"model.remat_offload": (), **_REMATS[level]}
