@@ -109,7 +109,7 @@ def _spread(
         here,
         in_specs=(x_spec, whole, batch, batch),
         out_specs=(
-            (jax.P(), LossSums(jax.P(), jax.P(), jax.P())),
+            jax.P(),  # the objective and its sums
             (x_spec, learned),
         ),
         check_vma=False,
