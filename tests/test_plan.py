@@ -243,7 +243,7 @@ def test_what_does_not_fit_comes_with_what_would():
     found = command.run(run, request)
     assert not found["fits"]
     assert found["hbm_peak_bytes"] > found["hbm_limit_bytes"]
-    assert "head" in found["largest_buffers"][0][1]
+    assert "attention" in found["largest_buffers"][0][1]
     assert found["remedies"]
     for remedy in found["remedies"]:
         assert remedy["fits"]
