@@ -42,7 +42,7 @@ def get_config(arg: str = ""):
                 vocab_size=32_768,
                 rope=RopeConfig(base=500_000.0),
                 layers="unroll",
-                remat="full",
+                remat="none",
             ),
             optim=OptimConfig(learning_rate=4e-4, warmup_steps=500),
             data=data,

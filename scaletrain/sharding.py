@@ -72,6 +72,11 @@ def spec(*axes: str, rules: Rules = RULES) -> jax.P:
     return jax.P(*entries)
 
 
+def axis_size(name: str) -> int:
+    """Returns the size of an axis of the mesh in use, 1 without one."""
+    return jax.sharding.get_abstract_mesh().shape.get(name, 1)
+
+
 def named(
     mesh: Mesh | AbstractMesh, path: str, shape: tuple[int, ...], axes: tuple[str, ...]
 ) -> NamedSharding:

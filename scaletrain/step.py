@@ -11,13 +11,12 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, UInt
 
-from scaletrain import optim, sharding
+from scaletrain import config, optim, sharding
 from scaletrain.chips import COMPILER_OPTIONS
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError
 from scaletrain.losses import Head, LossSums, head_loss
 from scaletrain.models import Decoder
-from scaletrain.models.attention import SPLASH_BLOCK
 
 Batch = dict[str, Any]  # tokens, targets, segments, positions, weights: [B, T]
 Tree = Any
@@ -220,23 +219,26 @@ def initial_state(run: RunConfig, tx: optax.GradientTransformation) -> TrainStat
     )
 
 
+_ATTENTION_OF = {"splash": "tpu", "cudnn": "gpu"}  # platforms of kernels
+
+
 def _with_attention(run: RunConfig, mesh: Mesh | AbstractMesh) -> RunConfig:
     """Returns `run` with the attention that its mesh gets."""
     asked = run.model.attention
     devices = mesh.devices if isinstance(mesh, Mesh) else None
-    on_tpu = devices is not None and devices.flat[0].platform == "tpu"
-    if asked == "splash" and devices is not None and not on_tpu:
+    platform = devices.flat[0].platform if devices is not None else ""
+    wanted = _ATTENTION_OF.get(asked, platform)
+    if platform and platform != wanted:
         raise ConfigError(
             [
-                f"model.attention=splash; a kernel for TPUs, and the devices are "
-                f"{devices.flat[0].platform}; use auto or xla."
+                f"model.attention={asked}; a kernel for a {wanted.upper()}, and the "
+                f"devices are {platform}; use auto or xla."
             ]
         )
     if asked == "auto":
-        whole = run.seq_len % SPLASH_BLOCK == 0 and mesh.shape["context"] == 1
-        model = dataclasses.replace(
-            run.model, attention="splash" if on_tpu and whole else "xla"
-        )
+        kernels = [name for name, its in _ATTENTION_OF.items() if its == platform]
+        able = [name for name in kernels if not config.unable(run, name)]
+        model = dataclasses.replace(run.model, attention=(able or ["xla"])[0])
         run = dataclasses.replace(run, model=model)
     return run
 
@@ -274,11 +276,12 @@ def build(run: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
     return Program(run, mesh, graphdef, tx, jax.tree.map(placed, state, layout), batch)
 
 
-def compiled(program: Program) -> Any:
+def compiled(program: Program, options: dict[str, Any] | None = None) -> Any:
     """Returns `train_step` compiled for the program's devices."""
     kind = cast(Mesh, program.mesh).devices.flat[0].device_kind
     lowered = jitted(program).lower(program.state, program.batch)
-    return lowered.compile(compiler_options=COMPILER_OPTIONS.get(kind))
+    options = COMPILER_OPTIONS.get(kind, {}) | (options or {})
+    return lowered.compile(compiler_options=options)
 
 
 def jitted(program: Program) -> Any:

@@ -1,12 +1,14 @@
 """Process-wide settings of the tests; set before any backend starts."""
 
+import os
 import pathlib
 
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_platforms", "cpu")
+# JAX_PLATFORMS=cuda runs the tests of kernels for GPUs, in test_attention.py.
+jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tests compile for longer than they run: a third of the time without LLVM's passes.
 jax.config.update("jax_disable_most_optimizations", True)

@@ -101,6 +101,61 @@ def test_softmax_runs_in_the_reduce_precision():
     assert "bf16[1,1,1,512,512] = exp" not in text
 
 
+on_gpu = pytest.mark.skipif(
+    jax.config.jax_platforms != "cuda", reason="needs JAX_PLATFORMS=cuda"
+)
+
+
+@on_gpu
+@pytest.mark.parametrize("documents", [1, 2, 8, 9, 40])
+@pytest.mark.parametrize(
+    ("how", "local", "K", "H"),
+    [
+        (Scores(scale=0.125), True, 4, 64),
+        (Scores(scale=0.2), True, 1, 128),
+        (Scores(scale=0.125, window=100), True, 2, 64),
+        (Scores(scale=0.125, window=100), "traced", 2, 64),
+    ],
+)
+def test_the_kernel_for_gpus_equals_the_plain_one(how, local, K, H, documents):
+    """Rows of different numbers of documents, forward and gradients, in bfloat16."""
+    B, T, N = 3, 512, 4
+    rng = np.random.default_rng(documents)
+    edges = [
+        np.sort(rng.choice(T - 1, max(0, documents - 1 - b), replace=False)) + 1
+        for b in range(B)
+    ]
+    segments = np.stack([np.searchsorted(e, np.arange(T), side="right") for e in edges])
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = ((B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H))
+    *qkv, weight = (
+        jax.random.normal(key, s, jnp.bfloat16)
+        for key, s in zip(keys, shapes, strict=True)
+    )
+
+    def run(q, k, v, local, implementation):
+        def loss(q, k, v):
+            out = attend(
+                q, k, v, q_segments_BT=jnp.asarray(segments),
+                kv_segments_BS=jnp.asarray(segments), how=how, local=local,
+                implementation=implementation,
+            )  # fmt: skip
+            return jnp.sum(out.astype(jnp.float32) * weight), out
+
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+
+    for flag in (True, False) if local == "traced" else (True,):
+        given = jnp.array(flag) if local == "traced" else flag
+        with jax.default_matmul_precision("highest"):
+            wide = [x.astype(jnp.float32) for x in qkv]
+            wanted, plain = run(*wide, given, "xla")
+        found, out = run(*qkv, given, "cudnn")
+        for one, two in zip((out, *found), (plain, *wanted), strict=True):
+            np.testing.assert_allclose(
+                one.astype(jnp.float32), two, atol=0.01 * float(jnp.abs(two).max())
+            )
+
+
 @pytest.mark.parametrize(
     ("how", "local", "K", "H"),
     [

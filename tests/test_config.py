@@ -129,6 +129,30 @@ BROKEN = [
         {"model__rope__factor": 8.0},
         "rope.factor=8.0; no effect with model.rope.scaling",
     ),
+    (
+        {"model__attention": "splash", "seq_len": 96},
+        "attention=splash; its blocks do not divide seq_len=96; make seq_len a mult",
+    ),
+    (
+        {"model__attention": "splash", "seq_len": 128, "mesh__context": 2},
+        "attention=splash; mesh.context=2 cuts sequences, which it takes whole; set",
+    ),
+    (
+        {"model__attention": "cudnn", "precision__compute": "float32"},
+        "attention=cudnn; it does not multiply precision.compute=float32; set",
+    ),
+    (
+        {"model__attention": "cudnn", "model__attention_soft_cap": 5.0},
+        "attention=cudnn; it has no model.attention_soft_cap=5.0; set it to 0",
+    ),
+    (
+        {"model__attention": "cudnn", "model__d_head": 136},
+        "attention=cudnn; model.d_head=136 is not a multiple of 8 up to 128",
+    ),
+    (
+        {"model__attention": "cudnn", "seq_len": 32},
+        "attention=cudnn; its blocks do not divide seq_len=32; make seq_len a mult",
+    ),
     ({"accumulate_steps": 3}, "accumulate_steps=3; does not divide"),
     ({"optim__accumulate": "multi_steps"}, "no effect with accumulate_steps=1"),
     ({"mesh__data": -1, "mesh__fsdp": -1}, "leave one axis free"),

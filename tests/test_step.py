@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import step
+from scaletrain import mesh, step
 from scaletrain.config import AxesConfig, MeshConfig
+from scaletrain.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +149,12 @@ def test_weights_are_gathered_and_gradients_scattered_by_fsdp():
     text = small.Taken(run).execute.as_text()
     assert "all-gather" in text
     assert "reduce-scatter" in text or "all-reduce" in text
+
+
+@pytest.mark.parametrize("kernel", ["splash", "cudnn"])
+def test_a_kernel_of_other_devices_is_refused(kernel):
+    run = small.changed(
+        small.RUN, model__attention=kernel, seq_len=128, precision__compute="bfloat16"
+    )
+    with pytest.raises(ConfigError, match=f"attention={kernel}; a kernel for a .PU, "):
+        step.build(run, mesh.build(run.mesh, jax.devices()[:1]))

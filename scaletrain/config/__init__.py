@@ -20,6 +20,7 @@ from scaletrain.config.rules import (
     mesh_size,
     problems,
     resolve,
+    unable,
 )
 from scaletrain.config.schema import (
     FAMILIES,
@@ -70,4 +71,5 @@ __all__ = [
     "resolve",
     "to_config_dict",
     "to_json",
+    "unable",
 ]

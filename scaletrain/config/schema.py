@@ -68,7 +68,7 @@ class ModelConfig:
     remat: str = setting("none", choices=("none", "full", "dots", "save"))
     remat_save: tuple[str, ...] = ()  # names kept when remat is "save"
     remat_offload: tuple[str, ...] = ()  # names kept in the host's memory instead
-    attention: str = setting("auto", choices=("auto", "xla", "splash"))
+    attention: str = setting("auto", choices=("auto", "xla", "splash", "cudnn"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ softmax and the sums of weight gradients run in `precision.reduce`.
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from scaletrain import sharding
 from scaletrain.config import (
     GATED,
     LoraConfig,
@@ -46,16 +48,55 @@ def _project_forward(letters, x, w, precision):
 
 def _project_backward(letters, precision, residuals, dy):
     x, w = residuals
+    dx, dw = _gradients(letters, precision, x, w, dy)
+    return dx, dw.astype(w.dtype)
+
+
+def _gradients(letters, precision, x, w, dy):
     inputs, out = letters.split("->")
     x_dims, w_dims = inputs.split(",")
     dx = jnp.einsum(f"{out},{w_dims}->{x_dims}", dy, w.astype(precision.compute))
     dw = jnp.einsum(
         f"{x_dims},{out}->{w_dims}", x, dy, preferred_element_type=precision.reduce
     )
-    return dx, dw.astype(w.dtype)
+    return dx, dw
 
 
 project.defvjp(_project_forward, _project_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def project_all(
+    x_BTD: Float[Array, "B T D"],
+    ws: tuple[Float[Array, "D _"], ...],
+    precision: PrecisionConfig,
+) -> tuple[Float[Array, "B T _"], ...]:
+    """Returns what `project` makes of `x` with each of `ws`, in one matmul."""
+    y_BTF = project("btd,df->btf", x_BTD, _beside(ws, precision), precision)
+    return _parts(y_BTF, ws)
+
+
+def _beside(ws: tuple[Array, ...], precision: PrecisionConfig) -> Array:
+    return jnp.concatenate([w.astype(precision.compute) for w in ws], axis=1)
+
+
+def _parts(whole: Array, ws: tuple[Array, ...]) -> tuple[Array, ...]:
+    return tuple(jax.lax.split(whole, [w.shape[1] for w in ws], axis=whole.ndim - 1))
+
+
+def _project_all_forward(x_BTD, ws, precision):
+    return project_all(x_BTD, ws, precision), (x_BTD, ws)
+
+
+def _project_all_backward(precision, residuals, dys):
+    x_BTD, ws = residuals
+    w, dy = _beside(ws, precision), jnp.concatenate(dys, axis=2)
+    dx_BTD, dw_DF = _gradients("btd,df->btf", precision, x_BTD, w, dy)
+    dws = zip(_parts(dw_DF, ws), ws, strict=True)
+    return dx_BTD, tuple(dw.astype(w.dtype) for dw, w in dws)
+
+
+project_all.defvjp(_project_all_forward, _project_all_backward)
 
 
 class Linear(nnx.Module):
@@ -128,8 +169,15 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Returns the product in the compute precision; a bias is added in `reduce`."""
+        return self.beside(
+            x, project(self.letters, x, self.weight[...], self.precision)
+        )
+
+    def beside(
+        self, x: Float[Array, "..."], y: Float[Array, "..."]
+    ) -> Float[Array, "..."]:
+        """Returns the product `y` of `x` with what is added to it."""
         p = self.precision
-        y = project(self.letters, x, self.weight[...], p)
         if self.lora_a is not None and self.lora_b is not None:
             low = project(self.letters_a, x, self.lora_a[...], p)
             y += self.scale * project(self.letters_b, low, self.lora_b[...], p)
@@ -138,6 +186,27 @@ class Linear(nnx.Module):
         bias = self.bias[...]
         bias = bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
         return (y.astype(p.reduce) + bias.astype(p.reduce)).astype(y.dtype)
+
+
+def together(
+    x_BTD: Float[Array, "B T D"], linears: Sequence[Linear]
+) -> list[Float[Array, "B T ..."]]:
+    """Returns what each of `linears` makes of `x`, by one matmul of all.
+
+    Where a mesh cuts their outputs the parts of one matrix lie on other devices than
+    those of several, and each has a matmul of its own.
+    """
+    if sharding.axis_size("tensor") > 1:
+        return [linear(x_BTD) for linear in linears]
+    D = x_BTD.shape[-1]
+    weights = [linear.weight[...] for linear in linears]
+    ys = project_all(
+        x_BTD, tuple(w.reshape(D, -1) for w in weights), linears[0].precision
+    )
+    return [
+        linear.beside(x_BTD, y.reshape(*y.shape[:2], *w.shape[1:]))
+        for linear, y, w in zip(linears, ys, weights, strict=True)
+    ]
 
 
 class Norm(nnx.Module):
@@ -313,7 +382,7 @@ class Attention(nnx.Module):
             already holding this call's tokens.
         """
         model = self.model
-        q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
+        q_BTNH, k_BTKH, v_BTKH = together(x_BTD, (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if model.positions == "rope":
@@ -400,10 +469,12 @@ class Mlp(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Returns the feed-forward branch."""
-        up_BTF = checkpoint_name(self.up(x_BTD), "mlp_up")
         if self.gate is None:
+            up_BTF = checkpoint_name(self.up(x_BTD), "mlp_up")
             return self.down(self.activation(up_BTF))
-        gate_BTF = checkpoint_name(self.gate(x_BTD), "mlp_gate")
+        gate_BTF, up_BTF = together(x_BTD, (self.gate, self.up))
+        gate_BTF = checkpoint_name(gate_BTF, "mlp_gate")
+        up_BTF = checkpoint_name(up_BTF, "mlp_up")
         return self.down(self.activation(gate_BTF) * up_BTF)
 
 

@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from scaletrain.config import LoraConfig, ModelConfig, PrecisionConfig
+from scaletrain.models.attention import CUDNN_FORWARD
 from scaletrain.models.layers import (
     Attention,
     Linear,
@@ -115,6 +116,17 @@ def _stacked(make: Callable[[jax.Array], nnx.Module], keys: jax.Array) -> nnx.Mo
     return nnx.merge(graphdef, state)
 
 
+def _with_cudnn(policy: Callable) -> Callable:
+    """Returns `policy` that keeps what cuDNN's attention makes, which has no name."""
+
+    def keep(primitive: Any, *inputs: Any, **settings: Any) -> Any:
+        if primitive.name.startswith(CUDNN_FORWARD):
+            return True
+        return policy(primitive, *inputs, **settings)
+
+    return keep
+
+
 def _rematerialised(model: ModelConfig, function: Callable) -> Callable:
     """Returns `function` with what it keeps for the backward pass set by name."""
     policies = jax.checkpoint_policies
@@ -130,6 +142,8 @@ def _rematerialised(model: ModelConfig, function: Callable) -> Callable:
             offload_dst="pinned_host",
         ),
     }[model.remat]
+    if "attention" in model.remat_save:
+        policy = _with_cudnn(policy)
     # Inside a scan nothing can be merged across iterations; preventing it would only
     # put barriers in XLA's way.
     return jax.checkpoint(function, policy=policy, prevent_cse=model.layers == "unroll")
@@ -288,8 +302,13 @@ class Decoder(nnx.Module):
         inputs = (params, kv, jnp.arange(L))
         if model.layers == "scan":
             return jax.lax.scan(layer, x_BTD, inputs)
+        # Parts of one split: their gradients are joined by one concatenation.
+        parts = jax.tree.map(lambda leaf: jax.lax.split(leaf, (1,) * L), inputs)
         outs = []
         for i in range(L):
-            x_BTD, out = layer(x_BTD, jax.tree.map(lambda leaf, i=i: leaf[i], inputs))
+            one = jax.tree.map(
+                lambda leaf, split, i=i: split[i].reshape(leaf.shape[1:]), inputs, parts
+            )
+            x_BTD, out = layer(x_BTD, one)
             outs.append(out)
         return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
