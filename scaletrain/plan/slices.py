@@ -33,7 +33,7 @@ _BAND = "+-{} of published FSDP steps, more with a tensor axis"
 CHIPS = {
     "v4": Chip(275e12, int(30.75 * _GIB), 1.2e12, 45e9, 0.50),
     "v5e": Chip(
-        197e12, int(15.75 * _GIB), 0.81e12, 45e9, 0.50, error_band=_BAND.format("15%")
+        197e12, int(15.75 * _GIB), 0.81e12, 45e9, 0.50, error_band=_BAND.format("20%")
     ),
     "v5p": Chip(
         459e12, int(95.73 * _GIB), 2.77e12, 90e9, 0.50, error_band=_BAND.format("15%")

@@ -27,6 +27,7 @@ _FREE = (
 )  # fmt: skip
 
 
+_RETILED = "output_to_operand_aliasing={{}: (0, {})}, calls=%copy_fusion"
 _ENDS = ("async-done", "copy-done", "send-done", "recv-done")
 
 
@@ -331,20 +332,29 @@ def _read(size: int, index: int, inner: Computation | None) -> int:
         "",
     )
     users = _past_views(inner, name)
-    if users and all(u.opcode in ("dynamic-slice", "slice", "gather") for u in users):
-        return min(size, sum(user.nbytes for user in users))
+    slices = ("dynamic-slice", "slice", "gather")
+    if users and all(user.opcode in slices for user, _ in users):
+        return min(size, sum(user.nbytes for user, _ in users))
     if users and all(
-        u.opcode == "dynamic-update-slice" and u.operands[0] == name for u in users
+        user.opcode == "dynamic-update-slice" and user.operands[0] == seen
+        for user, seen in users
     ):
         return 0
     return size
 
 
-def _past_views(inner: Computation, name: str) -> list[Instruction]:
-    """Returns what reads a value, looked at through bitcasts."""
+def _past_views(inner: Computation, name: str) -> list[tuple[Instruction, str]]:
+    """Returns what reads a value of a fusion, past views of it, and under which name.
+
+    A view is a bitcast, or the same bytes tiled in another way.
+    """
     found = []
     for user in inner.users.get(name, []):
-        found += _past_views(inner, user.name) if user.opcode == "bitcast" else [user]
+        retiled = user.opcode == "fusion" and _RETILED in user.attributes
+        if user.opcode == "bitcast" or retiled:
+            found += _past_views(inner, user.name)
+        else:
+            found.append((user, name))
     return found
 
 
