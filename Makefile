@@ -5,7 +5,7 @@ CONSTRAINTS ?= -c constraints.txt
 BIN := .venv/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test check format parity accuracy
+.PHONY: quickstart test check format parity accuracy performance
 
 quickstart: .venv/installed
 	$(BIN)/scaletrain train --config=experiments/quickstart.py --workdir=$(WORKDIR)
@@ -35,9 +35,13 @@ parity: .venv/installed
 	$(if $(TORCH),,$(error parity needs TORCH=/path/to/python-with-torch))
 	$(BIN)/python tests/reference/parity.py --torch=$(TORCH) $(SEED:%=--seed=%)
 
-# Predicted against published steps; writes docs/accuracy.md (half an hour).
+# Predicted against published steps; writes docs/accuracy.md (five minutes).
 accuracy: .venv/dev
 	$(BIN)/python tests/accuracy.py
+
+# The step's speed on the GPU that is here; writes docs/performance.md (ten minutes).
+performance: .venv/installed
+	$(BIN)/python tests/performance.py
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and \
