@@ -219,7 +219,7 @@ def test_of_stacked_values_the_slice_is_moved():
     chip = slices.parse("tpu7x:1x1x1")
     found = timing.account(hlo.parse(_SLICED), {"fsdp": 1}, chip)
     layer = 2 * 8 * 128
-    moved = found.seconds * timing._MEMORY * chip.chip.hbm_bytes_per_s
+    moved = found.seconds * chip.chip.memory_efficiency * chip.chip.hbm_bytes_per_s
     assert moved == pytest.approx(4 * layer)  # each of the two reads and writes one
 
 

@@ -70,8 +70,8 @@ def run(run: RunConfig, request: Request) -> dict[str, Any]:
       ConfigError: a layout the slice cannot hold, or no compiler.
       PlanError: the compiler refused the step.
     """
-    if any(slice_.is_tpu for slice_ in request.slices):
-        compiler.check()
+    for slice_ in request.slices:
+        compiler.knows(slice_)
     records = []
     for slice_ in request.slices:
         if request.search:
@@ -172,7 +172,7 @@ def _record(
     full: bool,
 ) -> dict[str, Any]:
     """Returns the plan of one layout, under the names that `--json` promises."""
-    said = compiler.compile(run, slice_, full=full) if slice_.is_tpu else None
+    said = compiler.compile(run, slice_, full=full) if compiler.knows(slice_) else None
     sizes = _by_compiler(said) if said else _by_hand(run, slice_)
     causal, palm = metrics.flops_per_token(run)
     seconds = sizes["step_time_s"]

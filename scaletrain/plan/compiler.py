@@ -1,11 +1,13 @@
-"""The TPU compiler as a function: settings and a slice in, its report out.
+"""The compilers as a function: settings and a slice in, its report out.
 
 Each compilation has a process of its own: the compiler keeps global state, and is
 stopped as soon as it has assigned the buffers.
 """
 
 import dataclasses
+import importlib.util
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -20,6 +22,10 @@ from scaletrain.plan import hlo, memory, timing
 from scaletrain.plan.slices import Slice
 
 _TIMEOUT_S = 1800
+_COMPILERS = {  # packages, one of which it takes
+    "tpu": ("libtpu",),
+    "cuda": ("jax_cuda13_plugin", "jax_cuda12_plugin"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,17 +42,21 @@ class Report:
     full: bool  # compiled to machine code
 
 
-def check() -> None:
-    """Raises ConfigError if the compiler is not installed."""
-    import importlib.util
+def knows(slice_: Slice) -> bool:
+    """Returns whether there is a compiler for the slice; a GPU can do without.
 
-    if importlib.util.find_spec("libtpu") is None:
+    Raises:
+      ConfigError: a TPU's is not installed.
+    """
+    found = any(map(importlib.util.find_spec, _COMPILERS[slice_.platform]))
+    if slice_.is_tpu and not found:
         raise ConfigError(
             [
                 "plan; libtpu, the TPU compiler, is not installed; "
                 "pip install 'scaletrain[plan]'."
             ]
         )
+    return found
 
 
 def compile(run: RunConfig, slice_: Slice, *, full: bool = False) -> Report:
@@ -71,13 +81,28 @@ def _asked(
     request = {
         "config": config.to_json(run),
         "topology": slice_.topology,
+        "platform": slice_.platform,
         "kwargs": slice_.kwargs,
         "full": full,
     }
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-    words = [sys.executable, "-m", "scaletrain.plan.worker", str(folder)]
+    # Set before the process begins: some are read as soon as jax is imported.
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second worker dies on a lock file
+        "TPU_SKIP_MDS_QUERY": "1",  # there is no machine to ask
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any; silences a warning
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_LOG_DIR": "disabled",
+    }
     done = subprocess.run(
-        words, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+        [sys.executable, "-m", "scaletrain.plan.worker", str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT_S,
+        check=False,
     )
     answer = folder / "answer.json"
     if not answer.is_file():
@@ -110,7 +135,8 @@ def _report(
         by_class=memory.by_class(usage.total_bytes, answer["bytes"]),
         largest=usage.largest,
         step=timing.account(module, axes(run), slice_),
-        full=full,
+        # There is no stopping the GPUs' compiler on its way.
+        full=full or not slice_.is_tpu,
     )
 
 

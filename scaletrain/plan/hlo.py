@@ -21,6 +21,7 @@ _SHAPE = re.compile(r"([a-z][a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _END = re.compile(r"^\}($|, )")  # the thread it runs on may follow
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_CONTRACTED = re.compile(r"lhs_contracting_dim(?:s=|ensions\":)[{\[]([^}\]]*)")
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
     "ragged-all-to-all", "collective-broadcast",
@@ -107,7 +108,12 @@ class Module:
     entry: str
 
     def trips(self, loop: Instruction) -> int:
-        """Returns how often a while loop runs: the constant its counter is held to."""
+        """Returns how often a while loop runs.
+
+        As the compiler says, or else the constant its counter is held to.
+        """
+        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+            return int(known[1])
         condition = self.computations[loop.called("condition") or ""]
         constants = [
             int(each.operands[0])
@@ -224,16 +230,17 @@ def group(instruction: Instruction, devices: int) -> np.ndarray:
 
 def flops(instruction: Instruction, computation: Computation) -> int:
     """Returns the useful FLOPs of a convolution or a dot, padding left out."""
-    if instruction.opcode not in ("convolution", "dot"):
+    called = "__cublas" in instruction.attributes  # a dot, as a GPU's library has it
+    if instruction.opcode not in ("convolution", "dot") and not called:
         return 0
     lhs, rhs = (
         computation.by_name[name.split("#")[0]].shapes[0]
         for name in instruction.operands[:2]
     )
     out = instruction.shapes[0]
-    if instruction.opcode == "dot":
-        dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-        over = [int(i) for i in (dims[1] if dims else "").split(",") if i]
+    if instruction.opcode == "dot" or called:
+        dims = _CONTRACTED.search(instruction.attributes)
+        over = map(int, re.findall(r"\d+", dims[1]) if dims else ())
         return 2 * math.prod(out.dims) * math.prod(lhs.dims[i] for i in over)
     return _convolution(instruction.attributes, lhs, rhs, out)
 

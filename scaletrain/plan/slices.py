@@ -5,13 +5,16 @@ Facts of the TPU rows come from the compiler's own limits and the vendor's pages
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 from typing import Any
 
 from scaletrain.errors import ConfigError
+from scaletrain.plan import targets
 
 _GIB = 2**30
+_INFINIBAND_BYTES_PER_S = 50e9  # a GPU to another host, one way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +28,19 @@ class Chip:
     attention_efficiency: float  # of the peak, in the attention kernel
     chips: float = 1.0  # a device is this much of a chip
     host_chips: int = 4  # chips a host has
+    matmul_efficiency: float = 0.85  # of the peak, in the compiler's cycle counts
+    memory_efficiency: float = 0.60  # of the bandwidth, likewise
     error_band: str = "not compared with a measured step"
 
+
+# What an H200 reached in a step of 1.1B; other GPUs are taken to be like it.
+_gpu = functools.partial(
+    Chip,
+    attention_efficiency=0.33,
+    host_chips=8,
+    matmul_efficiency=0.75,
+    memory_efficiency=0.85,
+)
 
 # The prediction of TPU steps was compared with published MaxText steps.
 _BAND = "+-{} of published FSDP steps, more with a tensor axis"
@@ -50,10 +64,10 @@ CHIPS = {
         chips=0.5,
         error_band=_BAND.format("15%"),
     ),
-    "a100": Chip(312e12, 80 * 10**9, 2.0e12, 300e9, 0.5, host_chips=8),
-    "h100": Chip(989e12, 80 * 10**9, 3.35e12, 450e9, 0.5, host_chips=8),
-    "h200": Chip(989e12, 141 * 10**9, 4.8e12, 450e9, 0.5, host_chips=8),
-    "b200": Chip(2250e12, 180 * 10**9, 8.0e12, 900e9, 0.5, host_chips=8),
+    "a100": _gpu(312e12, 80 * 10**9, 2.0e12, 300e9),
+    "h100": _gpu(989e12, 80 * 10**9, 3.35e12, 450e9),
+    "h200": _gpu(989e12, 141 * 10**9, 4.8e12, 450e9),
+    "b200": _gpu(2250e12, 180 * 10**9, 8.0e12, 900e9),
 }
 GPUS = ("a100", "h100", "h200", "b200")
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -98,6 +112,11 @@ class Slice:
         return self.generation not in GPUS
 
     @property
+    def platform(self) -> str:
+        """Whose compiler compiles for it."""
+        return "tpu" if self.is_tpu else "cuda"
+
+    @property
     def chips(self) -> int:
         """Chips of all slices."""
         return math.prod(self.shape) * self.num_slices
@@ -110,6 +129,10 @@ class Slice:
     @property
     def kwargs(self) -> dict[str, Any]:
         """What the compiler is told beside the topology's name."""
+        if not self.is_tpu:
+            hosts = -(-self.chips // self.chip.host_chips)
+            grid = f"1x{hosts}x{self.chips // hosts}"
+            return {"topology": grid, "target_config": targets.text(self.generation)}
         found: dict[str, Any] = {"wrap": self._wrap()}
         if self.generation == "v4":
             found["chip_config_name"] = "megacore"
@@ -119,8 +142,8 @@ class Slice:
 
     @property
     def topology(self) -> str:
-        """The name the compiler knows it by."""
-        return self.name
+        """The name the TPU compiler knows it by; GPUs have none."""
+        return self.name if self.is_tpu else ""
 
     @property
     def hbm_bytes(self) -> int:
@@ -136,6 +159,25 @@ class Slice:
     def link_bytes_per_s(self) -> float:
         """What a device sends a second, in all directions, where it is a ring."""
         links = 1 if not self.is_tpu else 2 * len(self.shape)
+        return links * self.chip.link_bytes_per_s * self.chip.chips
+
+    def group_bytes_per_s(self, members: int) -> float:
+        """Returns what a device sends a second to a group of that many.
+
+        A ring of the torus sends both ways; a group that spans more dims of the torus
+        uses the links of all of them. GPUs of one host have a switch between them.
+        """
+        if not self.is_tpu:
+            inside = members <= self.chip.host_chips
+            return self.chip.link_bytes_per_s if inside else _INFINIBAND_BYTES_PER_S
+        chips = max(1.0, members * self.chip.chips)
+        spanned, covered = 0, 1.0
+        for size in sorted(self.shape, reverse=True):
+            if covered >= chips:
+                break
+            covered *= size
+            spanned += 1
+        links = max(1, spanned) * (2 if self._wrap()[0] else 1)
         return links * self.chip.link_bytes_per_s * self.chip.chips
 
     @property

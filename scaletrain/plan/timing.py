@@ -18,8 +18,6 @@ from scaletrain.plan import hlo
 from scaletrain.plan.hlo import COLLECTIVES, Computation, Instruction, Module
 from scaletrain.plan.slices import Slice
 
-# Shares of the peaks that single operations reach in the compiler's own cycle counts.
-_MATMUL, _MEMORY = 0.85, 0.60
 _DCN_BYTES_PER_S = 3.1e9  # a chip, between slices
 _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id",
@@ -28,6 +26,7 @@ _FREE = (
 
 
 _RETILED = "output_to_operand_aliasing={{}: (0, {})}, calls=%copy_fusion"
+_CUDNN = "__cudnn$fmha"
 _ENDS = ("async-done", "copy-done", "send-done", "recv-done")
 
 
@@ -115,7 +114,7 @@ class _Walk:
             self._compute(each, computation)
 
     def _memory(self) -> float:
-        return _MEMORY * self._chip.hbm_bytes_per_s
+        return self._chip.memory_efficiency * self._chip.hbm_bytes_per_s
 
     def _inside(self, each: Instruction) -> None:
         """Takes a loop as often as it runs; of branches the first.
@@ -134,12 +133,14 @@ class _Walk:
         flops, inside = self._flops(each, computation)
         traffic = self._traffic(each, computation) / self._memory()
         attention = "bkgts" in inside or "splash" in inside or "flash" in inside
-        if "tpu_custom_call" in each.attributes:
+        if _is_attention(each):
             peak = self._chip.attention_efficiency * self._chip.peak_flops
             seconds = max(_kernel_flops(each, computation) / peak, traffic)
             self._clock.spend("attention", seconds)
         elif flops:
-            seconds = max(flops / (_MATMUL * self._chip.peak_flops), traffic)
+            seconds = max(
+                flops / (self._chip.matmul_efficiency * self._chip.peak_flops), traffic
+            )
             self._clock.spend("attention" if attention else "matmul", seconds)
         else:
             self._clock.spend("attention" if attention else "elementwise", traffic)
@@ -208,7 +209,7 @@ class _Walk:
             "reduce-scatter": last * (len(members) - 1),
             "collective-permute": last,
         }.get(kind, size * share)
-        seconds = sent / self._bandwidth(len(members))
+        seconds = sent / self._slice.group_bytes_per_s(len(members))
         sums = self._clock.axes.setdefault(
             axis, {"bytes": 0.0, "wire_s": 0.0, "exposed_s": 0.0, "count": 0}
         )
@@ -227,23 +228,6 @@ class _Walk:
             if len(set(row.tolist())) > 1
         ]
         return "+".join(names) or "none"
-
-    def _bandwidth(self, members: int) -> float:
-        """Returns the bytes a second with which a device sends to `members` others.
-
-        A ring of the torus sends both ways; a group that spans more dims of the torus
-        uses the links of all of them.
-        """
-        chips = max(1.0, members * self._chip.chips)
-        spanned, covered = 0, 1.0
-        for size in sorted(self._slice.shape, reverse=True):
-            if covered >= chips:
-                break
-            covered *= size
-            spanned += 1
-        wrap = self._slice.kwargs["wrap"][0]
-        links = max(1, spanned) * (2 if wrap else 1)
-        return links * self._chip.link_bytes_per_s * self._chip.chips
 
     def _between_slices(self, each: Instruction) -> None:
         size = each.shapes[0].nbytes
@@ -358,18 +342,27 @@ def _past_views(inner: Computation, name: str) -> list[tuple[Instruction, str]]:
     return found
 
 
+def _is_attention(each: Instruction) -> bool:
+    """Whether it is the attention kernel of a TPU or of cuDNN."""
+    return "tpu_custom_call" in each.attributes or _CUDNN in each.attributes
+
+
 def _kernel_flops(each: Instruction, computation: Computation) -> float:
     """Returns the FLOPs of an attention kernel over causal blocks.
 
-    Forward has two products of T x S x H a head; backward four for keys and values
-    and three for queries. Windows are not seen.
+    Forward has two products of T x S x H a head; the TPU's backward four for keys and
+    values and three for queries, cuDNN's five in all. Windows are not seen.
     """
     shapes = [_shape(computation, operand) for operand in each.operands]
     floats = [s.dims for s in shapes if s and s.kind in ("bf16", "f32", "f16")]
     if len(floats) < 2:
         return 0.0
     query, key = floats[:2]
-    one = math.prod(query) * key[-2]  # heads x T x H x S
     name = each.name + each.op_name + each.attributes[:2000]
-    products = 4 if "dkv" in name else 3 if "_dq" in name else 2
+    if _CUDNN in name:
+        one = math.prod(query) * key[1]  # B x T x N x H x S
+        products = 5 if "Backward" in name else 2
+    else:
+        one = math.prod(query) * key[-2]  # heads x T x H x S
+        products = 4 if "dkv" in name else 3 if "_dq" in name else 2
     return 2 * products * one / 2

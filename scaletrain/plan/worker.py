@@ -23,15 +23,6 @@ def main() -> None:
     """Answers the request in the folder named on the command line."""
     folder = pathlib.Path(sys.argv[1])
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-    os.environ |= {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second worker dies on a lock file
-        "TPU_SKIP_MDS_QUERY": "1",  # there is no machine to ask
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any; silences a warning
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_LOG_DIR": "disabled",
-    }
     program, facts = _program(request)
     if not request["full"]:
         watch = threading.Thread(target=_stop, args=(folder, facts), daemon=True)
@@ -60,7 +51,9 @@ def _program(request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     from scaletrain import config, mesh, sharding, step
 
     slice_ = topologies.get_topology_desc(
-        topology_name=request["topology"], platform="tpu", **request["kwargs"]
+        topology_name=request["topology"],
+        platform=request["platform"],
+        **request["kwargs"],
     )
     run = config.resolve(config.from_json(request["config"]), len(slice_.devices))
     grid = mesh.build(run.mesh, slice_.devices)
