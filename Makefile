@@ -5,7 +5,7 @@ CONSTRAINTS ?= -c constraints.txt
 BIN := .venv/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test check format parity accuracy performance
+.PHONY: quickstart test check format parity accuracy performance plan-all
 
 quickstart: .venv/installed
 	$(BIN)/scaletrain train --config=experiments/quickstart.py --workdir=$(WORKDIR)
@@ -38,6 +38,10 @@ parity: .venv/installed
 # Predicted against published steps; writes docs/accuracy.md (five minutes).
 accuracy: .venv/dev
 	$(BIN)/python tests/accuracy.py
+
+# Every experiment on its slices, to machine code; writes docs/plans.md (half an hour).
+plan-all: .venv/dev
+	$(BIN)/python tests/plans.py
 
 # The step's speed on the GPU that is here; writes docs/performance.md (ten minutes).
 performance: .venv/installed

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from typing import Any, cast
 
 import jax
@@ -277,11 +278,26 @@ def build(run: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
 
 
 def compiled(program: Program, options: dict[str, Any] | None = None) -> Any:
-    """Returns `train_step` compiled for the program's devices."""
+    """Returns `train_step` compiled for the program's devices.
+
+    An option that the compiler does not know is left out with a warning.
+    """
     kind = cast(Mesh, program.mesh).devices.flat[0].device_kind
     lowered = jitted(program).lower(program.state, program.batch)
     options = COMPILER_OPTIONS.get(kind, {}) | (options or {})
-    return lowered.compile(compiler_options=options)
+    while True:
+        try:
+            return lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as err:
+            unknown = [name for name in options if f"option: '{name}'" in str(err)]
+            if not unknown:
+                raise
+            value = options.pop(unknown[0])
+            warnings.warn(
+                f"compiler option {unknown[0]}={value}; this compiler does not know "
+                "it; it is left out, and the step may be slower.",
+                stacklevel=2,
+            )
 
 
 def jitted(program: Program) -> Any:

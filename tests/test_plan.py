@@ -3,17 +3,24 @@
 import importlib.util
 import json
 import math
+import os
+import re
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import plans
 import pytest
 import small
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
 
-from scaletrain import config, mesh, metrics, sharding, step
+from scaletrain import chips, config, mesh, metrics, sharding, step
 from scaletrain.config import MeshConfig
 from scaletrain.errors import ConfigError
+from scaletrain.models import attention
 from scaletrain.plan import (
     command,
     compiler,
@@ -381,33 +388,146 @@ def test_attention_is_a_kernel_on_tpus(name):
 
 
 @pytest.mark.parametrize(
-    ("experiment", "name"),
-    [
-        ("llama3_8b", "v5p:4x4x4"),
-        ("llama3_70b", "v5p:8x8x8"),
-        ("llama_1b:synthetic", "v6e:2x2"),
-    ],
+    ("experiment", "name"), [pair for pair in plans.SLICES if "tpu7x" not in pair[1]]
 )
 def test_experiments_fit_their_slices(experiment, name):
-    file, _, arg = experiment.partition(":")
-    spec = f"experiments/{file}.py" + (f":{arg}" if arg else "")
-    run = config.load(spec)
-    slice_ = slices.parse(name)
-    run = command._resolved(run, slice_)
+    """Those of `make plan-all`, but for a compiler that takes minutes."""
+    run, slice_ = plans.resolved(experiment, name)
     said = compiler.compile(run, slice_)
     assert said.fits
     assert said.peak_bytes <= slice_.hbm_bytes
 
 
+def _layers(module, layers):
+    """Returns the collectives of each loop over the layers, by opcode."""
+    found = []
+    for computation in module.computations.values():
+        for each in computation.instructions:
+            if each.opcode == "while" and module.trips(each) == layers:
+                body = module.computations[each.called("body")]
+                found.append([
+                    (one.opcode, one.name, str(one.shapes[-1]))
+                    for one in body.instructions
+                    if one.opcode in hlo.COLLECTIVES
+                    or (one.opcode == "async-start" and "slice" not in one.name)
+                ])  # fmt: skip
+    return [each for each in found if each]
+
+
+@pytest.mark.parametrize(
+    ("name", "overlaps"), [("v5p:4x4x4", False), ("v6e:4x4", True)]
+)
+def test_collectives_are_as_few_and_as_late_as_promised(name, overlaps, monkeypatch):
+    """Of a layer, four matrices gathered in each direction and four gradients summed.
+
+    Where the options of the chip promise it, no gathering holds up the matmuls; every
+    matrix is cut over all devices, and all that the step replaces is given in place.
+    """
+    texts, parse = [], hlo.parse
+
+    def kept(text):
+        texts.append(text)
+        return parse(text)
+
+    monkeypatch.setattr(compiler.hlo, "parse", kept)
+    slice_ = slices.parse(name)
+    run = config.load("experiments/llama3_8b.py")
+    for path, value in {
+        "model.num_layers": 4, "batch_size": slice_.devices, "accumulate_steps": 1,
+        "mesh.fsdp": slice_.devices,
+    }.items():  # fmt: skip
+        run = config.replaced(run, path, value)
+    run = command.resolved(run, slice_)
+    compiler.compile(run, slice_)
+    module = parse(texts[0])
+    forward, backward = sorted(_layers(module, 4), key=len)
+
+    def gathered(each):
+        return each[0] == "async-start" if overlaps else each[0] == "all-gather"
+
+    assert len(forward) == sum(map(gathered, forward)) == 4, forward
+    assert sum(map(gathered, backward)) == 4, backward
+    sums = [each for each in backward if not gathered(each)]
+    assert {opcode for opcode, _, _ in sums} == {"all-reduce"}, backward
+    assert len(sums) == 4  # the norms' go with a matrix's
+
+    state = step.build(run, mesh.build(run.mesh, _devices(name))).state
+    sizes = {
+        int(each.operands[0]): each.nbytes
+        for each in module.computations[module.entry].instructions
+        if each.opcode == "parameter"
+    }
+    kept_in_place = set(map(int, re.findall(r"\((\d+), \{\}, ", texts[0][:100_000])))
+    arrays = [leaf for leaf in jax.tree.leaves(state) if leaf.size > 2]
+    assert sum(sizes[i] > 8 for i in kept_in_place) == len(arrays)
+    largest = max(sizes.values())
+    embedding = 4 * run.model.vocab_size * run.model.d_model
+    layers = 4 * 4 * 2 * run.model.d_model * run.model.d_ff
+    assert largest == max(embedding, layers) // slice_.devices
+
+
+def _devices(name):
+    os.environ.update(compiler.WITHOUT_TPU)
+    slice_ = slices.parse(name)
+    return topologies.get_topology_desc(
+        topology_name=slice_.topology, platform="tpu", **slice_.kwargs
+    ).devices
+
+
+@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+def test_the_attention_kernel_becomes_machine_code(name):
+    """Forward and backward, with documents and a window, for every generation."""
+    grid = mesh.build(MeshConfig(fsdp=slices.parse(name).devices), _devices(name))
+    how = attention.Scores(scale=0.1, window=256)
+
+    def run(q, k, v, segments):
+        out = attention.attend(
+            q, k, v, q_segments_BT=segments, kv_segments_BS=segments, how=how,
+            implementation="splash",
+        )  # fmt: skip
+        return jnp.sum(out.astype(jnp.float32))
+
+    rows = NamedSharding(grid, jax.P("fsdp"))
+    q, k = (
+        jax.ShapeDtypeStruct((8, 1024, heads, 128), jnp.bfloat16, sharding=rows)
+        for heads in (4, 2)
+    )
+    segments = jax.ShapeDtypeStruct((8, 1024), jnp.int32, sharding=rows)
+    with jax.set_mesh(grid):
+        lowered = jax.jit(jax.grad(run, (0, 1, 2))).lower(q, k, k, segments)
+        text = lowered.compile().as_text()
+    assert text.count("tpu_custom_call") >= 2
+
+
+def test_options_that_the_compiler_does_not_know_are_named(monkeypatch):
+    run = config.resolve(small.RUN, 1)
+    kind = jax.devices()[0].device_kind
+    options = {"xla_no_such_option": 3, "xla_cpu_enable_fast_math": False}
+    monkeypatch.setitem(step.COMPILER_OPTIONS, kind, options)
+    program = step.build(run, mesh.build(run.mesh, jax.devices()[:1]))
+    with (
+        jax.set_mesh(program.mesh),
+        pytest.warns(UserWarning, match="compiler option xla_no_such_option=3"),
+    ):
+        step.compiled(program)
+    assert "xla_no_such_option" in options  # the table is as it was
+
+
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"])
+def test_options_of_tpus_are_known_to_their_compiler(kind):
+    names = {"TPU v5 lite": "v5e:2x2", "TPU v5": "v5p:2x2x1",
+             "TPU v6 lite": "v6e:2x2", "TPU7x": "tpu7x:2x2x1"}  # fmt: skip
+    devices = _devices(names[kind])
+    assert devices[0].device_kind == kind
+    where = jax.sharding.SingleDeviceSharding(devices[0])
+    given = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=where)
+    options = chips.COMPILER_OPTIONS[kind]
+    jax.jit(lambda x: x + 1).lower(given).compile(compiler_options=options)
+
+
 def test_small_runs_are_the_same_everywhere():
     """20 random settings: parameters, bytes and FLOPs on a slice and on 8 devices."""
-    import os
-
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-    from jax.experimental import topologies
-
-    devices = topologies.get_topology_desc("v5e:2x4", platform="tpu").devices
+    devices = _devices("v5e:2x4")
     rng = np.random.default_rng(0)
     for _ in range(20):
         heads = int(rng.choice([2, 4, 8]))

@@ -85,7 +85,7 @@ def run(run: RunConfig, request: Request) -> dict[str, Any]:
 
 def _planned(run: RunConfig, slice_: Slice, request: Request) -> dict[str, Any]:
     """Returns the plan of the settings as they are, with remedies if need be."""
-    run = _resolved(run, slice_)
+    run = resolved(run, slice_)
     record = _record(run, slice_, {}, request, full=request.full)
     if not record["fits"]:
         tried = _compiled(run, slice_, search.remedies(run, slice_), request)
@@ -94,7 +94,7 @@ def _planned(run: RunConfig, slice_: Slice, request: Request) -> dict[str, Any]:
     return record
 
 
-def _resolved(run: RunConfig, slice_: Slice) -> RunConfig:
+def resolved(run: RunConfig, slice_: Slice) -> RunConfig:
     """Returns `run` for the devices of the slice, and its parts across slices."""
     outer = [getattr(run.mesh.dcn, name) for name in AXES]
     if slice_.num_slices > 1 and all(size == 1 for size in outer):

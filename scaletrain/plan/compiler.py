@@ -22,6 +22,14 @@ from scaletrain.plan import hlo, memory, timing
 from scaletrain.plan.slices import Slice
 
 _TIMEOUT_S = 1800
+# The environment of a TPU's compiler on a machine that has none.
+WITHOUT_TPU = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second process dies on a lock file
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no machine to ask
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any; silences a warning
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_LOG_DIR": "disabled",
+}
 _COMPILERS = {  # packages, one of which it takes
     "tpu": ("libtpu",),
     "cuda": ("jax_cuda13_plugin", "jax_cuda12_plugin"),
@@ -40,6 +48,7 @@ class Report:
     largest: list[tuple[int, str]]  # (bytes, what it is), of the peak
     step: timing.Step
     full: bool  # compiled to machine code
+    executable_bytes: int | None  # peak by the executable's own word, if there is one
 
 
 def knows(slice_: Slice) -> bool:
@@ -87,15 +96,14 @@ def _asked(
     }
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
     # Set before the process begins: some are read as soon as jax is imported.
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second worker dies on a lock file
-        "TPU_SKIP_MDS_QUERY": "1",  # there is no machine to ask
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any; silences a warning
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_LOG_DIR": "disabled",
-    }
+    environment = (
+        os.environ
+        | WITHOUT_TPU
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text",
+        }
+    )
     done = subprocess.run(
         [sys.executable, "-m", "scaletrain.plan.worker", str(folder)],
         env=environment,
@@ -104,6 +112,9 @@ def _asked(
         timeout=_TIMEOUT_S,
         check=False,
     )
+    for line in done.stderr.splitlines():
+        if "Warning: compiler option" in line:
+            print(f"plan: {line.partition('Warning: ')[2]}", file=sys.stderr)
     answer = folder / "answer.json"
     if not answer.is_file():
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
@@ -137,6 +148,7 @@ def _report(
         step=timing.account(module, axes(run), slice_),
         # There is no stopping the GPUs' compiler on its way.
         full=full or not slice_.is_tpu,
+        executable_bytes=answer.get("peak_bytes"),
     )
 
 

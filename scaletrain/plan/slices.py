@@ -10,11 +10,13 @@ import math
 import re
 from typing import Any
 
+import numpy as np
+
 from scaletrain.errors import ConfigError
 from scaletrain.plan import targets
 
 _GIB = 2**30
-_INFINIBAND_BYTES_PER_S = 50e9  # a GPU to another host, one way
+_INFINIBAND_BYTES_PER_S = 50e9  # a GPU to another host, one way: 400 Gb/s
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,16 +163,19 @@ class Slice:
         links = 1 if not self.is_tpu else 2 * len(self.shape)
         return links * self.chip.link_bytes_per_s * self.chip.chips
 
-    def group_bytes_per_s(self, members: int) -> float:
-        """Returns what a device sends a second to a group of that many.
+    def group_bytes_per_s(self, members: np.ndarray) -> float:
+        """Returns what a device sends a second to a group of devices by their numbers.
 
         A ring of the torus sends both ways; a group that spans more dims of the torus
-        uses the links of all of them. GPUs of one host have a switch between them.
+        uses the links of all of them. GPUs of one host have a switch between them, and
+        those of a group share the way to other hosts that each has.
         """
         if not self.is_tpu:
-            inside = members <= self.chip.host_chips
-            return self.chip.link_bytes_per_s if inside else _INFINIBAND_BYTES_PER_S
-        chips = max(1.0, members * self.chip.chips)
+            hosts = members // self.chip.host_chips
+            away = (hosts == hosts[0]).sum() * _INFINIBAND_BYTES_PER_S
+            inside = self.chip.link_bytes_per_s
+            return inside if (hosts == hosts[0]).all() else min(inside, away)
+        chips = max(1.0, len(members) * self.chip.chips)
         spanned, covered = 0, 1.0
         for size in sorted(self.shape, reverse=True):
             if covered >= chips:

@@ -209,7 +209,7 @@ class _Walk:
             "reduce-scatter": last * (len(members) - 1),
             "collective-permute": last,
         }.get(kind, size * share)
-        seconds = sent / self._slice.group_bytes_per_s(len(members))
+        seconds = sent / self._slice.group_bytes_per_s(members)
         sums = self._clock.axes.setdefault(
             axis, {"bytes": 0.0, "wire_s": 0.0, "exposed_s": 0.0, "count": 0}
         )

@@ -1,0 +1,69 @@
+"""Every experiment that names a slice, planned to machine code; writes docs/plans.md.
+
+    python tests/plans.py
+
+The memory that a plan foretells is where the compiler placed the buffers; that of the
+executable is what it says of itself, once it exists.
+"""
+
+import importlib.metadata
+import pathlib
+import resource
+import sys
+import time
+
+from scaletrain import config
+from scaletrain.plan import command, compiler, slices
+
+ROOT = pathlib.Path(__file__).parent.parent
+SLICES = (
+    ("llama_1b.py:synthetic", "v6e:2x2"),
+    ("llama3_8b.py", "v5p:4x4x4"),
+    ("llama3_8b.py", "tpu7x:4x4x4"),
+    ("llama3_70b.py", "v5p:8x8x8"),
+)
+
+
+def resolved(experiment, topology):
+    """Returns an experiment's run for a slice, and the slice."""
+    slice_ = slices.parse(topology)
+    run = config.load(str(ROOT / "experiments" / experiment))
+    if slice_.devices not in (1, run.mesh.fsdp * run.mesh.tensor) and run.mesh.fsdp > 1:
+        run = config.replaced(run, "mesh.fsdp", slice_.devices // run.mesh.tensor)
+    return command.resolved(run, slice_), slice_
+
+
+def main():
+    """Plans every pair both ways and writes the table."""
+    lines = []
+    for experiment, topology in SLICES:
+        run, slice_ = resolved(experiment, topology)
+        began = time.monotonic()
+        quick = compiler.compile(run, slice_)
+        middle = time.monotonic()
+        whole = compiler.compile(run, slice_, full=True)
+        ended = time.monotonic()
+        lines.append(
+            f"| `{experiment}` | {topology} | {'yes' if whole.fits else 'no'} | "
+            f"{quick.peak_bytes / 2**30:.2f} | {whole.executable_bytes / 2**30:.2f} | "
+            f"{quick.peak_bytes / whole.executable_bytes - 1:+.1%} | "
+            f"{quick.step.seconds:.2f} | {middle - began:.0f} | {ended - middle:.0f} |"
+        )
+        print(lines[-1], flush=True)
+    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    text = f"""# Plans of the experiments
+
+Made by `make plan-all` with libtpu {importlib.metadata.version("libtpu")}. "planned" is
+the memory in GiB of `scaletrain plan`, which stops once buffers are placed; "executable"
+that of the same step compiled to machine code, by its own account. The largest compiler
+process held {largest:.1f} GiB.
+
+| experiment | slice | fits | planned | executable | differ | step s | planned in s | compiled in s |
+|---|---|---|---|---|---|---|---|---|
+""" + "\n".join(lines)  # noqa: E501
+    (ROOT / "docs" / "plans.md").write_text(text + "\n", encoding="utf-8")
+    return 0 if all("| yes |" in line for line in lines) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
