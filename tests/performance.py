@@ -6,6 +6,7 @@ Each row is `scaletrain bench` of one experiment in a process of its own, with t
 overrides that the table shows.
 """
 
+import concurrent.futures
 import json
 import pathlib
 import subprocess
@@ -39,12 +40,28 @@ ROWS = (
 )  # fmt: skip
 
 
+TOPOLOGIES = {
+    "NVIDIA A100-SXM4-80GB": "a100:1", "NVIDIA H100 80GB HBM3": "h100:1",
+    "NVIDIA H200": "h200:1", "NVIDIA B200": "b200:1",
+}  # fmt: skip
+
+
 def measured(overrides):
     """Returns what bench says of the experiment with `overrides`, or why nothing."""
-    words = [sys.executable, "-m", "scaletrain.main", "bench", "--json", "--steps=10"]
+    data = ["--data"] if overrides[-len(PACKED) :] == PACKED else []
+    return told(["bench", "--steps=10", *data], overrides)
+
+
+def planned(kind, overrides):
+    """Returns what plan says of the same step, with the CUDA compiler alone."""
+    return told(["plan", f"--topology={TOPOLOGIES[kind]}"], overrides)
+
+
+def told(command, overrides):
+    """Returns the JSON of a command, or why there is none."""
+    words = [sys.executable, "-m", "scaletrain.main", *command, "--json"]
     words += [f"--config={EXPERIMENT}", "--config.accumulate_steps=1"]
     words += [f"--config.{each}" for each in overrides]
-    words += ["--data"] if overrides[-len(PACKED) :] == PACKED else []
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         return None, (done.stderr.strip().splitlines() or ["no word"])[-1]
@@ -53,24 +70,34 @@ def measured(overrides):
 
 def main():
     """Measures every row and writes the table."""
-    lines, first = [], None
-    for name, overrides in ROWS:
-        found, why = measured(overrides)
-        if found is None:
-            lines.append(f"| {name} | {why} | | | | | |")
-        else:
-            first = first or found
-            shape = " ".join(each for each in overrides)
-            wait = (
-                f", data wait {found['data_wait']:.2%}" if "data_wait" in found else ""
-            )
-            lines.append(
-                f"| {name} | {found['tokens_per_s_per_device']:,.0f} | "
-                f"{found['mfu']:.1%} | {found['achieved_over_ideal']:.2f} | "
-                f"{found['peak_memory_bytes'] / 1e9:.1f} | "
-                f"{found['compile_time_s']:.0f} s | `{shape}`{wait} |"
-            )
-        print(lines[-1], flush=True)
+    rows = []
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for name, overrides in ROWS:
+            found, why = measured(overrides)
+            # Planned on the host's cores while the next row is measured.
+            kind = found["device"]["kind"] if found else ""
+            plan = pool.submit(planned, kind, overrides) if found else None
+            rows.append((name, overrides, found, plan))
+            print(name, why or f"{found['mfu']:.1%}", flush=True)
+    lines, first, sources = [], None, set()
+    for name, overrides, found, future in rows:
+        if found is None or future is None:
+            lines.append(f"| {name} | failed | | | | | | | |")
+            continue
+        first = first or found
+        plan, why = future.result()
+        assert plan is not None, why
+        sources.add(plan["source"])
+        speed = plan["tokens_per_s_per_chip"] / found["tokens_per_s_per_device"]
+        memory = plan["hbm_peak_bytes"] / found["peak_memory_bytes"]
+        wait = f", data wait {found['data_wait']:.2%}" if "data_wait" in found else ""
+        lines.append(
+            f"| {name} | {found['tokens_per_s_per_device']:,.0f} | "
+            f"{found['mfu']:.1%} | {found['achieved_over_ideal']:.2f} | "
+            f"{found['peak_memory_bytes'] / 1e9:.1f} | "
+            f"{found['compile_time_s']:.0f} s | {1 / speed - 1:+.0%} | "
+            f"{memory - 1:+.0%} | `{' '.join(overrides)}`{wait} |"
+        )
     assert first is not None, lines
     device = first["device"]
     text = f"""# Speed of the step
@@ -79,10 +106,11 @@ Made by `make performance` on one {device["kind"]} with jax {device["jax"]}, fro
 `{EXPERIMENT}` with `accumulate_steps=1` and the overrides of each row. `mfu` counts
 causal attention and what is not recomputed, against {first["peak_flops"] / 1e12:.0f}
 TFLOP/s; "ideal" is the time of the step's matmuls, attention and optimizer alone, each
-measured in the same process.
+measured in the same process. The last two figures are how far the step time and the
+memory of `scaletrain plan` ({", ".join(sorted(sources))}) are from these.
 
-| row | tokens/s | mfu | of ideal | GB | compile | overrides |
-|---|---|---|---|---|---|---|
+| row | tokens/s | mfu | of ideal | GB | compile | plan s | plan GB | overrides |
+|---|---|---|---|---|---|---|---|---|
 """ + "\n".join(lines)
     (ROOT / "docs" / "performance.md").write_text(text + "\n", encoding="utf-8")
 

@@ -13,38 +13,38 @@ import sys
 import time
 
 from scaletrain import config
-from scaletrain.plan import command, compiler, slices
+from scaletrain.plan import command, compiler, search, slices
 
 ROOT = pathlib.Path(__file__).parent.parent
 SLICES = (
-    ("llama_1b.py:synthetic", "v6e:2x2"),
-    ("llama3_8b.py", "v5p:4x4x4"),
-    ("llama3_8b.py", "tpu7x:4x4x4"),
-    ("llama3_70b.py", "v5p:8x8x8"),
+    ("llama_1b.py:synthetic", "v6e:2x2", {}),
+    ("llama3_8b.py", "v5p:4x4x4", {}),
+    ("llama3_8b.py", "tpu7x:4x4x4", {"mesh.fsdp": 128, "accumulate_steps": 1}),
+    ("llama3_70b.py", "v5p:8x8x8", {}),
 )
 
 
-def resolved(experiment, topology):
+def resolved(experiment, topology, overrides):
     """Returns an experiment's run for a slice, and the slice."""
     slice_ = slices.parse(topology)
     run = config.load(str(ROOT / "experiments" / experiment))
-    if slice_.devices not in (1, run.mesh.fsdp * run.mesh.tensor) and run.mesh.fsdp > 1:
-        run = config.replaced(run, "mesh.fsdp", slice_.devices // run.mesh.tensor)
+    for path, value in overrides.items():
+        run = config.replaced(run, path, value)
     return command.resolved(run, slice_), slice_
 
 
 def main():
     """Plans every pair both ways and writes the table."""
     lines = []
-    for experiment, topology in SLICES:
-        run, slice_ = resolved(experiment, topology)
+    for experiment, topology, overrides in SLICES:
+        run, slice_ = resolved(experiment, topology, overrides)
         began = time.monotonic()
         quick = compiler.compile(run, slice_)
         middle = time.monotonic()
         whole = compiler.compile(run, slice_, full=True)
         ended = time.monotonic()
         lines.append(
-            f"| `{experiment}` | {topology} | {'yes' if whole.fits else 'no'} | "
+            f"| `{' '.join([experiment, *search.flags(overrides)])}` | {topology} | {'yes' if whole.fits else 'no'} | "
             f"{quick.peak_bytes / 2**30:.2f} | {whole.executable_bytes / 2**30:.2f} | "
             f"{quick.peak_bytes / whole.executable_bytes - 1:+.1%} | "
             f"{quick.step.seconds:.2f} | {middle - began:.0f} | {ended - middle:.0f} |"

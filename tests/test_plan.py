@@ -388,11 +388,12 @@ def test_attention_is_a_kernel_on_tpus(name):
 
 
 @pytest.mark.parametrize(
-    ("experiment", "name"), [pair for pair in plans.SLICES if "tpu7x" not in pair[1]]
+    ("experiment", "name", "overrides"),
+    [each for each in plans.SLICES if "tpu7x" not in each[1]],
 )
-def test_experiments_fit_their_slices(experiment, name):
+def test_experiments_fit_their_slices(experiment, name, overrides):
     """Those of `make plan-all`, but for a compiler that takes minutes."""
-    run, slice_ = plans.resolved(experiment, name)
+    run, slice_ = plans.resolved(experiment, name, overrides)
     said = compiler.compile(run, slice_)
     assert said.fits
     assert said.peak_bytes <= slice_.hbm_bytes

@@ -149,7 +149,9 @@ class _Walk:
         """Returns the FLOPs of an operation and the names of what is in it."""
         called = each.called("calls") if each.opcode == "fusion" else None
         if called is None:
-            return hlo.flops(each, computation), each.op_name
+            return self._slowness(each, computation) * hlo.flops(
+                each, computation
+            ), each.op_name
         total, names = 0, each.op_name
         inner = self._module.computations[called]
         for instruction in inner.instructions:
@@ -157,6 +159,15 @@ class _Walk:
             total += more
             names += words if more else ""
         return total, names
+
+    def _slowness(self, each: Instruction, computation: Computation) -> int:
+        """Returns how much longer than in bfloat16 a product takes.
+
+        A GPU multiplies float32 as TF32, at half the rate; a TPU rounds it to bfloat16.
+        """
+        first = _shape(computation, each.operands[0]) if each.operands else None
+        gpu = not self._slice.is_tpu
+        return 2 if gpu and first is not None and first.kind == "f32" else 1
 
     def _traffic(self, each: Instruction, computation: Computation) -> float:
         """Returns the bytes that an operation moves to and from the memory."""
