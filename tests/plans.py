@@ -43,8 +43,9 @@ def main():
         middle = time.monotonic()
         whole = compiler.compile(run, slice_, full=True)
         ended = time.monotonic()
+        words = " ".join([experiment, *search.flags(overrides)])
         lines.append(
-            f"| `{' '.join([experiment, *search.flags(overrides)])}` | {topology} | {'yes' if whole.fits else 'no'} | "
+            f"| `{words}` | {topology} | {'yes' if whole.fits else 'no'} | "
             f"{quick.peak_bytes / 2**30:.2f} | {whole.executable_bytes / 2**30:.2f} | "
             f"{quick.peak_bytes / whole.executable_bytes - 1:+.1%} | "
             f"{quick.step.seconds:.2f} | {middle - began:.0f} | {ended - middle:.0f} |"
