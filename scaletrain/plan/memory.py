@@ -9,6 +9,9 @@ _VALUE = re.compile(
     r"^ value: <\d+ ([\w.\-]+)(?:\{[\d,]*\})?(?: \(phi\))? @0> "
     r"\(size=(\d+),offset=(\d+)\): (\S+)"
 )
+_THREAD_LOCAL = re.compile(
+    r"^allocation \d+: size (\d+),(?!.*color).* thread-local", re.MULTILINE
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +31,10 @@ def usage(report: str, assignment: str, module: Module) -> Usage:
             r"Memory Space: \S+ \(color=(\d+)\)\nTotal bytes: (\d+)", report
         )
     }
-    return Usage(totals.get(0, 0), totals.get(5, 0), _largest(assignment, module))
+    # Asynchronous computations name their operands once more; they take no room.
+    names = sum(map(int, _THREAD_LOCAL.findall(assignment)))
+    total = totals.get(0, 0) - names
+    return Usage(total, totals.get(5, 0), _largest(assignment, module))
 
 
 def _largest(assignment: str, module: Module) -> list[tuple[int, str]]:
