@@ -284,15 +284,15 @@ def compiled(program: Program, options: dict[str, Any] | None = None) -> Any:
     """
     kind = cast(Mesh, program.mesh).devices.flat[0].device_kind
     lowered = jitted(program).lower(program.state, program.batch)
-    options = COMPILER_OPTIONS.get(kind, {}) | (options or {})
+    wanted = COMPILER_OPTIONS.get(kind, {}) | (options or {})
     while True:
         try:
-            return lowered.compile(compiler_options=options)
+            return lowered.compile(compiler_options=wanted)
         except jax.errors.JaxRuntimeError as err:
-            unknown = [name for name in options if f"option: '{name}'" in str(err)]
+            unknown = [name for name in wanted if f"option: '{name}'" in str(err)]
             if not unknown:
                 raise
-            value = options.pop(unknown[0])
+            value = wanted.pop(unknown[0])
             warnings.warn(
                 f"compiler option {unknown[0]}={value}; this compiler does not know "
                 "it; it is left out, and the step may be slower.",
