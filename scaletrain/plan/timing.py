@@ -26,6 +26,14 @@ _FREE = (
 
 
 _RETILED = "output_to_operand_aliasing={{}: (0, {})}, calls=%copy_fusion"
+_HOST = 5  # the memory space of what is moved to the host
+_HOST_BYTES_PER_S = 64e9  # a chip, each way; an estimate: 16 lanes of PCIe 5
+# What lateness of a link counts as, if it is not between devices.
+_CLASS_OF = {
+    "memory": "elementwise",
+    "to host": "host_offload",
+    "from host": "host_offload",
+}
 _CUDNN = "__cudnn$fmha"
 _ENDS = ("async-done", "copy-done", "send-done", "recv-done")
 
@@ -46,7 +54,8 @@ class _Clock:
     now: float = 0.0
     by_class: dict[str, float] = dataclasses.field(
         default_factory=lambda: dict.fromkeys(
-            ("matmul", "attention", "elementwise", "communication"), 0.0
+            ("matmul", "attention", "elementwise", "communication", "host_offload"),
+            0.0,
         )
     )
     axes: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
@@ -61,7 +70,7 @@ class _Clock:
 
     def wait(self, until: float, axis: str) -> None:
         late = max(0.0, until - self.now)
-        self.spend("communication", late)
+        self.spend(_CLASS_OF.get(axis, "communication"), late)
         if axis in self.axes:
             self.axes[axis]["exposed_s"] += late
 
@@ -261,10 +270,28 @@ class _Walk:
         """Starts what an asynchronous computation transfers, if it does."""
         name = each.called("calls")
         found = self._transfers(name) if name else []
+        if name in self._module.computations and (way := self._host_way(name)):
+            link, size = way
+            seconds = size / (_HOST_BYTES_PER_S * self._chip.chips)
+            self._queue(each.name, link, seconds)
         for instruction in found:
             kind = instruction.opcode.removesuffix("-start")
             axis, seconds = self._wire(instruction, kind)
             self._queue(each.name, axis, seconds)
+
+    def _host_way(self, name: str) -> tuple[str, int] | None:
+        """Returns to or from which memory a computation moves how many bytes."""
+        inner = self._module.computations[name]
+        for each in inner.instructions:
+            source = _shape(inner, each.operands[0]) if each.operands else None
+            if source is None or source.space != _HOST:
+                continue
+            if each.opcode == "dynamic-slice":
+                return "from host", each.nbytes
+            update = _shape(inner, each.operands[1]) if len(each.operands) > 1 else None
+            if each.opcode == "dynamic-update-slice" and update is not None:
+                return "to host", update.nbytes
+        return None
 
     def _transfers(self, name: str) -> list[Instruction]:
         found = []
