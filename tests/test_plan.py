@@ -28,6 +28,7 @@ from scaletrain.plan import (
     estimate,
     hlo,
     memory,
+    report,
     search,
     slices,
     timing,
@@ -317,15 +318,9 @@ def test_what_does_not_fit_comes_with_what_would():
     for remedy in found["remedies"]:
         assert remedy["fits"]
         assert remedy["overrides"]
-    words = command_words(found)
+    words = report.in_words(found)
     assert "DOES NOT FIT" in words
     assert "Changes that make it fit" in words
-
-
-def command_words(found):
-    from scaletrain import plan
-
-    return plan.in_words(found)
 
 
 def test_a_plan_holds_what_it_promises():
@@ -342,7 +337,7 @@ def test_a_plan_holds_what_it_promises():
     assert found["hours"] == pytest.approx(
         1e9 / (4 * found["tokens_per_s_per_chip"]) / 3600
     )
-    assert "scaletrain train --config=x.py" in command_words(found)
+    assert "scaletrain train --config=x.py" in report.in_words(found)
 
 
 def test_a_search_keeps_what_fits_first(monkeypatch):
