@@ -61,6 +61,7 @@ RUN = small.changed(
         ("v5p:4x4x4", "v5p:4x4x4", 64, 64),
         ("v5p-128", "v5p:4x4x4", 64, 64),
         ("v5litepod-256", "v5e:16x16", 256, 256),
+        ("v5p-512", "v5p:4x8x8", 256, 256),  # of its size the squarest
         ("v6e-8", "v6e:2x4", 8, 8),
         ("tpu7x:4x4x4", "tpu7x:4x4x4", 64, 128),
         ("h100:8", "h100:8", 8, 8),
