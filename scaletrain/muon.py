@@ -10,7 +10,7 @@ the Frobenius norm does and costs nothing beside A^2.
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ _WIDE = 1.5
 class MuonState(NamedTuple):
     """State of `scale_by_muon`."""
 
-    count: Int[Array, ""]
+    taken: Int[Array, ""]  # updates
     mu: Tree  # momentum, in the precision of the parameters
 
 
@@ -62,23 +62,23 @@ def scale_by_muon(logical: Tree, dtype: str) -> optax.GradientTransformation:
 
     def update(grads: Tree, state: MuonState, params: Tree = None):
         del params
-        count = state.count + 1
+        taken = state.taken + 1
         wide = functools.partial(jnp.asarray, dtype=jnp.float32)
         mu = jax.tree.map(
             lambda m, g: DECAY * wide(m) + (1 - DECAY) * wide(g), state.mu, grads
         )
         # Nesterov's look ahead; what is common to both terms does not matter.
-        ahead = DECAY / (1 - DECAY ** (count + 1))
-        now = (1 - DECAY) / (1 - DECAY**count)
+        ahead = DECAY / (1 - DECAY ** (taken + 1))
+        now = (1 - DECAY) / (1 - DECAY**taken)
         seen = jax.tree.map(
             lambda m, g: (ahead * m + now * wide(g)).astype(dtype), mu, grads
         )
         updates = jax.tree.map(_direction, seen, logical)
         updates = jax.tree.map(lambda u, g: u.astype(g.dtype), updates, grads)
         mu = jax.tree.map(lambda m, old: m.astype(old.dtype), mu, state.mu)
-        return updates, MuonState(count, mu)
+        return updates, MuonState(taken, mu)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(init, cast(Any, update))
 
 
 def _direction(x: Float[Array, "..."], axes: tuple[str, ...]) -> Float[Array, "..."]:

@@ -79,7 +79,7 @@ def test_trains_as_optax_does(monkeypatch):
 
     def theirs(run, logical):
         dims = jax.tree.map(
-            lambda axes: optim._is_turned(axes) and _dimensions(axes) or None,
+            lambda axes: _dimensions(axes) if optim._is_turned(axes) else None,
             logical,
             is_leaf=lambda x: isinstance(x, tuple),
         )
