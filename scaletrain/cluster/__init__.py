@@ -11,7 +11,6 @@ of it is done.
 import argparse
 import ctypes
 import hashlib
-import json
 import os
 import pathlib
 import signal
@@ -24,7 +23,7 @@ from collections.abc import Mapping
 from scaletrain.cluster.meeting import meet
 from scaletrain.cluster.peers import WHY_S, Peers
 from scaletrain.cluster.place import ask_metadata, find
-from scaletrain.errors import ClusterError, ConfigError
+from scaletrain.errors import ConfigError
 
 __all__ = ["agree", "code_version", "join", "lead", "leave", "turn", "wait"]
 
@@ -98,29 +97,10 @@ def agree(facts: Mapping[str, object]) -> None:
     """Compares what must be the same in all processes, by name.
 
     Raises:
-      ClusterError: in every process, with each that differs from process 0, and how.
+      ClusterError: in every process, with all that differ from process 0.
     """
-    if _peers is None:
-        return
-    mine = {name: str(value) for name, value in facts.items()}
-    first = json.loads(_peers.gather("facts", json.dumps(mine) if lead() else "")[0])
-    found = [
-        f"{name} is {mine.get(name)}, in process 0 {first.get(name)}"
-        for name in first | mine
-        if mine.get(name) != first.get(name)
-    ]
-    answers = _peers.gather("differences", json.dumps(found))
-    problems = [
-        f"  process {i} on {_peers.names[i]}: {line}"
-        for i, answer in enumerate(answers)
-        for line in json.loads(answer)
-    ]
-    if problems:
-        listed = "\n".join(problems[:20])
-        raise ClusterError(
-            f"the processes do not agree:\n{listed}\n"
-            "start all of them with the same command, code and data."
-        )
+    if _peers is not None:
+        _peers.agree(facts)
 
 
 def leave(code: int) -> None:

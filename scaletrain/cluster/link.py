@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import select
 import socket
 import threading
 import time
@@ -65,13 +66,13 @@ class Link:
 
     def closed(self) -> bool:
         """Returns whether the other end is gone; drops what it said last."""
-        try:
-            while self._socket.recv(2**16, socket.MSG_DONTWAIT):
-                pass
-        except BlockingIOError:
+        ready = select.poll()
+        ready.register(self, select.POLLIN)
+        with contextlib.suppress(OSError):
+            while ready.poll(0):
+                if not self._socket.recv(2**16):
+                    return True
             return False
-        except OSError:
-            pass
         return True
 
     def close(self) -> None:

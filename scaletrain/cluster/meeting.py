@@ -4,7 +4,7 @@ import os
 import socket
 import time
 
-from scaletrain.cluster.link import Link
+from scaletrain.cluster.link import Link, Message
 from scaletrain.cluster.place import Place
 from scaletrain.errors import ClusterError, LostError
 
@@ -93,9 +93,10 @@ def _admit(
         )
     if problem:
         error = ClusterError(f"{problem}; start all of them with the same command.")
-        for other in (link, *links.values()):
-            other.send({"refused": str(error)})
+        _part([link, *links.values()], {"refused": str(error)})
         raise error
+    if peer in links:
+        links[peer].close()
     link.peer, links[peer], here[peer] = peer, link, hello["here"]
 
 
@@ -106,9 +107,14 @@ def _missing(place: Place, links: dict[int, Link], wait_s: float) -> LostError:
         f"{len(missing)} of {place.num_processes} processes did not come to "
         f"{place.coordinator} within {wait_s:g} s: {listed}; start all of them again."
     )
-    for link in links.values():
-        link.send({"missing": str(error)})
+    _part(list(links.values()), {"missing": str(error)})
     return error
+
+
+def _part(links: list[Link], last: Message) -> None:
+    for link in links:
+        link.send(last)
+        link.close()
 
 
 def _come(
@@ -128,11 +134,11 @@ def _come(
         answer = link.first(deadline + _HELLO_S)
         if "names" in answer:
             return answer["names"], [link]
+        link.close()
         if "refused" in answer:
             raise ClusterError(answer["refused"])
         if "missing" in answer:
             raise LostError(answer["missing"])
-        link.close()
         why = "it does not answer"
         time.sleep(_RETRY_S)
     raise LostError(

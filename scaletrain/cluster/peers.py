@@ -7,15 +7,16 @@ collective waits for it. Each process says who it was and ends with the code tha
 "start me again", from the thread: its main thread may be inside a collective for good.
 """
 
+import json
 import os
 import selectors
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from scaletrain.cluster.link import Link, Message
-from scaletrain.errors import LostError
+from scaletrain.errors import ClusterError, LostError
 
 _BEATS = 5  # in the time after which silence means that a process is lost
 WHY_S = 1.0  # for the news that a process is lost to overtake what it broke here
@@ -71,19 +72,53 @@ class Peers:
             self._changed.wait_for(lambda: key in self._gathered)
             return self._gathered.pop(key)
 
+    def agree(self, facts: Mapping[str, object]) -> None:
+        """Compares what must be the same in all processes, by name.
+
+        Raises:
+          ClusterError: in every process, with all that differ from process 0.
+        """
+        mine = {name: str(value) for name, value in facts.items()}
+        first = json.loads(
+            self.gather("facts", json.dumps(mine) if self.process_id == 0 else "")[0]
+        )
+        found = [
+            f"{name} is {mine.get(name)}, in process 0 {first.get(name)}"
+            for name in first | mine
+            if mine.get(name) != first.get(name)
+        ]
+        answers = self.gather("differences", json.dumps(found))
+        problems = [
+            f"  process {self._name(i)}: {line}"
+            for i, answer in enumerate(answers)
+            for line in json.loads(answer)
+        ]
+        if problems:
+            listed = "\n".join(problems[:20])
+            raise ClusterError(
+                f"the processes do not agree:\n{listed}\n"
+                "start all of them with the same command, code and data."
+            )
+
     def leave(self, code: int) -> None:
         """Says goodbye and, with a code other than 0, ends this process with it.
 
         Then the others end too, since this one will take part in nothing any more. An
         ordinary end would wait for them as they wait for this process.
         """
-        if code not in (0, LostError.exit_code):
+        if code == 0:
+            self.gather("end", "")
+        elif code != LostError.exit_code:
             time.sleep(WHY_S)
         self._tell({"bye": code})
         if code:
             self._over = True
-            self._await_others(_OWN_WORDS_S + _LAST_S)
+            self._await_others(self._patience(code) + _LAST_S)
             self._end("", code)
+
+    def _patience(self, code: int) -> float:
+        """Returns how long the others have to end by themselves: a save may be long."""
+        return self._heartbeat_s if code == LostError.exit_code else _OWN_WORDS_S
 
     def _watch(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -115,7 +150,7 @@ class Peers:
         if messages is not None:
             return True
         self._links = [other for other in self._links if other is not link]
-        if not (link.left or self._over):
+        if not (link.left or self._over or self._failed):
             self._lost(link, "ended without a word")
         return False
 
@@ -131,14 +166,16 @@ class Peers:
         elif "bye" in message:
             link.left = True
             if code := message["bye"]:
-                line = f"process {self._name(link.peer)} failed with exit code {code}."
+                line = f"process {self._name(link.peer)} ended with exit code {code}."
                 self._tell({"failed": line, "code": code})
                 self._fail(line, code)
 
     def _judge(self) -> None:
         now = time.monotonic()
-        if self._failed and now >= self._failed[0]:
-            self._stop(*self._failed[1:])
+        if self._failed:
+            if now >= self._failed[0]:
+                self._stop(*self._failed[1:])
+            return
         for link in self._links:
             if not link.left and now - link.heard >= self._heartbeat_s:
                 self._lost(link, f"has not been heard for {self._heartbeat_s:g} s")
@@ -154,7 +191,8 @@ class Peers:
 
     def _fail(self, line: str, code: int) -> None:
         """Ends this process soon, unless it fails of the same by itself."""
-        self._failed = self._failed or (time.monotonic() + _OWN_WORDS_S, line, code)
+        when = time.monotonic() + self._patience(code)
+        self._failed = self._failed or (when, line, code)
 
     def _stop(self, line: str, code: int) -> None:
         if not self._over:

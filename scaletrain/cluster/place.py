@@ -223,7 +223,8 @@ def _jobset(env: Environ, metadata: Metadata) -> Place | None:
     if "JOBSET_NAME" not in env:
         return None
     names = ("PODS_PER_JOB", "JOB_COMPLETION_INDEX", "NUM_JOBS", "JOB_INDEX")
-    pods, pod, jobs, job = _numbers("JobSet", env, names)
+    one_job = {"NUM_JOBS": "1", "JOB_INDEX": "0"}
+    pods, pod, jobs, job = _numbers("JobSet", one_job | dict(env), names)
     jobset, replicated = env["JOBSET_NAME"], env.get("REPLICATED_JOB_NAME")
     if not replicated:
         raise _unsaid("JobSet", "REPLICATED_JOB_NAME", "")
