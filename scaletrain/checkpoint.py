@@ -18,10 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-from scaletrain import config
+from scaletrain import cluster, config
 from scaletrain.config import RunConfig
 from scaletrain.errors import CheckpointError
 from scaletrain.step import TrainState
@@ -75,12 +74,11 @@ class Checkpoints:
 
     def remove(self, step: int) -> None:
         """Removes a step, which has no name while it is half removed."""
-        if jax.process_index() == 0:
+        if cluster.lead():
             nameless = self.folder / f"{step}.orbax-checkpoint-tmp"
             (self.folder / str(step)).rename(nameless)
             shutil.rmtree(nameless)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"removed {step}")
+        cluster.wait("removal")
         self._manager.reload()
 
     def save(
