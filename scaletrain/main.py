@@ -7,7 +7,7 @@ the request is known to make sense.
 import argparse
 import json
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import logging
 
@@ -40,6 +40,14 @@ def _train(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], st
 
     found = train.run(run, args.workdir)
     return found, f"step {found['step']}: validation {evaluate.in_words(found)}"
+
+
+def _supervise(run: RunConfig, args: argparse.Namespace) -> NoReturn:
+    del run  # it was checked; the process that is started reads it again
+    from scaletrain import supervise
+
+    started = supervise.Supervisor(args.words, args.workdir, args.retries)
+    sys.exit(started.until_over())
 
 
 def _eval(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -112,6 +120,7 @@ def _config(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], s
 
 COMMANDS = {
     "train": _train,
+    "supervise": _supervise,
     "eval": _eval,
     "generate": _generate,
     "config": _config,
