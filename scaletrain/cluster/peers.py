@@ -130,11 +130,12 @@ class Peers:
                     self._tell({})
                     next_beat = time.monotonic() + self._heartbeat_s / _BEATS
                 wait = self._until(next_beat) - time.monotonic()
-                for key, _ in selector.select(max(wait, 0.0)):
+                # The second look is for what came while this process was stopped: that
+                # this thread is late makes nobody else silent.
+                ready = selector.select(max(wait, 0.0)) or selector.select(0)
+                for key, _ in ready:
                     if not self._listen(key.fileobj):  # pyright: ignore
                         selector.unregister(key.fileobj)
-                # What has come is read by now: that this thread was late, as while a
-                # process is stopped, makes nobody else silent.
                 self._judge()
 
     def _until(self, next_beat: float) -> float:
