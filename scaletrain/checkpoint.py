@@ -244,7 +244,7 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(**arguments))
 
     def check(self) -> None:
-        """Tells of a save in the background that has failed; raises what `save` does."""
+        """Tells of a save that has failed since; raises what `save` does."""
         try:
             self._manager.check_for_errors()
         except _FAILURES as err:

@@ -11,9 +11,10 @@ from typing import Any, NoReturn
 
 from absl import logging
 
-from scaletrain import cluster, config, flags
+from scaletrain import cluster, config, flags, stops
 from scaletrain.config import RunConfig
 from scaletrain.errors import ScaletrainError
+from scaletrain.phases import Phases
 
 
 def main() -> None:
@@ -38,10 +39,12 @@ def main() -> None:
 
 
 def _train(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    _join(run, args)
-    from scaletrain import evaluate, train
-
-    found = train.run(run, args.workdir)
+    stops.catch()
+    phases = Phases()
+    with stops.at_once():
+        _join(run, args)
+        from scaletrain import evaluate, train
+    found = train.run(run, args.workdir, phases)
     return found, f"step {found['step']}: validation {evaluate.in_words(found)}"
 
 

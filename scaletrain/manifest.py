@@ -65,7 +65,7 @@ class Manifest:
             os.fsync(file.fileno())
 
     def damage(self, folder: pathlib.Path, part: int, parts: int) -> list[str]:
-        """Returns what of every `parts`-th file of a folder is not as it was written."""
+        """Returns what of every `parts`-th file is not as it was written."""
         mine, now = sorted(self.files)[part::parts], set(_paths(folder))
         found = [f"{path}: missing" for path in mine if path not in now]
         right = []

@@ -1,7 +1,7 @@
 """What a run is doing now, since when, and how long it did what so far.
 
 One clock serves all who ask: goodput adds up its phases, the watchdog compares the
-present one with those before, and whoever looks at `status.json` of the workdir sees it.
+present one with those before, and whoever looks into `status.json` sees it.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ class Phases:
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock  # monotonic: the time of day may jump
         self._lock = threading.Lock()  # the watchdog reads from its own thread
-        self._open: list[tuple[str, float]] = [("start", 0.0)]  # (name, seconds so far)
+        self._open: list[tuple[str, float]] = [("other", 0.0)]  # (name, seconds so far)
         self._since = self._began = clock()
         self._totals: dict[str, float] = {}
         self._past: dict[str, list[float]] = {}

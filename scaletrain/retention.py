@@ -1,8 +1,8 @@
 """Which checkpoints of a run stay.
 
-Those at multiples of `checkpoint.every_steps`, and that of the last step, are permanent:
-the newest `keep` of them stay. Others, saved by the clock or at a signal, are temporary
-and go as soon as a newer one is whole.
+Those at multiples of `checkpoint.every_steps`, and that of the last step, are
+permanent: the newest `keep` of them stay. Others, saved by the clock or at a signal,
+are temporary and go as soon as a newer one is whole.
 """
 
 from collections.abc import Sequence

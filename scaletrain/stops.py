@@ -1,55 +1,84 @@
 """Requests to stop: the first signal is one, the second ends the process.
 
 Handlers are installed before anything slow begins, jax's import among it, so that a
-signal is never met by the default. Who runs the loop asks between steps; everything
-before the first step asks at its safe points (`at_safe_point`), where nothing is lost.
+signal is never met by the default. The loop asks between steps. Before its first step
+there is nothing to save: inside `at_once` a signal ends the run where it is.
 """
 
+import contextlib
+import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from types import FrameType
 
 from scaletrain.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_caught: list[tuple[int, float]] = []  # process-wide, as signals are
+
+
+class _Requests:
+    """What this process was asked; process-wide, as signals are."""
+
+    def __init__(self) -> None:
+        self.since: float | None = None  # monotonic seconds of the first
+        self.at_once = False
+        self.shared = False  # with other processes, by jax's preemption service
+
+
+_requests = _Requests()
 
 
 def catch() -> None:
     """Makes the first signal a request."""
-    _caught.clear()
+    _requests.__init__()
     for number in SIGNALS:
         signal.signal(number, _request)
 
 
+def share() -> None:
+    """Leaves SIGTERM to the preemption service of jax, which agrees on a step."""
+    _requests.shared = True
+
+
 def _request(number: int, frame: FrameType | None) -> None:
     del frame
-    _caught.append((number, time.monotonic()))
+    if _requests.shared:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return
+    _requests.since = time.monotonic()
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_DFL)
+    if _requests.at_once:
+        raise _interrupted()
     name = signal.Signals(number).name
     print(
-        f"{name}: stopping at the next step; a second signal stops at once",
+        f"{name}: stopping after this step; a second signal stops at once",
         file=sys.stderr,
         flush=True,
     )
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_DFL)
 
 
-def requested() -> bool:
-    """Returns whether this process was asked to stop."""
-    return bool(_caught)
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Lets a signal end what happens inside, since there is nothing to save."""
+    if _requests.since is not None:
+        raise _interrupted()
+    _requests.at_once = True
+    try:
+        yield
+    finally:
+        _requests.at_once = False
 
 
-def waited_s() -> float:
-    """Returns the seconds since it was asked."""
-    return time.monotonic() - _caught[0][1]
+def _interrupted() -> Interrupted:
+    return Interrupted(
+        "stopped by a signal before the first step; there was nothing to save; "
+        "the same command starts again."
+    )
 
 
-def at_safe_point(what: str) -> None:
-    """Raises Interrupted if a stop was requested; nothing is to be saved here."""
-    if _caught:
-        raise Interrupted(
-            f"stopped by a signal {what}; there was nothing to save; "
-            "the same command goes on from there."
-        )
+def since() -> float | None:
+    """Returns when this process was asked to stop, on the monotonic clock."""
+    return _requests.since

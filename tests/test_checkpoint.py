@@ -182,8 +182,8 @@ def test_too_many_failed_saves_end_a_run(tmp_path, told):
             try:
                 checkpoints.save(2, state(2), "text", [])
                 with pytest.raises(CheckpointError, match="Read-only") as raised:
-                    checkpoints.save(3, state(3), "text", [])
-                    checkpoints.save(4, state(4), "text", [])
+                    for step in (3, 4):
+                        checkpoints.save(step, state(step), "text", [])
             finally:
                 subprocess.run([*words[:2], "remount,rw", str(disk)], check=True)
         assert raised.value.exit_code == 1

@@ -18,6 +18,7 @@ class Scripted(Supervisor):
     """Ends as it is told to, leaving checkpoints behind."""
 
     def script(self, *ends):
+        """Says how starts end: the exit code, and the step that is saved."""
         self.ends, self.waits = list(ends), []
         self.sleep = self.waits.append
         return self
