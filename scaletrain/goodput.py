@@ -52,7 +52,7 @@ class Account:
             partial.replace(self._path)
 
     def total(self) -> dict[str, Any]:
-            # What was done beyond the step it went back to is done again.
+        """Returns the seconds of the run by cause; productive is what is not lost."""
         causes: dict[str, float] = {}
         for i, attempt in enumerate(self._attempts):
             after = self._attempts[i + 1] if i + 1 < len(self._attempts) else None

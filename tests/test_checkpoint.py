@@ -173,6 +173,11 @@ def test_a_full_disk_is_told_of_and_may_be_emptied(tmp_path, told):
         assert [p.name for p in (disk / "checkpoints").iterdir()] == ["4"]
 
 
+def save_again(checkpoints):
+    for step in (3, 4):
+        checkpoints.save(step, state(step), "text", [])
+
+
 def test_too_many_failed_saves_end_a_run(tmp_path, told):
     with small_disk(tmp_path / "disk", "1m") as disk:
         saved(disk, 1)
@@ -182,8 +187,7 @@ def test_too_many_failed_saves_end_a_run(tmp_path, told):
             try:
                 checkpoints.save(2, state(2), "text", [])
                 with pytest.raises(CheckpointError, match="Read-only") as raised:
-                    for step in (3, 4):
-                        checkpoints.save(step, state(step), "text", [])
+                    save_again(checkpoints)
             finally:
                 subprocess.run([*words[:2], "remount,rw", str(disk)], check=True)
         assert raised.value.exit_code == 1
