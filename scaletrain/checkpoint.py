@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from scaletrain import config, manifest
+from scaletrain import cluster, config, manifest
 from scaletrain.config import RunConfig
 from scaletrain.errors import CheckpointError
 from scaletrain.manifest import Manifest
@@ -98,12 +98,11 @@ class Checkpoints:
 
     def remove(self, step: int) -> None:
         """Removes a step, which has no name while it is half removed."""
-        if jax.process_index() == 0:
+        if cluster.lead():
             nameless = self.folder / f"{step}.orbax-checkpoint-tmp"
             (self.folder / str(step)).rename(nameless)
             shutil.rmtree(nameless)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"removed {step}")
+        cluster.wait("removal")
         self._manager.reload()
 
     def sound(self) -> int | None:
@@ -154,10 +153,9 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> None:
         """Gives a step a name that is no step's; nothing of it is lost."""
-        if jax.process_index() == 0:
+        if cluster.lead():
             (self.folder / str(step)).rename(self.folder / f"{step}.damaged")
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"set aside {step}")
+        cluster.wait("set aside")
         self._manager.reload()
 
     def save(

@@ -16,9 +16,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-from jax.experimental import multihost_utils
-
+from scaletrain import cluster
 from scaletrain.checkpoint import Checkpoints
 from scaletrain.errors import CheckpointError, DivergedError
 
@@ -82,7 +80,7 @@ class Rollbacks:
     def __init__(
         self, workdir: pathlib.Path, checkpoints: Checkpoints, say: Callable[[str], Any]
     ):
-        """Reads what the workdir says, and clears away what a kill left behind.
+        """Reads what the workdir says.
 
         Raises:
           CheckpointError: `rollbacks.json` is damaged.
@@ -95,7 +93,6 @@ class Rollbacks:
         # A checkpoint that was moved elsewhere alone knows what came before it.
         stored = about["rollbacks"] if about else []
         self.records = max(self.records, stored, key=len)
-        self._clear()
 
     def _read(self) -> list[dict[str, Any]]:
         if not self._path.exists():
@@ -145,13 +142,13 @@ class Rollbacks:
             f"{step + 1} to {why.last} are left out "
             f"({len(self.records)} of optim.max_rollbacks={most})"
         )
-        self._clear()
+        self.clear()
         return step
 
     def _keep(self, records: list[dict[str, Any]]) -> None:
         """Makes the records durable before any process relies on them."""
         self.records = records
-        if jax.process_index() == 0:
+        if cluster.lead():
             partial = self._path.with_suffix(".partial")
             with partial.open("w", encoding="utf-8") as file:
                 json.dump(records, file, indent=1)
@@ -161,11 +158,10 @@ class Rollbacks:
             folder = os.open(self._path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("rollback")
+        cluster.wait("rollback")
 
-    def _clear(self) -> None:
-        """Removes the checkpoints of what was gone back on."""
+    def clear(self) -> None:
+        """Removes the checkpoints of what was gone back on, also before a kill."""
         for step in self._checkpoints.steps():
             since = [i for i, r in enumerate(self.records) if r["step"] < step]
             if since and self._known(step) <= since[-1]:

@@ -72,8 +72,7 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
             with phases("restore"):
                 checkpoints.sound()
                 back = rollbacks.Rollbacks(folder, checkpoints, say)
-                start = checkpoints.latest()
-                _agree(checkpoints, start, corpus)
+                start = _agreed(checkpoints, back, corpus)
                 _leave_settings(folder, run, corpus)
                 say(sharding.table(program.state.params))
                 state = _first(program, checkpoints, start)
@@ -98,14 +97,23 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
                 state = _first(program, checkpoints, start)
 
 
-def _agree(
-    checkpoints: checkpoint.Checkpoints, start: int | None, corpus: data.Corpus
-) -> None:
-    """Compares what the processes have, and this run with the one that began."""
-    cluster.agree({"the newest checkpoint": start, "the data": corpus.fingerprint})
+def _agreed(
+    checkpoints: checkpoint.Checkpoints, back: rollbacks.Rollbacks, corpus: data.Corpus
+) -> int | None:
+    """Returns the step to go on from, which all processes and settings agree on."""
+    cluster.agree(
+        {
+            "the newest checkpoint": checkpoints.latest(),
+            "the data": corpus.fingerprint,
+            "what was left out": back.left_out,
+        }
+    )
+    back.clear()
+    start = checkpoints.latest()
     if start is not None:
         for line in checkpoints.agree(start, corpus.fingerprint):
             say(f"changed since step {start}: {line}")
+    return start
 
 
 def _leave_settings(folder: pathlib.Path, run: RunConfig, corpus: data.Corpus) -> None:

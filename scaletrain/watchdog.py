@@ -71,7 +71,7 @@ class Watchdog:
                 os._exit(Interrupted.exit_code)
 
     def allowed(self, name: str) -> float:
-        """Returns the seconds after which a phase is slow; it hangs after twice that."""
+        """Returns the seconds after which a phase is slow; it ends after twice that."""
         usual = self._phases.usual(name)
         if usual is None:
             return self._limit_s

@@ -18,6 +18,11 @@ from scaletrain.errors import CheckpointError
 from scaletrain.retention import Retention
 from scaletrain.step import TrainState
 
+# Orbax's threads of a save that failed end when they are collected.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
+]
 RUN = small.changed(small.RUN, num_steps=100, checkpoint__every_steps=1)
 
 

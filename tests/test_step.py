@@ -69,7 +69,7 @@ def test_what_is_not_finite_never_reaches_the_state(mode):
     run = small.changed(
         small.RUN,
         mesh=MeshConfig(fsdp=4),
-        optim__spike_sigma=6.0,
+        optim__spike_sigma=3.0,
         optim__spike_window=8,
     )
     if mode != "whole":
