@@ -125,6 +125,11 @@ class Slice:
         return math.prod(self.shape) * self.num_slices
 
     @property
+    def hosts(self) -> int:
+        """Machines that hold the chips."""
+        return math.ceil(self.chips / self.chip.host_chips)
+
+    @property
     def devices(self) -> int:
         """Devices, as jax counts them, of all slices."""
         return round(self.chips / self.chip.chips)
@@ -133,8 +138,7 @@ class Slice:
     def kwargs(self) -> dict[str, Any]:
         """What the compiler is told beside the topology's name."""
         if not self.is_tpu:
-            hosts = -(-self.chips // self.chip.host_chips)
-            grid = f"1x{hosts}x{self.chips // hosts}"
+            grid = f"1x{self.hosts}x{self.chips // self.hosts}"
             return {"topology": grid, "target_config": targets.text(self.generation)}
         found: dict[str, Any] = {"wrap": self._wrap()}
         if self.generation == "v4":
