@@ -3,6 +3,8 @@
 ScaletrainError
 ├── ConfigError      settings or a command line that cannot be honoured
 ├── ShardingError    a mesh or a parameter layout that cannot be honoured
+├── ClusterError     processes that contradict each other
+│   └── LostError    one that does not come or is gone
 ├── DataError        a corpus or a tokenizer that cannot be read as asked
 ├── CheckpointError  a checkpoint that is missing, partial or of another model
 ├── PlanError        a compiler that refuses a program
@@ -33,6 +35,16 @@ class ConfigError(ScaletrainError, ValueError):
 
 class ShardingError(ScaletrainError):
     """A layout that does not fit the mesh."""
+
+
+class ClusterError(ScaletrainError):
+    """Processes that cannot work together as they were started."""
+
+
+class LostError(ClusterError):
+    """A process that is not there."""
+
+    exit_code = 75
 
 
 class DataError(ScaletrainError):

@@ -63,6 +63,10 @@ def _parser() -> _Parser:
         sub.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
         sub.add_argument("--num_processes", type=int, help="with --coordinator")
         sub.add_argument("--process_id", type=int, help="with --coordinator, from 0")
+        sub.add_argument(
+            "--heartbeat", type=float, default=100.0, metavar="SECONDS",
+            help="silence after which a process is lost and all end (default: 100)",
+        )  # fmt: skip
 
     train = command("train", "train, or go on training, in a workdir")
     experiment(train, required=True)

@@ -13,9 +13,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from scaletrain import checkpoint, config, data, evaluate, mesh, metrics, sharding, step
+from scaletrain import (
+    checkpoint,
+    cluster,
+    config,
+    data,
+    evaluate,
+    mesh,
+    metrics,
+    sharding,
+    step,
+)
 from scaletrain.config import RunConfig
 from scaletrain.errors import DivergedError, Interrupted
 from scaletrain.step import Program, TrainState
@@ -50,6 +59,7 @@ def run(run: RunConfig, workdir: str) -> dict[str, Any]:
     checkpoints = checkpoint.Checkpoints(folder, run)
     with jax.set_mesh(grid), contextlib.closing(checkpoints):
         start = checkpoints.latest()
+        cluster.agree({"the newest checkpoint": start, "the data": corpus.fingerprint})
         if start is not None:
             for line in checkpoints.agree(start, corpus.fingerprint):
                 say(f"changed since step {start}: {line}")
@@ -64,12 +74,14 @@ def run(run: RunConfig, workdir: str) -> dict[str, Any]:
 
 
 def prepare(run: RunConfig) -> data.Corpus:
-    """Returns the corpus, read by the first process before the others look for it."""
-    if jax.process_count() == 1:
-        return data.prepare(run, say)
-    corpus = data.prepare(run, say) if jax.process_index() == 0 else None
-    multihost_utils.sync_global_devices("corpus")
-    return corpus or data.prepare(run, say)
+    """Returns the corpus, read by one process of a host before the others look."""
+    corpus = None
+    for turn in range(3):
+        if turn == cluster.turn():
+            corpus = data.prepare(run, say)
+        cluster.wait("corpus")
+    assert corpus is not None, "every process has a turn"
+    return corpus
 
 
 def _leave_settings(folder: pathlib.Path, run: RunConfig, corpus: data.Corpus) -> None:

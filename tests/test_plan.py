@@ -18,7 +18,7 @@ import small
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from scaletrain import chips, config, mesh, metrics, plan, sharding, step
+from scaletrain import chips, config, mesh, metrics, sharding, step
 from scaletrain.config import MeshConfig
 from scaletrain.errors import ConfigError
 from scaletrain.models import attention
@@ -31,6 +31,7 @@ from scaletrain.plan import (
     launch,
     memory,
     record,
+    report,
     search,
     slices,
     timing,
@@ -65,6 +66,7 @@ RUN = small.changed(
         ("v5p:4x4x4", "v5p:4x4x4", 64, 64),
         ("v5p-128", "v5p:4x4x4", 64, 64),
         ("v5litepod-256", "v5e:16x16", 256, 256),
+        ("v5p-512", "v5p:4x8x8", 256, 256),  # of its size the squarest
         ("v6e-8", "v6e:2x4", 8, 8),
         ("tpu7x:4x4x4", "tpu7x:4x4x4", 64, 128),
         ("h100:8", "h100:8", 8, 8),
@@ -329,7 +331,7 @@ def test_what_does_not_fit_comes_with_what_would():
     for remedy in found["remedies"]:
         assert remedy["fits"]
         assert remedy["overrides"]
-    words = plan.in_words(found)
+    words = report.in_words(found)
     assert "DOES NOT FIT" in words
     assert "Changes that make it fit" in words
 
@@ -349,7 +351,7 @@ def test_a_plan_holds_what_it_promises():
     assert found["hours"] == pytest.approx(
         1e9 / (4 * found["tokens_per_s_per_chip"]) / 3600
     )
-    words = plan.in_words(found)
+    words = report.in_words(found)
     assert "launch/tpu_vm.sh --topology=v5e:2x2 -- --config=x.py" in words
     assert "GiB to spare" in words
 
@@ -452,7 +454,7 @@ def test_slices_are_compared():
         "v5p:2x2x1", "v5e:2x2", "v4:2x2x1",
     ]  # fmt: skip
     assert record.unbeaten(records) == [True, True, False]
-    words = plan.in_words(found["slices"][0] | found)
+    words = report.in_words(found["slices"][0] | found)
     assert "greenest: v5e:2x2" in words
 
 

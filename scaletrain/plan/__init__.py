@@ -6,8 +6,3 @@ estimate  the same, by hand              hlo, memory, timing  reading its report
 cost      money, energy, carbon          record    the plan under its keys
 launch    the command to run             report    the plan in words
 """
-
-from scaletrain.plan.command import request, run
-from scaletrain.plan.report import in_words
-
-__all__ = ["in_words", "request", "run"]

@@ -65,7 +65,7 @@ def _time(found: Record) -> Iterator[str]:
     )
     whole = found["step_time_s"]
     for name, seconds in found["time_by_class"].items():
-        words = {"communication": "communication, exposed"}.get(name, name)
+        words = "communication, exposed" if name == "communication" else name
         if seconds:
             yield (
                 f"  {words.replace('_', ' '):<28}{seconds:9.3f} s "
