@@ -173,9 +173,7 @@ def _splash_here(
         else splash.CausalMask((T, T))
     )
     block = math.gcd(T, _splash_block())
-    queries = {"use_fused_bwd_kernel": True}
-    if T // block > SPLASH_COPIES:
-        queries = {"block_q_dq": block, "block_kv_dq": block}
+    apart = block if T // block > SPLASH_COPIES else None
     kernel = splash.make_splash_mha(
         splash.MultiHeadMask([one] * N),
         block_sizes=splash.BlockSizes(
@@ -185,7 +183,9 @@ def _splash_here(
             block_q_dkv=block,
             block_kv_dkv=block,
             block_kv_dkv_compute=block,
-            **queries,
+            block_q_dq=apart,
+            block_kv_dq=apart,
+            use_fused_bwd_kernel=apart is None,
         ),
         head_shards=1,
         q_seq_shards=1,
