@@ -9,7 +9,7 @@ ScaletrainError
 ├── CheckpointError  a checkpoint that is missing, partial or of another model
 ├── PlanError        a compiler that refuses a program
 ├── BenchError       a step that the devices cannot hold
-├── DivergedError    the numbers stopped being finite
+├── DivergedError    no update is sound any more
 └── Interrupted      a signal arrived; everything is saved
 
 `exit_code` is what the process ends with. Programmer errors are `assert`s.
@@ -68,7 +68,7 @@ class BenchError(ScaletrainError):
 
 
 class DivergedError(ScaletrainError):
-    """Training that no longer produces finite numbers."""
+    """Training whose updates are all left out, however often it goes back."""
 
     exit_code = 1
 
