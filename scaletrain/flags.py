@@ -216,6 +216,7 @@ def read(argv: list[str]) -> tuple[argparse.Namespace, config.RunConfig]:
         near = difflib.get_close_matches(arg.partition("=")[0], known, 1)
         hint = f"did you mean {near[0]}?" if near else f"see {args.command} --help."
         problems.append(f"{arg}; not an option of {args.command}; {hint}")
+    args.overrides = overrides
     if args.command == "bench":
         problems += _bench_problems(args)
     try:
@@ -246,8 +247,7 @@ def _supervised(argv: list[str]) -> tuple[argparse.Namespace, config.RunConfig]:
 def _load(
     args: argparse.Namespace, overrides: list[tuple[str, str]]
 ) -> config.RunConfig:
-    if args.command == "import":
-        args.overrides = overrides  # of settings that its config.json gives
+    if args.command == "import":  # its config.json gives the settings
         return config.RunConfig()
     if vars(args).get("save_logits") and not args.tokens:
         raise ConfigError(

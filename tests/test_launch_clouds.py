@@ -316,6 +316,10 @@ def test_slurm_starts_a_task_a_node(checkout, desk):
     done = launch(checkout, desk, "slurm.sbatch", "--dry-run", *TRAIN, **env, **there)
     assert done.returncode == 2
     assert "32 devices, and the mesh has 64" in done.stderr
+    env["SLURM_GPUS_ON_NODE"] = ""
+    done = launch(checkout, desk, "slurm.sbatch", "--dry-run", *TRAIN, **env, **there)
+    assert done.returncode == 2
+    assert "start it with sbatch" in done.stderr
 
 
 def test_sky_trains_on_every_node(checkout, tmp_path):
