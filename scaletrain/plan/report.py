@@ -106,5 +106,11 @@ def _table(records: list[Record]) -> Iterator[str]:
             f"  {mark} {each['step_time_s']:8.3f}{each['hbm_peak_bytes'] / _GIB:8.1f}"
             f"{each['tokens_per_s_per_chip']:15,.0f}{each['cost_usd']:13,.0f}"
             f"{each['co2e_kg']:13,.0f}  {each['topology']} "
-            + (" ".join(search.flags(each["overrides"])) or "(as given)")
+            + (_changed(each) or "(as given)")
         )
+
+
+def _changed(each: Record) -> str:
+    """Returns the overrides of a plan without the part that all have."""
+    words = search.flags(each["overrides"])
+    return " ".join(word.removeprefix("--config.") for word in words)
