@@ -14,14 +14,18 @@ def in_words(found: Record) -> str:
     for title, key in (
         ("Layouts, best first", "candidates"),
         ("Changes that make it fit", "remedies"),
+        ("Changes that were tried, none enough", "tried"),
         ("Slices, best first", "slices"),
     ):
         if found.get(key):
             lines += ["", f"{title} ({_MARKS}):", *_table(found[key])]
     if found.get("slices") and found["fastest"]:
         lines += ["", *(f"{each}: {found[each]}" for each in record.BEST)]
-    if not found["fits"] and not found.get("remedies", True):
-        lines += ["", "No single change that was tried makes it fit; try --search."]
+    if found.get("tried"):
+        lines += [
+            "",
+            "Try --search, a larger slice, or a smaller batch_size or seq_len.",
+        ]
     if found["fits"]:
         lines += ["", "Run it:", f"  {found['command']}"]
     return "\n".join(lines)
