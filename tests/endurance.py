@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,7 +42,7 @@ _LIMIT_S = 120.0  # for an attempt to reach a phase, or its end
 _KILLS = 12  # of one run, if it does not end before
 
 
-def run_of(cache: pathlib.Path) -> RunConfig:
+def run_of(folder: pathlib.Path, texts: pathlib.Path) -> RunConfig:
     """Returns the run: real text, float32, saves and evaluations every few steps."""
     return small.changed(
         small.RUN,
@@ -54,9 +55,9 @@ def run_of(cache: pathlib.Path) -> RunConfig:
         eval__num_batches=2,
         data=DataConfig(
             source="files",
-            path=str(ROOT / "tests" / "test_[m-s]*.py"),
+            path=str(texts / "*.py"),
             validation_fraction=0.2,
-            cache_dir=str(cache),
+            cache_dir=str(folder / "cache"),
         ),
     )
 
@@ -70,7 +71,7 @@ class Attempt:
 
     def __enter__(self) -> "Attempt":
         folder = self.workdir.parent
-        run = small.changed(run_of(folder / "cache"), mesh=self.mesh)
+        run = small.changed(run_of(folder, folder.parent / "texts"), mesh=self.mesh)
         settings = folder / "run.json"
         settings.write_text(config.to_json(run))
         words = [f"--config={settings}", f"--workdir={self.workdir}"]
@@ -196,6 +197,9 @@ def kills(
     count: int, rng: random.Random, folder: pathlib.Path
 ) -> Iterator[tuple[str, str, int]]:
     """Yields (phase, signal, step) of `count` kills; what they leave was compared."""
+    texts = _made(folder / "texts")  # of its own: an edited file is another corpus
+    for path in (ROOT / "tests").glob("test_[m-s]*.py"):
+        shutil.copy(path, texts)
     workdir = _made(folder / "straight") / "run"
     with Attempt(workdir, MESHES[1]) as straight:
         straight.finish()
