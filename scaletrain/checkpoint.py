@@ -26,6 +26,7 @@ from scaletrain.errors import CheckpointError
 from scaletrain.step import TrainState
 
 Tree = Any
+_REST = ("step", "key", "opt_state", "amax")  # of a state, beside its parameters
 _CHUNK_BYTES = 2**24  # of an import's arrays
 
 
@@ -75,7 +76,7 @@ class Checkpoints:
           CheckpointError: this save could not start, or the one before it failed.
         """
         self.check()
-        rest = {"step": state.step, "key": state.key, "opt_state": state.opt_state}
+        rest = {name: getattr(state, name) for name in _REST}
         self._save(
             step,
             {"fingerprint": data_fingerprint, "next_step": step},
@@ -185,7 +186,7 @@ class Checkpoints:
           CheckpointError: a leaf is missing, unknown or of another shape.
         """
         params = self.restore_params(step, state.params)
-        rest = {"step": state.step, "key": state.key, "opt_state": state.opt_state}
+        rest = {name: getattr(state, name) for name in _REST}
         rest = self._restore(step, "rest", rest)
         return dataclasses.replace(state, params=params, **rest)
 

@@ -39,6 +39,8 @@ from scaletrain.config.schema import (
     RunConfig,
     adapted,
     leaves,
+    named,
+    quantised,
 )
 
 __all__ = [
@@ -65,8 +67,10 @@ __all__ = [
     "leaves",
     "load",
     "mesh_size",
+    "named",
     "override",
     "problems",
+    "quantised",
     "replaced",
     "resolve",
     "to_config_dict",
