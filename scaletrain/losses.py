@@ -77,15 +77,6 @@ def _backward(head, gradients, cotangents):
 head_loss.defvjp(_forward, _backward)
 
 
-def _mesh_axes(*logical: str) -> tuple[str, ...]:
-    """Returns the mesh axes that split these logical axes."""
-    entries = (
-        (entry,) if isinstance(entry, str) else entry or ()
-        for entry in sharding.spec(*logical)
-    )
-    return tuple(axis for entry in entries for axis in entry)
-
-
 def _spread(
     head: Head, learns: bool, x_BTD: Any, w: Any, targets_BT: Any, weights_BT: Any
 ) -> tuple[tuple[Any, LossSums], tuple[Any, Any]]:
@@ -97,8 +88,8 @@ def _spread(
     here = functools.partial(_here, head, learns)
     if jax.sharding.get_abstract_mesh().empty:
         return here((), (), (), x_BTD, w, targets_BT, weights_BT)
-    rows, embed = _mesh_axes("batch", "tokens"), _mesh_axes("embed")
-    here = functools.partial(here, rows, embed, _mesh_axes("vocab"))
+    rows, embed = sharding.mesh_axes("batch", "tokens"), sharding.mesh_axes("embed")
+    here = functools.partial(here, rows, embed, sharding.mesh_axes("vocab"))
     x_spec, batch = (
         sharding.spec("batch", "tokens", "residual"),
         sharding.spec("batch", "tokens"),

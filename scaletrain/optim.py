@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from scaletrain.config import OptimConfig, RunConfig
+from scaletrain.config import MAX_SPIKE_WINDOW, OptimConfig, RunConfig
 
 Tree = Any  # nested dicts mirroring the parameters
 MUON_RMS = 0.2  # update size that lets Muon use AdamW's rates (arXiv 2502.16982, 2.2)
@@ -34,8 +34,11 @@ class GuardState(NamedTuple):
     inner: Any
     loss: Float[Array, ""]  # nats per token
     grad_norm: Float[Array, ""]  # of the mean gradient, before clipping
+    limits: Float[Array, "2"]  # what loss and grad_norm were not to exceed
     skipped_in_a_row: Int[Array, ""]
     skipped: Int[Array, ""]
+    applied: Int[Array, ""]
+    recent: Float[Array, "W 2"]  # loss and grad_norm of updates applied, a ring
 
 
 def schedule(run: RunConfig) -> optax.Schedule:
@@ -139,14 +142,19 @@ def optimizer(run: RunConfig, logical: Tree) -> optax.GradientTransformation:
         optax.add_decayed_weights(o.weight_decay, mask=decays),
         optax.scale_by_learning_rate(schedule(run)),
     ]
-    tx = guarded(optax.chain(*parts))
+    tx = guarded(optax.chain(*parts), o.spike_sigma, o.spike_window)
     if o.accumulate == "multi_steps":
         tx = _accumulated(tx, run.accumulate_steps)
     return tx
 
 
-def guarded(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns `inner` fed with means over tokens and spared what is not finite.
+def guarded(
+    inner: optax.GradientTransformation, sigma: float = 0.0, window: int = 128
+) -> optax.GradientTransformation:
+    """Returns `inner` fed with means over tokens and spared what is not sound.
+
+    What is not finite is left out, and with `sigma` a loss or gradient norm that many
+    standard deviations above its mean over the last `window` updates that were applied.
 
     `optax.apply_if_finite` decides with a branch, which keeps XLA from fusing the
     update into the gradient, and gives in after a while; this selects, and never does.
@@ -154,21 +162,49 @@ def guarded(inner: optax.GradientTransformation) -> optax.GradientTransformation
 
     def init(sums: Sums) -> GuardState:
         zero, count = jnp.zeros(()), jnp.zeros((), jnp.int32)
-        return GuardState(inner.init(sums.params), zero, zero, count, count)
+        limits, recent = jnp.full(2, jnp.inf), jnp.zeros((MAX_SPIKE_WINDOW, 2))
+        state = inner.init(sums.params)
+        return GuardState(state, zero, zero, limits, count, count, count, recent)
 
     def update(sums: Sums, state: GuardState, params: Sums) -> tuple[Sums, GuardState]:
         weight = jnp.maximum(sums.weight, 1)
         mean = jax.tree.map(lambda g: (g / weight).astype(g.dtype), sums.params)
         loss, norm = sums.loss / weight, optax.tree.norm(mean)
-        good = (sums.bad == 0) & jnp.isfinite(loss) & jnp.isfinite(norm)
+        seen, limits = jnp.stack([loss, norm]), _limits(state, sigma, window)
+        # An infinite limit does not make an infinite loss a sound one.
+        good = (sums.bad == 0) & jnp.all(jnp.isfinite(seen) & (seen <= limits))
         updates, new = inner.update(mean, state.inner, params.params)
         updates = jax.tree.map(lambda u: jnp.where(good, u, 0), updates)
         new = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, state.inner)
-        in_a_row = jnp.where(good, 0, state.skipped_in_a_row + 1)
-        guard = GuardState(new, loss, norm, in_a_row, state.skipped + (~good))
+        place = state.applied % MAX_SPIKE_WINDOW
+        guard = GuardState(
+            inner=new,
+            loss=loss,
+            grad_norm=norm,
+            limits=limits,
+            skipped_in_a_row=jnp.where(good, 0, state.skipped_in_a_row + 1),
+            skipped=state.skipped + ~good,
+            applied=state.applied + good,
+            recent=jnp.where(good, state.recent.at[place].set(seen), state.recent),
+        )
         return jax.tree.map(jnp.zeros_like, sums)._replace(params=updates), guard
 
     return optax.GradientTransformation(cast(Any, init), cast(Any, update))
+
+
+def _limits(state: GuardState, sigma: float, window: int) -> Float[Array, "2"]:
+    """Returns mean + sigma x standard deviation; infinite until the window is full.
+
+    All of the ring is kept whatever the window, so that both settings may change
+    between two attempts at a run.
+    """
+    if not sigma:
+        return jnp.full(2, jnp.inf)
+    age_W = (state.applied - 1 - jnp.arange(MAX_SPIKE_WINDOW)) % MAX_SPIKE_WINDOW
+    inside_W1 = (age_W < window)[:, None]
+    mean = jnp.mean(state.recent, axis=0, where=inside_W1)
+    limits = mean + sigma * jnp.std(state.recent, axis=0, where=inside_W1)
+    return jnp.where(state.applied >= window, limits, jnp.inf)
 
 
 def _accumulated(

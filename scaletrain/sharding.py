@@ -72,6 +72,18 @@ def spec(*axes: str, rules: Rules = RULES) -> jax.P:
     return jax.P(*entries)
 
 
+def mesh_axes(*axes: str) -> tuple[str, ...]:
+    """Returns the mesh axes that split a tensor with these logical axes."""
+    entries = ((e,) if isinstance(e, str) else e or () for e in spec(*axes))
+    return tuple(axis for entry in entries for axis in entry)
+
+
+def platform() -> str:
+    """Returns the kind of the devices of the mesh in use; "" where it has none."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else ""
+
+
 def axis_size(name: str) -> int:
     """Returns the size of an axis of the mesh in use, 1 without one."""
     return jax.sharding.get_abstract_mesh().shape.get(name, 1)

@@ -94,6 +94,8 @@ def train_step(
     metrics = {
         "loss": guard.loss,
         "grad_norm": guard.grad_norm,
+        "loss_limit": guard.limits[0],
+        "grad_norm_limit": guard.limits[1],
         "learning_rate": rate,
         "tokens": sums.weight,
         "skipped": guard.skipped,

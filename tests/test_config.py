@@ -171,6 +171,10 @@ BROKEN = [
         {"optim__schedule": "wsd", "optim__decay_steps": 15, "optim__warmup_steps": 6},
         "optim.decay_steps=15; with optim.warmup_steps=6",
     ),
+    (
+        {"optim__spike_window": 64},
+        "optim.spike_window=64; no effect with optim.spike_s",
+    ),
     ({"optim__decay_steps": 5}, "optim.decay_steps=5; no effect"),
     ({"optim__schedule": "constant", "optim__final_ratio": 0.5}, "final_ratio=0.5; no"),
     ({"optim__b1": 1.0}, "optim.b1=1; the average would never move"),

@@ -26,6 +26,10 @@ class Numbers:
     def __len__(self):
         return self.length
 
+    def documents(self, index):
+        """Returns two ids that no other number has."""
+        return [10 * index, 10 * index + 5]
+
     def __getitem__(self, index):
         self.read.add(index)
         row = blank(SEQ_LEN)
@@ -42,6 +46,7 @@ def steps(
     batch_size=5,
     rows: Sequence[int] = range(5),
     start_step=0,
+    left_out=(),
 ):
     """Returns [count, len(rows)], the numbers of the sequences in the batches."""
     batches = data.training_batches(
@@ -50,6 +55,7 @@ def steps(
         batch_size=batch_size,
         rows=rows,
         start_step=start_step,
+        left_out=left_out,
     )
     return np.stack([b["tokens"][:, 0] for b in itertools.islice(batches, count)])
 
@@ -91,6 +97,28 @@ def test_a_batch_in_parts_is_the_batch():
 def test_a_late_start_reads_what_would_have_come(start_step):
     expected = steps(start_step + 6)[start_step:]
     np.testing.assert_array_equal(steps(6, start_step=start_step), expected)
+
+
+@pytest.mark.parametrize("start_step", [0, 2, 3, 9])
+def test_batches_left_out_are_never_read(start_step):
+    straight = steps(30)
+    wanted = np.delete(straight, [3, 4, 9], axis=0)[start_step : start_step + 12]
+    left_out = ((3, 2), (7, 1))
+    found = steps(12, start_step=start_step, left_out=left_out)
+    np.testing.assert_array_equal(found, wanted)
+    # What is left out from one step on adds up: the second time there, one more.
+    twice = steps(4, left_out=((2, 1), (2, 3)))
+    np.testing.assert_array_equal(twice, straight[[0, 1, 6, 7]])
+
+
+def test_documents_are_those_of_the_batch():
+    straight = steps(12, seed=5)
+    for step in (0, 3, 7):
+        numbers = straight[step + (3 if step >= 3 else 0)]
+        found = data.training_documents(
+            Numbers(23), seed=5, batch_size=5, step=step, left_out=((3, 3),)
+        )
+        assert found == sorted({d for n in numbers for d in Numbers(23).documents(n)})
 
 
 def test_a_late_start_reads_nothing_before():

@@ -22,6 +22,7 @@ from scaletrain import data
 from scaletrain.config import rules
 from scaletrain.config.schema import DataConfig, ModelConfig, RunConfig
 from scaletrain.data import cache, tokenizers
+from scaletrain.data.blocks import Stream
 from scaletrain.data.chats import ChatTemplate, messages_of
 from scaletrain.data.sequences import blank
 from scaletrain.data.tokenise import split_of
@@ -414,6 +415,11 @@ def test_windows_are_whole_conversations(run, tmp_path, given, split, seq_len):
             assert example[name].dtype == values.dtype
             assert example[name].tolist() == values.tolist()
         assert example["weights"].sum() > 0
+        whole = corpus.splits[split]
+        stream = Stream(whole.path, whole.num_tokens, whole.dtype)
+        for (ids, _), begin in zip(window, found.documents(index), strict=True):
+            tokens = stream.window(begin, begin + len(ids)) & (2**31 - 1)
+            assert tokens.tolist() == ids
     for index in (-1, len(found)):
         with pytest.raises(IndexError):
             found[index]

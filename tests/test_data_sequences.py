@@ -109,6 +109,19 @@ def test_a_training_split_shorter_than_one_window_is_refused(corpus):
         data.sequences(corpus, "test", longest)
 
 
+def test_documents_are_where_they_begin_in_the_stream(corpus):
+    stream = naive_stream("train")
+    found = data.sequences(corpus, "train", make_run())
+    assert max(LENGTHS) > BLOCK  # some begin more than a block before an example
+    begin, begins = 0, []
+    for place, token in enumerate(stream):
+        begin = place if token == 256 else begin
+        begins.append(begin)
+    for index in range(len(found)):
+        wanted = sorted(set(begins[index * 50 : (index + 1) * 50]))
+        assert found.documents(index) == wanted
+
+
 def test_threads_and_pickles_read_the_same(corpus):
     found = data.sequences(corpus, "train", make_run())
     expected = [found[i]["tokens"] for i in range(len(found))]

@@ -170,3 +170,79 @@ def test_clipping_bounds_the_gradient():
     moved = jax.tree.map(lambda a, b: a - b, before, jax.device_get(taken.state.params))
     assert numbers["grad_norm"] > 0.5
     np.testing.assert_allclose(optax.tree.norm(moved), 0.5, rtol=1e-4)
+
+
+def guarded_by(pairs, *, sigma, window, state=None):
+    """Returns what a guard applied of updates with these (loss, gradient) pairs."""
+    tx = optim.guarded(optax.identity(), sigma, window)
+    params = {"w": jnp.zeros(())}
+    state = tx.init(optim.as_sums(params)) if state is None else state
+
+    @jax.jit
+    def step(state, pair):
+        # Two tokens: what arrives are sums.
+        sums = optim.Sums(
+            {"w": 2 * pair[1]}, 2 * pair[0], jnp.array(2.0), jnp.zeros(())
+        )
+        updates, state = tx.update(sums, state, optim.as_sums(params))
+        return state, (updates.params["w"], state.limits)
+
+    state, (applied, limits) = jax.lax.scan(step, state, jnp.asarray(pairs))
+    return np.asarray(applied), np.asarray(limits), state
+
+
+def judged(pairs, sigma, window):
+    """Returns which pairs numpy would apply, and their limits, in float64."""
+    good, verdicts, limits = [], [], []
+    for pair in pairs.astype(np.float64):
+        limit = np.full(2, np.inf)
+        if len(good) >= window:
+            last = np.array(good[-window:])
+            limit = last.mean(axis=0) + sigma * last.std(axis=0)
+        verdicts.append(bool(np.all(np.isfinite(pair) & (pair <= limit))))
+        limits.append(limit)
+        if verdicts[-1]:
+            good.append(pair)
+    return np.array(verdicts), np.array(limits)
+
+
+@pytest.mark.parametrize(("sigma", "window"), [(6.0, 128), (2.0, 16), (3.0, 1024)])
+def test_spikes_are_what_numpy_says(sigma, window):
+    """Over more updates than the ring holds, with spikes and what is not finite."""
+    rng = np.random.default_rng(window)
+    pairs = np.abs(rng.normal((3, 1), (0.3, 0.1), (1500, 2))).astype(np.float32)
+    pairs[:, 0] += np.linspace(2, 0, 1500)  # a loss that falls, as losses do
+    pairs[rng.random(1500) < 0.02, 0] *= 4
+    pairs[rng.random(1500) < 0.02, 1] *= 40
+    pairs[rng.random(1500) < 0.01, 1] = np.nan
+    pairs[rng.random(1500) < 0.01, 0] = np.inf
+    verdicts, wanted = judged(pairs, sigma, window)
+    applied, limits, state = guarded_by(pairs, sigma=sigma, window=window)
+    np.testing.assert_array_equal(applied, np.where(verdicts, pairs[:, 1], 0))
+    np.testing.assert_allclose(limits, wanted, rtol=1e-5)
+    assert int(state.skipped) == (~verdicts).sum() > 20
+    assert int(state.applied) == verdicts.sum()
+    finite = np.isfinite(pairs).all(axis=1)
+    assert (finite & ~verdicts).sum() > 5
+
+
+def test_nothing_is_a_spike_before_the_window_is_full():
+    rise = np.stack([np.geomspace(1, 1e6, 17)] * 2, axis=1).astype(np.float32)
+    applied, limits, state = guarded_by(rise, sigma=2.0, window=16)
+    assert (applied != 0).tolist() == [True] * 16 + [False]
+    assert np.isinf(limits[:16]).all()
+    # Without a limit nothing finite is left out; what was seen is kept all the same,
+    # so that a run that goes on with one has a full window.
+    applied, limits, state = guarded_by(rise, sigma=0.0, window=16)
+    assert applied.all()
+    assert np.isinf(limits).all()
+    *_, state = guarded_by(1e9 * rise[:1], sigma=2.0, window=16, state=state)
+    assert int(state.skipped) == 1
+
+
+def test_a_level_that_shifts_for_good_is_skipped_in_a_row():
+    level = np.ones((40, 2), np.float32)
+    level[::2] += 0.1
+    level[30:] += 1
+    *_, state = guarded_by(level, sigma=6.0, window=16)
+    assert (int(state.skipped), int(state.skipped_in_a_row)) == (10, 10)

@@ -393,6 +393,7 @@ def _unused(run: RunConfig) -> Iterator[str]:
     for path, switch in (
         ("model.global_every", "model.sliding_window"),
         ("model.rope.local_base", "model.sliding_window"),
+        ("optim.spike_window", "optim.spike_sigma"),
         ("lora.alpha", "lora.rank"),
         ("lora.targets", "lora.rank"),
     ):

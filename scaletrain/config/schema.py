@@ -121,6 +121,9 @@ class LoraConfig:
     targets: tuple[str, ...] = ("attention/*", "mlp/*")  # of LINEARS, * and ? allowed
 
 
+MAX_SPIKE_WINDOW = 1024  # updates the optimizer's state remembers
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """The optimizer, its schedule and what happens to a gradient before it."""
@@ -141,7 +144,9 @@ class OptimConfig:
     clip_norm: float = setting(1.0, least=0.0)  # global norm; 0 = off
     z_loss: float = setting(0.0, least=0.0)  # weight of log(Z)^2; 0 = off
     accumulate: str = setting("microbatch", choices=("microbatch", "multi_steps"))
-    max_skipped_steps: int = setting(5, least=1)  # non-finite in a row before giving up
+    spike_sigma: float = setting(0.0, least=0.0)  # std above the mean; 0 = no limit
+    spike_window: int = setting(128, least=8, most=MAX_SPIKE_WINDOW)  # updates
+    max_skipped_steps: int = setting(5, least=1)  # in a row before giving up
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

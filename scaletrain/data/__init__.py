@@ -10,7 +10,11 @@
 What is imported here is all that the rest of scaletrain uses.
 """
 
-from scaletrain.data.batches import training_batches, validation_batches
+from scaletrain.data.batches import (
+    training_batches,
+    training_documents,
+    validation_batches,
+)
 from scaletrain.data.cache import Corpus, Split, baselines, prepare
 from scaletrain.data.sequences import Sequences, sequences
 from scaletrain.data.tokenizers import Tokenizer, load_tokenizer, read_tokenizer
@@ -26,5 +30,6 @@ __all__ = [
     "read_tokenizer",
     "sequences",
     "training_batches",
+    "training_documents",
     "validation_batches",
 ]

@@ -1,4 +1,4 @@
-"""Batches: the one of step s is a pure function of (seed, s).
+"""Batches: the one of step s is a pure function of (seed, s) and of what was left out.
 
 How many processes read it, where reading began and how many steps share an optimizer
 update change nothing: a process asks for rows by their number in the global batch and
@@ -25,13 +25,15 @@ def training_batches(
     batch_size: int,
     rows: Sequence[int],
     start_step: int = 0,
+    left_out: Sequence[tuple[int, int]] = (),
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields `rows` of the batches from `start_step` on, without end.
 
     Row r of step s is element s * batch_size + r of all sequences shuffled globally and
-    repeated. Each epoch has its own order: Grain shuffles epoch e with seed + e, so
-    two runs whose seeds differ by one meet the same orders one epoch apart. A batch
-    may reach into the next epoch. Starting late costs nothing.
+    repeated, further on by what was left out until then. Each epoch has its own order:
+    Grain shuffles epoch e with seed + e, so two runs whose seeds differ by one meet the
+    same orders one epoch apart. A batch may reach into the next epoch. Starting late
+    costs nothing.
 
     Args:
       sequences: what to draw from.
@@ -39,10 +41,30 @@ def training_batches(
       batch_size: sequences in the global batch.
       rows: the numbers this process wants of [0, batch_size), in any order.
       start_step: the first step to read, from 0.
+      left_out: (step, batches): the steps from that one on do without these batches.
     """
     shuffled = grain.MapDataset.source(sequences).shuffle(seed).repeat()
-    picked = _Rows(shuffled, sequences.seq_len, batch_size, rows, _ENDLESS)
+    picked = _Rows(shuffled, sequences.seq_len, batch_size, rows, _ENDLESS, left_out)
     return _stacked(picked, start_step)
+
+
+def training_documents(
+    sequences: Sequences,
+    *,
+    seed: int,
+    batch_size: int,
+    step: int,
+    left_out: Sequence[tuple[int, int]] = (),
+) -> list[int]:
+    """Returns the ids of the documents in the batch of a step, see `Sequences`."""
+    order: Any = grain.MapDataset.range(len(sequences)).shuffle(seed).repeat()
+    first = _batch_of(step, left_out) * batch_size
+    numbers = {int(order[first + row]) for row in range(batch_size)}
+    return sorted({i for number in numbers for i in sequences.documents(number)})
+
+
+def _batch_of(step: int, left_out: Sequence[tuple[int, int]]) -> int:
+    return step + sum(batches for first, batches in left_out if first <= step)
 
 
 def validation_batches(
@@ -74,18 +96,21 @@ class _Rows:
         batch_size: int,
         rows: Sequence[int],
         num_batches: int,
+        left_out: Sequence[tuple[int, int]] = (),
     ):
         assert rows, "a process without rows has nothing to wait for"
         assert all(0 <= row < batch_size for row in rows)
         self._source, self._seq_len, self._batch_size = source, seq_len, batch_size
         self.rows, self._num_batches = tuple(int(row) for row in rows), num_batches
+        self._left_out = tuple(left_out)
 
     def __len__(self) -> int:
         return self._num_batches * len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         step, place = divmod(index, len(self.rows))
-        element = step * self._batch_size + self.rows[place]
+        batch = _batch_of(step, self._left_out)
+        element = batch * self._batch_size + self.rows[place]
         if element >= len(self._source):
             return blank(self._seq_len)
         return self._source[element]

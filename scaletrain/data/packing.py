@@ -95,6 +95,10 @@ class Windows:
             found.append((tokens & (2**31 - 1), tokens < 0))
         return found
 
+    def starts(self, index: int) -> list[int]:
+        """Returns where in the stream the conversations of a window begin."""
+        return self._starts[self._firsts[index] : self._firsts[index + 1]].tolist()
+
 
 def _load(path: pathlib.Path, name: str) -> np.ndarray:
     path = path.with_suffix(f".{name}.npy")

@@ -5,7 +5,7 @@ from typing import Protocol
 import numpy as np
 
 from scaletrain.config.schema import RunConfig
-from scaletrain.data.blocks import Stream
+from scaletrain.data.blocks import BLOCK, Stream
 from scaletrain.data.cache import Corpus, Split
 from scaletrain.data.packing import Windows
 from scaletrain.errors import DataError
@@ -30,6 +30,10 @@ class Sequences(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
+
+    def documents(self, index: int) -> list[int]:
+        """Returns ids of an example's documents: where in the stream they begin."""
+        ...
 
 
 def sequences(corpus: Corpus, split: str, run: RunConfig) -> Sequences:
@@ -84,6 +88,21 @@ class StreamSequences:
         stop = min(start + self.seq_len + 1, self._num_tokens)
         return _example(self._stream.window(start, stop), self._end_id, self.seq_len)
 
+    def documents(self, index: int) -> list[int]:
+        """Returns the places of the ends of text that open them, in order."""
+        start = index * self.seq_len
+        stop = min(start + self.seq_len, self._num_tokens - 1)
+        ends = np.flatnonzero(self._stream.window(start, stop) == self._end_id) + start
+        found = [int(end) for end in ends]
+        if found[:1] == [start]:
+            return found
+        # The stream begins with an end of text: the search backwards finds one.
+        while True:
+            start, stop = max(start - BLOCK, 0), start
+            before = np.flatnonzero(self._stream.window(start, stop) == self._end_id)
+            if len(before):
+                return [start + int(before[-1]), *found]
+
 
 class ChatSequences:
     """Example i is window i; a conversation is a segment, its answers are predicted."""
@@ -118,6 +137,10 @@ class ChatSequences:
             start = places.stop
         return example
 
+    def documents(self, index: int) -> list[int]:
+        """Returns the places of the first tokens of its conversations, in order."""
+        return self._windows.starts(index)
+
 
 class RandomSequences:
     """Uniform random tokens: nothing to learn, nothing to read, nothing to wait for."""
@@ -140,6 +163,10 @@ class RandomSequences:
         rng = np.random.default_rng((self._seed, self._first + index))
         window = rng.integers(0, self._vocab_size, self.seq_len + 1, dtype=np.int32)
         return _example(window, -1, self.seq_len)
+
+    def documents(self, index: int) -> list[int]:
+        """Returns its number: there is no stream, and an example is a document."""
+        return [index]
 
 
 def _example(window: np.ndarray, end_id: int, seq_len: int) -> dict[str, np.ndarray]:

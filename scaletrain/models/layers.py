@@ -24,6 +24,7 @@ from scaletrain.config import (
     adapted,
     quantised,
 )
+from scaletrain.kernels.norm import LARGEST, add_norm
 from scaletrain.models.attention import Scores, attend
 from scaletrain.models.lowbits import project_fp8
 from scaletrain.sharding import constrain, param
@@ -288,6 +289,21 @@ class Norm(nnx.Module):
         if self.bias is not None:
             wide += self.bias[...].astype(wide.dtype).reshape(lead + scale.shape)
         return wide.astype(x.dtype)
+
+    def added(
+        self, x_BTD: Float[Array, "B T D"], branch_BTD: Float[Array, "B T D"] | None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+        """Returns `x` with a branch added, if there is one, and that normalised."""
+        if sharding.platform() == "gpu" and self._has_kernel(x_BTD.shape[-1]):
+            scale_D = self.offset + self.scale[...].astype(jnp.float32)
+            return add_norm(x_BTD, branch_BTD, scale_D, self.eps)
+        if branch_BTD is not None:
+            x_BTD += branch_BTD
+        return x_BTD, self(x_BTD)
+
+    def _has_kernel(self, width: int) -> bool:
+        plain = not self.centred and self.precision.reduce == "float32"
+        return plain and width <= LARGEST
 
 
 def rotary_rates(

@@ -87,20 +87,30 @@ class Block(nnx.Module):
         x_BTD = checkpoint_name(x_BTD, "residual")
         key_one, key_two = (None, None) if keys_B2 is None else keys_B2.T
         with jax.named_scope("attention"):
+            x_BTD, normed_BTD = _added(self.attention_norm, x_BTD, None)
             branch_BTD, kv = self.attention(
-                _normed(self.attention_norm, x_BTD),
-                positions_BT,
-                segments_BT,
-                local,
-                cache,
+                normed_BTD, positions_BT, segments_BT, local, cache
             )
             branch_BTD = _normed(self.attention_out_norm, branch_BTD)
-            x_BTD += dropped(branch_BTD, key_one, self.dropout)
+            branch_BTD = dropped(branch_BTD, key_one, self.dropout)
         with jax.named_scope("mlp"):
-            branch_BTD = self.mlp(_normed(self.mlp_norm, x_BTD))
-            branch_BTD = _normed(self.mlp_out_norm, branch_BTD)
+            x_BTD, normed_BTD = _added(self.mlp_norm, x_BTD, branch_BTD)
+            branch_BTD = _normed(self.mlp_out_norm, self.mlp(normed_BTD))
             x_BTD += dropped(branch_BTD, key_two, self.dropout)
         return constrain(x_BTD, "batch", "tokens", "residual"), kv
+
+
+def _added(
+    norm: Norm | None,
+    x_BTD: Float[Array, "B T D"],
+    branch_BTD: Float[Array, "B T D"] | None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+    """Returns the stream with a branch added, and what the next branch reads of it."""
+    if norm is not None:
+        return norm.added(x_BTD, branch_BTD)
+    if branch_BTD is not None:
+        x_BTD += branch_BTD
+    return x_BTD, x_BTD
 
 
 def _normed(norm: Norm | None, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
