@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from scaletrain import config, optim, sharding
-from scaletrain.chips import COMPILER_OPTIONS
+from scaletrain.chips import COMPILER_OPTIONS, LOW_PRECISION
 from scaletrain.config import PrecisionConfig, RunConfig
 from scaletrain.errors import ConfigError
 from scaletrain.losses import Head, LossSums, head_loss
@@ -300,13 +300,30 @@ def _with_attention(run: RunConfig, mesh: Mesh | AbstractMesh) -> RunConfig:
     return run
 
 
+def _check_units(run: RunConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Refuses matmuls that the mesh's devices have no units for."""
+    asked = run.precision.matmul
+    if asked == "compute" or not isinstance(mesh, Mesh):
+        return
+    kind = mesh.devices.flat[0].device_kind
+    able = ["compute", *LOW_PRECISION.get(kind, {})]
+    if asked not in able:
+        raise ConfigError(
+            [
+                f"precision.matmul={asked}; {kind} is not known to multiply it faster "
+                f"than {run.precision.compute}; use {' or '.join(able)}."
+            ]
+        )
+
+
 def build(run: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
     """Returns the program of a resolved run on a mesh; holds no device memory.
 
     Raises:
-      ConfigError: an attention that the mesh's devices do not have.
+      ConfigError: an attention or matmuls that the mesh's devices do not have.
     """
     run = _with_attention(run, mesh)
+    _check_units(run, mesh)
     key = jax.random.key(run.seed)
 
     def parts(precision: PrecisionConfig) -> tuple[Any, Any]:

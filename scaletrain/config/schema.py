@@ -225,6 +225,11 @@ def adapted(lora: LoraConfig) -> tuple[str, ...]:
     return named(lora.targets) if lora.rank else ()
 
 
+def evaluated(run: RunConfig) -> RunConfig:
+    """Returns `run` as it is evaluated: without quantised matmuls."""
+    return dataclasses.replace(run, precision=run.precision.plain)
+
+
 def quantised(precision: PrecisionConfig) -> tuple[str, ...]:
     """Returns the names in LINEARS that are multiplied in 8 bits."""
     return named(precision.targets) if precision.matmul != "compute" else ()

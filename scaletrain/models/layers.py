@@ -26,7 +26,7 @@ from scaletrain.config import (
 )
 from scaletrain.kernels.norm import LARGEST, add_norm
 from scaletrain.models.attention import Scores, attend
-from scaletrain.models.lowbits import project_fp8
+from scaletrain.models.lowbits import project_fp8, project_int8
 from scaletrain.sharding import constrain, param
 
 
@@ -227,7 +227,8 @@ def together(
     elif alone or all(w.shape[1] > D for w in ws):
         # Wide matrices fill the chip each on its own. Their gradients, side by side,
         # could not be quantised and transposed by the kernel that makes them.
-        ys = _low("btd,df->btf", x_BTD, [([w], [l]) for w, l in zip(ws, linears)])
+        pairs = zip(ws, linears, strict=True)
+        ys = _low("btd,df->btf", x_BTD, [([w], [linear]) for w, linear in pairs])
     else:
         (y_BTF,) = _low("btd,df->btf", x_BTD, [(ws, linears)])
         ys = _parts(y_BTF, ws)
@@ -244,11 +245,14 @@ def _low(
 ) -> tuple[Float[Array, "..."], ...]:
     """Returns the 8-bit product of `x` with the matrices of each group, and theirs."""
     ws = tuple(tuple(ws) for ws, _ in groups)
+    first = groups[0][1][0]
+    if first.matmul == "int8":
+        return tuple(project_int8(letters, x, each, first.precision) for each in ws)
     expected = tuple(
         tuple(linear.amax[...] for linear in linears if linear.amax is not None)
         for _, linears in groups
     )
-    return project_fp8(letters, x, ws, expected, groups[0][1][0].precision)
+    return project_fp8(letters, x, ws, expected, first.precision)
 
 
 class Norm(nnx.Module):

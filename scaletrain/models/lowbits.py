@@ -1,13 +1,13 @@
-"""Matmuls of 8-bit numbers, for training: their formats, their scales, their gradients.
+"""Matmuls of 8-bit numbers, for training: their formats, scales and gradients.
 
 A tensor is divided by a scale and rounded; a product of two is multiplied by both of
-theirs. Everything else keeps the format it has: what comes out is in `precision.compute`
-and gradients of weights in `precision.reduce`, as of a matmul that is not quantised.
+theirs. Everything else keeps its format: what comes out is in `precision.compute` and
+gradients of weights in `precision.reduce`, as of a matmul that is not quantised.
 
 fp8: forward values are e4m3, gradients e5m2 (arXiv 2209.05433), one scale a tensor.
-Scales are powers of two, so that to scale rounds nothing and a little error in what the
+Scales are powers of two, so that to scale rounds nothing, and a small error in what the
 largest value is thought to be changes no bit. int8: a scale for each row and column of
-the forward product; gradients are not quantised, since few integers are small enough.
+the forward product; gradients are not quantised, which integers are too even for.
 """
 
 import functools
@@ -52,8 +52,7 @@ def scale_of(top: Float[Array, ""], kind: Any) -> Float[Array, ""]:
 
 
 def rounded(x: Float[Array, "..."], kind: Any, scale: Float[Array, ""]) -> Array:
-    """Returns `x / scale` in `kind`; what is too large, but finite, becomes the largest.
-    """
+    """Returns `x / scale` in `kind`, the largest for what is too large, but finite."""
     x = x * (1 / scale).astype(x.dtype)
     most = float(jnp.finfo(kind).max)
     return jnp.where(jnp.isfinite(x), jnp.clip(x, -most, most), x).astype(kind)
@@ -72,26 +71,31 @@ def met(values: Array) -> Float[Array, ""]:
     return jnp.where(top == most, _GROWTH * most, top)
 
 
+def product(letters: str, a: Array, b: Array, dtype: Any) -> Array:
+    """Returns einsum(letters, a, b) of operands whose formats may differ."""
+    a_dims, b_dims, out = letters.replace("->", ",").split(",")
+    over = [dim for dim in a_dims if dim not in out]
+    dims = (tuple(map(a_dims.index, over)), tuple(map(b_dims.index, over))), ((), ())
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype)
+
+
 def multiply(letters: str, a: Scaled, b: Scaled, dtype: Any, compute: Any) -> Array:
-    """Returns einsum(letters, a, b) in `dtype`.
+    """Returns einsum(letters, a, b) of fp8 values in `dtype`.
 
     A TPU multiplies the 8-bit values. For a GPU, XLA recognises values that are scaled
     before a product, and passes both scales to one library call; a CPU, which has no
     such units, emulates them by the same words.
     """
-    a_dims, b_dims, out = letters.replace("->", ",").split(",")
-    over = [dim for dim in a_dims if dim not in out]
-    dims = (tuple(map(a_dims.index, over)), tuple(map(b_dims.index, over))), ((), ())
 
     def native(a: Scaled, b: Scaled) -> Array:
-        y = jax.lax.dot_general(
-            a.values, b.values, dims, preferred_element_type=jnp.float32
-        )
+        y = product(letters, a.values, b.values, jnp.float32)
         return (y * (a.scale * b.scale)).astype(dtype)
 
     def recognised(a: Scaled, b: Scaled) -> Array:
-        wide = [x.values.astype(compute) * x.scale.astype(compute) for x in (a, b)]
-        return jax.lax.dot_general(*wide, dims, preferred_element_type=dtype)
+        x, y = (
+            each.values.astype(compute) * each.scale.astype(compute) for each in (a, b)
+        )
+        return product(letters, x, y, dtype)
 
     return jax.lax.platform_dependent(a, b, tpu=native, default=recognised)
 
@@ -149,11 +153,62 @@ def _fp8_backward(letters, precision, residuals, dys):
         dx += multiply(f"{out},{w_dims}->{x_dims}", dy_8, w_8, p.compute, p.compute)
         dw = multiply(f"{x_dims},{out}->{w_dims}", x_8, dy_8, p.reduce, p.compute)
         dws = jax.lax.split(dw, [w.shape[-1] for w in ws], axis=dw.ndim - 1)
-        dgroups.append(
-            tuple(dw.astype(w.dtype) for dw, w in zip(dws, ws, strict=True))
-        )
+        dgroups.append(tuple(dw.astype(w.dtype) for dw, w in zip(dws, ws, strict=True)))
         found.append((jnp.stack([x_met, dy_met]),) * len(tops))
     return dx, tuple(dgroups), tuple(found)
 
 
 project_fp8.defvjp(_fp8_forward, _fp8_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def project_int8(
+    letters: str,
+    x: Float[Array, "..."],
+    ws: tuple[Float[Array, "..."], ...],
+    precision: PrecisionConfig,
+) -> Float[Array, "..."]:
+    """Returns einsum(letters, x, w) of int8 numbers, w being `ws` side by side.
+
+    Gradients are those of the product in `precision.compute`.
+    """
+    x_dims, w_dims, out = letters.replace("->", ",").split(",")
+    x_8 = _by_row(x, [i for i, dim in enumerate(x_dims) if dim not in out])
+    w = jnp.concatenate(ws, axis=-1)
+    w_8 = _by_row(w, [i for i, dim in enumerate(w_dims) if dim not in out])
+    y = product(letters, x_8.values, w_8.values, jnp.int32).astype(jnp.float32)
+    rows, columns = x_8.scale.ndim, w_8.scale.ndim
+    y *= x_8.scale.reshape(x_8.scale.shape + (1,) * columns)
+    y *= w_8.scale.reshape((1,) * rows + w_8.scale.shape)
+    return y.astype(precision.compute)
+
+
+def _by_row(x: Array, over: Sequence[int]) -> Scaled:
+    """Returns `x` in int8 with a scale for each place outside of the dims `over`."""
+    top = jnp.max(jnp.abs(x), axis=over, keepdims=True).astype(jnp.float32)
+    scale = jnp.where(top > 0, top / 127, 1)
+    values = jnp.round(x.astype(jnp.float32) / scale).astype(jnp.int8)
+    return Scaled(values, jnp.squeeze(scale, over))
+
+
+def _int8_forward(letters, x, ws, precision):
+    return project_int8(letters, x, ws, precision), (x, ws)
+
+
+def _int8_backward(letters, precision, residuals, dy):
+    x, ws = residuals
+    x_dims, w_dims, out = letters.replace("->", ",").split(",")
+    p = precision
+    w = jnp.concatenate([w.astype(p.compute) for w in ws], axis=-1)
+    dx = product(f"{out},{w_dims}->{x_dims}", dy, w, p.compute)
+    dw = product(f"{x_dims},{out}->{w_dims}", x, dy, p.reduce)
+    return dx, _split(dw, ws)
+
+
+project_int8.defvjp(_int8_forward, _int8_backward)
+
+
+def _split(dw: Array, ws: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Returns the gradient of each of `ws` from theirs side by side."""
+    parts = jax.lax.split(dw, [w.shape[-1] for w in ws], axis=dw.ndim - 1)
+    return tuple(part.astype(w.dtype) for part, w in zip(parts, ws, strict=True))
