@@ -5,7 +5,7 @@ CONSTRAINTS ?= -c constraints.txt
 BIN := .venv/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test check format parity accuracy performance plan-all
+.PHONY: quickstart test check format parity accuracy performance plan-all manifests
 
 quickstart: .venv/installed
 	$(BIN)/scaletrain train --config=experiments/quickstart.py --workdir=$(WORKDIR)
@@ -25,6 +25,7 @@ check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck launch/*.sh launch/gke/*.sh launch/slurm.sbatch tests/*.sh
 
 format: .venv/dev
 	$(BIN)/ruff format .
@@ -46,6 +47,10 @@ plan-all: .venv/dev
 # The step's speed on the GPU that is here; writes docs/performance.md (ten minutes).
 performance: .venv/installed
 	$(BIN)/python tests/performance.py
+
+# launch/gke's manifests against the schemas; tests/manifests.py says what it needs.
+manifests:
+	PYTHONPATH=. $(PYTHON) tests/manifests.py $(CRD)
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and \

@@ -66,10 +66,10 @@ def _generate(run: RunConfig, args: argparse.Namespace) -> tuple[list[Any], str]
 
 
 def _plan(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from scaletrain import plan
+    from scaletrain.plan import command, report
 
-    found = plan.run(run, plan.request(args))
-    return found, plan.in_words(found)
+    found = command.run(run, command.request(args))
+    return found, report.in_words(found)
 
 
 def _bench(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -28,6 +28,7 @@ from scaletrain.plan import (
     estimate,
     hlo,
     memory,
+    report,
     search,
     slices,
     timing,
@@ -60,6 +61,7 @@ RUN = small.changed(
         ("v5p:4x4x4", "v5p:4x4x4", 64, 64),
         ("v5p-128", "v5p:4x4x4", 64, 64),
         ("v5litepod-256", "v5e:16x16", 256, 256),
+        ("v5p-512", "v5p:4x8x8", 256, 256),  # of its size the squarest
         ("v6e-8", "v6e:2x4", 8, 8),
         ("tpu7x:4x4x4", "tpu7x:4x4x4", 64, 128),
         ("h100:8", "h100:8", 8, 8),
@@ -317,15 +319,9 @@ def test_what_does_not_fit_comes_with_what_would():
     for remedy in found["remedies"]:
         assert remedy["fits"]
         assert remedy["overrides"]
-    words = command_words(found)
+    words = report.in_words(found)
     assert "DOES NOT FIT" in words
     assert "Changes that make it fit" in words
-
-
-def command_words(found):
-    from scaletrain import plan
-
-    return plan.in_words(found)
 
 
 def test_a_plan_holds_what_it_promises():
@@ -342,7 +338,7 @@ def test_a_plan_holds_what_it_promises():
     assert found["hours"] == pytest.approx(
         1e9 / (4 * found["tokens_per_s_per_chip"]) / 3600
     )
-    assert "scaletrain train --config=x.py" in command_words(found)
+    assert "scaletrain train --config=x.py" in report.in_words(found)
 
 
 def test_a_search_keeps_what_fits_first(monkeypatch):

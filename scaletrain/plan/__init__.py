@@ -5,8 +5,3 @@ search    layouts worth compiling        worker    the compiler's own process
 estimate  the same, by hand              hlo, memory, timing  reading its report
 cost      money, energy, carbon          report    the plan in words
 """
-
-from scaletrain.plan.command import request, run
-from scaletrain.plan.report import in_words
-
-__all__ = ["in_words", "request", "run"]

@@ -85,13 +85,24 @@ SHAPES = {
     "v6e": _FLAT,
     "tpu7x": tuple(_DEEP),
 }
-# The cloud's names count cores where a chip has two.
+
+
+@dataclasses.dataclass(frozen=True)
+class Cloud:
+    """What Google's clouds call slices of a generation."""
+
+    generation: str
+    cores: int  # of a chip; accelerator types count them
+    runtime: str  # the TPU VM's image; "" where GKE alone has them
+    accelerator: str  # GKE's label
+
+
 _CLOUD = {
-    "v4": ("v4", 2),
-    "v5litepod": ("v5e", 1),
-    "v5p": ("v5p", 2),
-    "v6e": ("v6e", 1),
-    "tpu7x": ("tpu7x", 2),
+    "v4": Cloud("v4", 2, "tpu-ubuntu2204-base", "tpu-v4-podslice"),
+    "v5litepod": Cloud("v5e", 1, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice"),
+    "v5p": Cloud("v5p", 2, "v2-alpha-tpuv5", "tpu-v5p-slice"),
+    "v6e": Cloud("v6e", 1, "v2-alpha-tpuv6e", "tpu-v6e-slice"),
+    "tpu7x": Cloud("tpu7x", 2, "", "tpu7x"),
 }
 
 
@@ -130,11 +141,28 @@ class Slice:
         return round(self.chips / self.chip.chips)
 
     @property
+    def hosts(self) -> int:
+        """Machines of one slice; the smallest flat slices share a machine of eight."""
+        chips = math.prod(self.shape)
+        small = self.is_tpu and len(self.shape) == 2 and chips <= 8
+        return 1 if small else -(-chips // self.chip.host_chips)
+
+    @property
+    def cloud(self) -> Cloud:
+        """What the cloud calls the generation."""
+        return next(c for c in _CLOUD.values() if c.generation == self.generation)
+
+    @property
+    def accelerator_type(self) -> str:
+        """The cloud's name of one slice, such as v5p-128; it implies the shape."""
+        name = next(name for name, cloud in _CLOUD.items() if cloud is self.cloud)
+        return f"{name}-{self.cloud.cores * math.prod(self.shape)}"
+
+    @property
     def kwargs(self) -> dict[str, Any]:
         """What the compiler is told beside the topology's name."""
         if not self.is_tpu:
-            hosts = -(-self.chips // self.chip.host_chips)
-            grid = f"1x{hosts}x{self.chips // hosts}"
+            grid = f"1x{self.hosts}x{self.chips // self.hosts}"
             return {"topology": grid, "target_config": targets.text(self.generation)}
         found: dict[str, Any] = {"wrap": self._wrap()}
         if self.generation == "v4":
@@ -240,7 +268,7 @@ def parse(text: str, num_slices: int = 1) -> Slice:
 def _example(name: str) -> str:
     if name in GPUS:
         return f"{name}:8"
-    generation = _CLOUD[name][0] if name in _CLOUD else name
+    generation = _CLOUD[name].generation if name in _CLOUD else name
     return f"{generation}:{'4x4' if SHAPES[generation] is _FLAT else '4x4x4'}"
 
 
@@ -258,11 +286,9 @@ def _shape_of(where: str, name: str, size: str) -> tuple[str, str]:
     """Returns the generation and the shape behind a cloud's name."""
     if name not in _CLOUD or "x" in size:
         raise ConfigError([f"{where}; write {name}:{size} for a shape."])
-    generation, cores = _CLOUD[name]
-    sizes = {
-        cores * math.prod(map(int, shape.split("x"))): shape
-        for shape in reversed(SHAPES[generation])
-    }
+    cloud = _CLOUD[name]
+    generation = cloud.generation
+    sizes = {cloud.cores * _chips(shape): shape for shape in _squarest_last(generation)}
     if int(size) not in sizes:
         near = min(sizes, key=lambda count: abs(count - int(size)))
         raise ConfigError(
@@ -271,13 +297,21 @@ def _shape_of(where: str, name: str, size: str) -> tuple[str, str]:
     return generation, sizes[int(size)]
 
 
+def _squarest_last(generation: str) -> list[str]:
+    """Returns shapes so that the last of a size is the one that the cloud takes."""
+    return sorted(SHAPES[generation], key=lambda s: -sum(map(int, s.split("x"))))
+
+
+def _chips(shape: str) -> int:
+    return math.prod(map(int, shape.split("x")))
+
+
 def _nearest(size: str, shapes: tuple[str, ...]) -> str:
     """Returns the shape with the nearest number of chips, of the same rank at best."""
     asked = [int(word) for word in size.split("x") if word]
     count = math.prod(asked)
 
     def distance(shape: str) -> tuple[float, str]:
-        chips = math.prod(map(int, shape.split("x")))
-        return abs(math.log(max(count, 1) / chips)), shape
+        return abs(math.log(max(count, 1) / _chips(shape))), shape
 
     return min(shapes, key=distance)
