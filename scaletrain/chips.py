@@ -18,8 +18,8 @@ BF16_PEAK_FLOPS = {
     "NVIDIA B200": 2250e12,
 }
 
-# How many times faster than bf16 a chip multiplies 8-bit numbers, by the same sources; a
-# kind that is not listed does not, or not faster. A CPU emulates both, for tests.
+# How many times faster than bf16 a chip multiplies 8-bit numbers, by the same sources;
+# what is not listed does not, or not faster. A CPU emulates both, for tests.
 LOW_PRECISION = {
     "cpu": {"fp8": 1, "int8": 1},
     "TPU v5 lite": {"int8": 2},
