@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from scaletrain.config import MAX_SPIKE_WINDOW, OptimConfig, RunConfig
+from scaletrain import muon
+from scaletrain.config import MAX_SPIKE_WINDOW, RunConfig
 
 Tree = Any  # nested dicts mirroring the parameters
-MUON_RMS = 0.2  # update size that lets Muon use AdamW's rates (arXiv 2502.16982, 2.2)
+MASKED = optax.MaskedNode()
 
 
 class Sums(NamedTuple):
@@ -88,19 +89,14 @@ def _map_axes(function: Any, logical: Tree) -> Tree:
     return jax.tree.map(function, logical, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def _muon_dims(axes: tuple[str, ...]) -> Any:
-    """Returns which dims of a matrix are its input and its output; None = use Adam."""
-    if not _is_matrix(axes) or _is_embedding(axes) or "rank" in axes:
-        return None
-    dims = [i for i, axis in enumerate(axes) if axis != "layers"]
-    embed = axes.index("embed")
-    others = tuple(i for i in dims if i != embed)
-    reduction, output = ((embed,), others) if embed == dims[0] else (others, (embed,))
-    return optax.contrib.MuonDimensionNumbers(reduction, output)
+def _is_turned(axes: tuple[str, ...]) -> bool:
+    """Whether Muon takes a parameter with these logical axes; Adam takes the rest."""
+    return _is_matrix(axes) and not _is_embedding(axes) and "rank" not in axes
 
 
-def _direction(o: OptimConfig, logical: Tree) -> optax.GradientTransformation:
+def _direction(run: RunConfig, logical: Tree) -> optax.GradientTransformation:
     """Returns the unscaled direction of each optimizer, uphill like a gradient."""
+    o = run.optim
     if o.name == "adamw":
         return optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps)
     if o.name == "lion":
@@ -109,15 +105,14 @@ def _direction(o: OptimConfig, logical: Tree) -> optax.GradientTransformation:
         return optax.trace(decay=o.b1)
     if o.name == "adafactor":
         return optax.chain(optax.adafactor(None), optax.scale(-1.0))
-    dims = _map_axes(_muon_dims, logical)
-    # A rate of -1 leaves directions: the rate and the decay below serve all alike.
-    return optax.contrib.muon(
-        -1.0,
-        adam_b1=o.b1,
-        adam_b2=o.b2,
-        eps=o.eps,
-        muon_weight_dimension_numbers=dims,
-        consistent_rms=MUON_RMS,
+    kinds = _map_axes(lambda axes: "muon" if _is_turned(axes) else "adam", logical)
+    turned = _map_axes(lambda axes: axes if _is_turned(axes) else MASKED, logical)
+    return optax.partition(
+        {
+            "muon": muon.scale_by_muon(turned, run.precision.compute),
+            "adam": optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps, nesterov=True),
+        },
+        kinds,
     )
 
 
@@ -138,7 +133,7 @@ def optimizer(run: RunConfig, logical: Tree) -> optax.GradientTransformation:
     )
     parts = [
         optax.clip_by_global_norm(o.clip_norm) if o.clip_norm else optax.identity(),
-        _direction(o, logical),
+        _direction(run, logical),
         optax.add_decayed_weights(o.weight_decay, mask=decays),
         optax.scale_by_learning_rate(schedule(run)),
     ]
