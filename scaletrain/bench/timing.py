@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scaletrain import data, metrics, sharding, step, train
+from scaletrain import data, feed, metrics, sharding, step
 from scaletrain.step import Batch, Program
 
 WARM_UP = 3  # steps: a first one loads kernels, and a second may record graphs of them
@@ -151,7 +151,7 @@ def synthetic(program: Program) -> Feed:
 
 def from_data(program: Program) -> Feed:
     """Returns the feed of a run: the settings' own data, read ahead as in training."""
-    corpus = train.prepare(program.run)
+    corpus = feed.prepare(program.run)
     sequences = data.sequences(corpus, "train", program.run)
-    batches = train.batches_of(program, sequences, 0)
+    batches = feed.batches_of(program, sequences, 0)
     return lambda: sharding.place(next(batches), program.batch)
