@@ -30,6 +30,7 @@ from scaletrain.retention import Retention
 from scaletrain.step import TrainState
 
 Tree = Any
+_REST = ("step", "key", "opt_state", "amax")  # of a state, beside its parameters
 _CHUNK_BYTES = 2**24  # of an import's arrays
 _FAILURES = (OSError, ValueError, RuntimeError)  # of a save
 
@@ -179,7 +180,7 @@ class Checkpoints:
         Raises:
           CheckpointError: too many saves failed, or one that is needed.
         """
-        rest = {"step": state.step, "key": state.key, "opt_state": state.opt_state}
+        rest = {name: getattr(state, name) for name in _REST}
         data = {
             "fingerprint": data_fingerprint,
             "next_step": step,
@@ -344,7 +345,7 @@ class Checkpoints:
           CheckpointError: a leaf is missing, unknown or of another shape.
         """
         params = self.restore_params(step, state.params)
-        rest = {"step": state.step, "key": state.key, "opt_state": state.opt_state}
+        rest = {name: getattr(state, name) for name in _REST}
         rest = self._restore(step, "rest", rest)
         return dataclasses.replace(state, params=params, **rest)
 
