@@ -130,7 +130,7 @@ def test_history_is_saved_and_restored_to_the_bit(alone, tmp_path):
     taken, _ = alone
     checkpoints = checkpoint.Checkpoints(tmp_path, DELAYED)
     with contextlib.closing(checkpoints):
-        checkpoints.save(3, taken.state, "data")
+        checkpoints.save(3, taken.state, "data", [])
         checkpoints.finish()
         found = checkpoints.restore(3, taken.program.state)
     one, two = jax.device_get((found, taken.state))
