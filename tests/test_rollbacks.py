@@ -194,6 +194,7 @@ class Listed:
         self.known = known
         self.remove, self.finish = known.pop, lambda: None
         self.latest, self.steps = lambda: max(known), lambda: sorted(known)
+        self.sound = self.latest
         self.about = lambda at: {"data": {"rollbacks": [{}] * known[at]}}
 
 
