@@ -144,7 +144,7 @@ def _first(
     if start is not None and not checkpoints.is_import(start):
         say(f"resuming from step {start} of {checkpoints.folder}")
         return checkpoints.restore(start, dataclasses.replace(wanted, frozen=frozen))
-    state = dataclasses.replace(_initial(program), frozen=frozen)
+    state = dataclasses.replace(initial(program), frozen=frozen)
     if start is not None:
         say(f"starting from the import in {checkpoints.folder}")
         params = checkpoints.restore_params(start, wanted.params)
@@ -156,7 +156,7 @@ def _first(
     return dataclasses.replace(state, params=params)
 
 
-def _initial(program: Program) -> TrainState:
+def initial(program: Program) -> TrainState:
     """Returns the state of the seed, without what is frozen."""
     layout = jax.tree.map(lambda leaf: leaf.sharding, program.state)
     layout = dataclasses.replace(layout, frozen={})
