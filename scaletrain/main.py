@@ -6,6 +6,7 @@ the request is known to make sense.
 
 import argparse
 import json
+import os
 import sys
 from typing import Any
 
@@ -14,6 +15,8 @@ from absl import logging
 from scaletrain import config, flags
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError, ScaletrainError
+
+_COMPILED_BYTES = 2**31  # in a workdir; beyond it those used least recently go
 
 
 def main() -> None:
@@ -36,6 +39,7 @@ def main() -> None:
 
 def _train(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     _join_processes(args)
+    _keep_compiled(args.workdir)
     from scaletrain import evaluate, train
 
     found = train.run(run, args.workdir)
@@ -120,6 +124,21 @@ COMMANDS = {
     "import": _import,
     "export": _export,
 }
+
+
+def _keep_compiled(workdir: str) -> None:
+    """Keeps executables in the workdir, so that the next start need not compile.
+
+    JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false
+    none. An executable is known by its program, compiler, options and devices, with a
+    CPU's features; one that cannot be read is compiled again with a warning.
+    """
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        folder = os.path.join(workdir, "compiled")
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_compilation_cache_max_size", _COMPILED_BYTES)
 
 
 def _join_processes(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import dataclasses
+import gc
 import os
 import pathlib
 import signal
@@ -15,7 +16,17 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from scaletrain import checkpoint, config, data, evaluate, mesh, metrics, sharding, step
+from scaletrain import (
+    checkpoint,
+    config,
+    data,
+    evaluate,
+    mesh,
+    metrics,
+    remat,
+    sharding,
+    step,
+)
 from scaletrain.config import RunConfig
 from scaletrain.errors import DivergedError, Interrupted
 from scaletrain.step import Program, TrainState
@@ -56,10 +67,11 @@ def run(run: RunConfig, workdir: str) -> dict[str, Any]:
         _leave_settings(folder, run, corpus)
         say(sharding.table(program.state.params))
         state = _first(program, checkpoints, start)
+        program, execute = compiled(program, run)
         # 4. The loop.
         recorder = metrics.Recorder(folder, run, start or 0)
         with contextlib.closing(recorder):
-            loop = Loop(program, recorder, checkpoints, corpus, sequences)
+            loop = Loop(program, execute, recorder, checkpoints, corpus, sequences)
             return loop.run(state, start or 0)
 
 
@@ -124,6 +136,16 @@ def _initial(program: Program) -> TrainState:
     return jax.jit(make, out_shardings=layout)()
 
 
+def compiled(program: Program, asked: RunConfig) -> tuple[Program, Any]:
+    """Returns the program and its step; tells of what was decided for `asked`."""
+    if asked.model.attention == "auto":
+        say(f"attention: {program.run.model.attention} (auto)")
+    began = time.perf_counter()
+    program, execute = remat.compiled(program, say)
+    say(f"compiled in {time.perf_counter() - began:.1f} s")
+    return program, execute
+
+
 def batches_of(
     program: Program, sequences: Any, start: int
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -144,6 +166,7 @@ class Loop:
     """The steps of one attempt, and what happens between them."""
 
     program: Program
+    execute: Callable
     recorder: metrics.Recorder
     checkpoints: checkpoint.Checkpoints
     corpus: data.Corpus
@@ -158,15 +181,17 @@ class Loop:
         The order inside a step matters to resuming: batch, step, records of the step
         before, checkpoint, evaluation.
         """
-        run, program = self.program.run, self.program
-        began = time.perf_counter()
-        execute = step.compiled(program)
-        say(f"compiled in {time.perf_counter() - began:.1f} s")
-        batches = batches_of(program, self.sequences["train"], start)
+        run, execute = self.program.run, self.execute
+        batches = batches_of(self.program, self.sequences["train"], start)
         self._clock, self._counted = time.perf_counter(), start
         watch = concurrent.futures.ThreadPoolExecutor(1)
         found: dict[str, Any] = {}
-        with watch, _stop_signals() as stopped, jax.transfer_guard("disallow"):
+        with (
+            watch,
+            garbage_kept(),
+            _stop_signals() as stopped,
+            jax.transfer_guard("disallow"),
+        ):
             for now in range(start + 1, run.num_steps + 1):
                 with jax.profiler.StepTraceAnnotation("train", step_num=now):
                     state, numbers = self._step(execute, state, batches)
@@ -225,6 +250,7 @@ class Loop:
             }
             self.recorder.write(record)
             self.recorder.progress(record)
+            gc.collect()  # every process at the same step, while the devices work
         if numbers["skipped_in_a_row"] >= run.optim.max_skipped_steps:
             raise DivergedError(
                 f"step {now}: loss or gradient not finite for "
@@ -258,6 +284,22 @@ def _ready_at(numbers: dict[str, Any]) -> float:
 
 def _due(now: int, every: int) -> bool:
     return bool(every) and now % every == 0
+
+
+@contextlib.contextmanager
+def garbage_kept() -> Iterator[None]:
+    """Keeps Python from collecting garbage by itself, and what is here from search.
+
+    A process that stops for it keeps all others waiting, each at a time of its own.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from scaletrain.plan.compiler import Report
 from scaletrain.plan.estimate import estimate, parameters
 from scaletrain.plan.search import Overrides
 from scaletrain.plan.slices import Slice
+from scaletrain.remat import CANDIDATES
 
 _TRIED = 3  # remedies that are shown
 
@@ -86,11 +87,15 @@ def run(run: RunConfig, request: Request) -> dict[str, Any]:
 def _planned(run: RunConfig, slice_: Slice, request: Request) -> dict[str, Any]:
     """Returns the plan of the settings as they are, with remedies if need be."""
     run = resolved(run, slice_)
-    record = _record(run, slice_, {}, request, full=request.full)
-    if not record["fits"]:
-        tried = _compiled(run, slice_, search.remedies(run, slice_), request)
-        fitting = [r for r in tried if r["fits"]]
-        record["remedies"] = _best_first(fitting)[:_TRIED]
+    record = {}
+    for overrides in CANDIDATES if run.model.remat == "auto" else ({},):
+        run = search.applied(run, overrides, slice_)
+        record = _record(run, slice_, overrides, request, full=request.full)
+        if record["fits"]:
+            return record
+    tried = _compiled(run, slice_, search.remedies(run, slice_), request)
+    fitting = [r for r in tried if r["fits"]]
+    record["remedies"] = _best_first(fitting)[:_TRIED]
     return record
 
 
