@@ -5,7 +5,7 @@ CONSTRAINTS ?= -c constraints.txt
 BIN := .venv/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test check format parity accuracy performance plan-all manifests
+.PHONY: quickstart test check format parity accuracy performance plan-all manifests slurm
 
 quickstart: .venv/installed
 	$(BIN)/scaletrain train --config=experiments/quickstart.py --workdir=$(WORKDIR)
@@ -51,6 +51,10 @@ performance: .venv/installed
 # launch/gke's manifests against the schemas; tests/manifests.py says what it needs.
 manifests:
 	PYTHONPATH=. $(PYTHON) tests/manifests.py $(CRD)
+
+# launch/slurm.sbatch on a Slurm of this machine (four minutes); needs its packages.
+slurm: .venv/installed
+	tests/slurm.sh
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and \

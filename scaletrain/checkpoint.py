@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
-from scaletrain import config
+from scaletrain import cluster, config
 from scaletrain.config import RunConfig
 from scaletrain.errors import CheckpointError
 from scaletrain.step import TrainState
@@ -68,7 +68,26 @@ class Checkpoints:
         """Returns the newest whole step, None when there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, data_fingerprint: str) -> None:
+    def steps(self) -> list[int]:
+        """Returns every whole step, in order."""
+        return sorted(self._manager.all_steps())
+
+    def remove(self, step: int) -> None:
+        """Removes a step, which has no name while it is half removed."""
+        if cluster.lead():
+            nameless = self.folder / f"{step}.orbax-checkpoint-tmp"
+            (self.folder / str(step)).rename(nameless)
+            shutil.rmtree(nameless)
+        cluster.wait("removal")
+        self._manager.reload()
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        data_fingerprint: str,
+        rollbacks: Sequence[Mapping[str, int]],
+    ) -> None:
         """Starts saving; returns once the arrays are off the device.
 
         Raises:
@@ -78,7 +97,11 @@ class Checkpoints:
         rest = {"step": state.step, "key": state.key, "opt_state": state.opt_state}
         self._save(
             step,
-            {"fingerprint": data_fingerprint, "next_step": step},
+            {
+                "fingerprint": data_fingerprint,
+                "next_step": step,
+                "rollbacks": list(rollbacks),
+            },
             params=ocp.args.PyTreeSave(flat(state.params)),
             rest=ocp.args.PyTreeSave(flat(rest)),
         )

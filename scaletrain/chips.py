@@ -25,14 +25,30 @@ _NO_WINDOWED_EINSUM = {
     # tensor axis is there too: 7.9 s instead of 3.9 s a step of Llama 8B on v5p:4x4x4.
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
 }
-_TRILLIUM = _NO_WINDOWED_EINSUM | {
-    # Weights are gathered by the SparseCores while matmuls run, instead of before:
-    # 0.242 s instead of 0.258 s for four layers of Llama 8B on v6e:4x4.
+_SPARSE_CORE_GATHERS = {
+    # Weights are gathered by the SparseCores while matmuls run, instead of before, by
+    # the compiler's schedule: 7.70 s instead of 7.90 s a step of Llama 8B on v5p:4x4x4,
+    # 0.242 s instead of 0.258 s for four layers of it on v6e:4x4. Offloaded sums are
+    # left alone: others saw wrong losses with them.
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
-    # Larger matmul tiles: 1.66 s instead of 2.56 s of a step of Llama 8B on v6e:2x4 by
-    # the compiler's cycles. Generating the code takes three times as long.
-    "xla_tpu_scoped_vmem_limit_kib": 98_304,
 }
+_V5P = (
+    _NO_WINDOWED_EINSUM
+    | _SPARSE_CORE_GATHERS
+    | {
+        # Without it gatherings over all of a torus of three dims stay as they are.
+        "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": True,
+    }
+)
+_TRILLIUM = (
+    _NO_WINDOWED_EINSUM
+    | _SPARSE_CORE_GATHERS
+    | {
+        # Larger matmul tiles: 1.66 s instead of 2.56 s of a step of Llama 8B on v6e:2x4
+        # by the compiler's cycles. Generating the code takes three times as long.
+        "xla_tpu_scoped_vmem_limit_kib": 98_304,
+    }
+)
 _CUBLAS = {
     # The vendor's matmuls instead of generated ones: 7% of a step of 1.1B on an H100.
     "xla_gpu_enable_triton_gemm": False,
@@ -40,11 +56,24 @@ _CUBLAS = {
 COMPILER_OPTIONS = {
     "TPU v4": _NO_WINDOWED_EINSUM,
     "TPU v5 lite": _NO_WINDOWED_EINSUM,
-    "TPU v5": _NO_WINDOWED_EINSUM,
-    "TPU v5p": _NO_WINDOWED_EINSUM,
+    "TPU v5": _V5P,
+    "TPU v5p": _V5P,
     "TPU v6 lite": _TRILLIUM,
     "TPU v6e": _TRILLIUM,
     "TPU7x": _NO_WINDOWED_EINSUM,
     "NVIDIA H100 80GB HBM3": _CUBLAS,
     "NVIDIA H200": _CUBLAS,
+}
+
+# Queries and keys in a block of the TPU's attention kernel. A larger block pays less
+# for itself, a smaller one wastes less above the diagonal and fits the fast memory: a
+# v5p's does not hold 2048. Beside each the cycles of 512 x 512 scores, forward and
+# backward, by the compiler's schedule at heads of 128; in brackets those with blocks
+# of 512 and a kernel for the queries' gradients alone.
+SPLASH_BLOCKS = {
+    "TPU v4": 1024,  # 6030 (9298)
+    "TPU v5 lite": 1024,  # 4054 (5838)
+    "TPU v5": 1024,  # 4106 (6434)
+    "TPU v6 lite": 1024,  # 3010 (4524)
+    "TPU7x": 1024,  # 2886 (4527)
 }

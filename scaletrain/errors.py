@@ -3,11 +3,13 @@
 ScaletrainError
 ├── ConfigError      settings or a command line that cannot be honoured
 ├── ShardingError    a mesh or a parameter layout that cannot be honoured
+├── ClusterError     processes that contradict each other
+│   └── LostError    one that does not come or is gone
 ├── DataError        a corpus or a tokenizer that cannot be read as asked
 ├── CheckpointError  a checkpoint that is missing, partial or of another model
 ├── PlanError        a compiler that refuses a program
 ├── BenchError       a step that the devices cannot hold
-├── DivergedError    the numbers stopped being finite
+├── DivergedError    no update is sound any more
 └── Interrupted      a signal arrived; everything is saved
 
 `exit_code` is what the process ends with. Programmer errors are `assert`s.
@@ -35,6 +37,16 @@ class ShardingError(ScaletrainError):
     """A layout that does not fit the mesh."""
 
 
+class ClusterError(ScaletrainError):
+    """Processes that cannot work together as they were started."""
+
+
+class LostError(ClusterError):
+    """A process that is not there."""
+
+    exit_code = 75
+
+
 class DataError(ScaletrainError):
     """Data that cannot be read as asked."""
 
@@ -56,7 +68,7 @@ class BenchError(ScaletrainError):
 
 
 class DivergedError(ScaletrainError):
-    """Training that no longer produces finite numbers."""
+    """Training whose updates are all left out, however often it goes back."""
 
     exit_code = 1
 

@@ -63,6 +63,10 @@ def _parser() -> _Parser:
         sub.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
         sub.add_argument("--num_processes", type=int, help="with --coordinator")
         sub.add_argument("--process_id", type=int, help="with --coordinator, from 0")
+        sub.add_argument(
+            "--heartbeat", type=float, default=100.0, metavar="SECONDS",
+            help="silence after which a process is lost and all end (default: 100)",
+        )  # fmt: skip
 
     train = command("train", "train, or go on training, in a workdir")
     experiment(train, required=True)
@@ -201,6 +205,7 @@ def read(argv: list[str]) -> tuple[argparse.Namespace, config.RunConfig]:
         near = difflib.get_close_matches(arg.partition("=")[0], known, 1)
         hint = f"did you mean {near[0]}?" if near else f"see {args.command} --help."
         problems.append(f"{arg}; not an option of {args.command}; {hint}")
+    args.overrides = overrides
     if args.command == "bench":
         problems += _bench_problems(args)
     try:
@@ -215,8 +220,7 @@ def read(argv: list[str]) -> tuple[argparse.Namespace, config.RunConfig]:
 def _load(
     args: argparse.Namespace, overrides: list[tuple[str, str]]
 ) -> config.RunConfig:
-    if args.command == "import":
-        args.overrides = overrides  # of settings that its config.json gives
+    if args.command == "import":  # its config.json gives the settings
         return config.RunConfig()
     if vars(args).get("save_logits") and not args.tokens:
         raise ConfigError(

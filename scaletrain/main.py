@@ -12,9 +12,9 @@ from typing import Any
 
 from absl import logging
 
-from scaletrain import config, flags
+from scaletrain import cluster, config, flags
 from scaletrain.config import RunConfig
-from scaletrain.errors import ConfigError, ScaletrainError
+from scaletrain.errors import ScaletrainError
 
 _COMPILED_BYTES = 2**31  # in a workdir; beyond it those used least recently go
 
@@ -27,18 +27,21 @@ def main() -> None:
     try:
         args, run = flags.read(sys.argv[1:])
         record, words = COMMANDS[args.command](run, args)
-        if not vars(args).get("process_id"):  # one result, however many processes
+        if cluster.lead():  # one result, however many processes
             print(json.dumps(record, indent=2) if args.json else words)
+        cluster.leave(0)
     except ScaletrainError as err:
         print(f"scaletrain: {err}", file=sys.stderr)
+        cluster.leave(err.exit_code)
         sys.exit(err.exit_code)
     except KeyboardInterrupt:
         print("scaletrain: interrupted", file=sys.stderr)
+        cluster.leave(130)
         sys.exit(130)
 
 
 def _train(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    _join_processes(args)
+    _join(run, args)
     _keep_compiled(args.workdir)
     from scaletrain import evaluate, train
 
@@ -77,7 +80,7 @@ def _plan(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str
 
 
 def _bench(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    _join_processes(args)
+    _join(run, args)
     from scaletrain import bench
 
     found = bench.run(run, bench.request(args))
@@ -141,22 +144,11 @@ def _keep_compiled(workdir: str) -> None:
         jax.config.update("jax_compilation_cache_max_size", _COMPILED_BYTES)
 
 
-def _join_processes(args: argparse.Namespace) -> None:
-    """Joins the other processes of the run, if there are any."""
-    given = (args.coordinator, args.num_processes, args.process_id)
-    if given == (None, None, None):
-        return
-    if None in given:
-        raise ConfigError(
-            [
-                "--coordinator, --num_processes, --process_id; only some are given; "
-                "give all three to every process, or none."
-            ]
-        )
-    import jax
-
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(*given)
+def _join(run: RunConfig, args: argparse.Namespace) -> None:
+    """Joins the other processes of the run, if there are any, that want the same."""
+    cluster.join(args)
+    settings = {f"config.{path}": value for path, _, value in config.leaves(run)}
+    cluster.agree({"code": cluster.code_version(), **settings})
 
 
 if __name__ == "__main__":

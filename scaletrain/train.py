@@ -9,26 +9,28 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from scaletrain import (
     checkpoint,
+    cluster,
     config,
     data,
     evaluate,
     mesh,
     metrics,
     remat,
+    rollbacks,
     sharding,
     step,
 )
 from scaletrain.config import RunConfig
-from scaletrain.errors import DivergedError, Interrupted
+from scaletrain.errors import Interrupted
+from scaletrain.rollbacks import Diverged
 from scaletrain.step import Program, TrainState
 
 
@@ -60,6 +62,15 @@ def run(run: RunConfig, workdir: str) -> dict[str, Any]:
     # 3. From where: the newest checkpoint, other weights, or the seed.
     checkpoints = checkpoint.Checkpoints(folder, run)
     with jax.set_mesh(grid), contextlib.closing(checkpoints):
+        back = rollbacks.Rollbacks(folder, checkpoints, say)
+        cluster.agree(
+            {
+                "the newest checkpoint": checkpoints.latest(),
+                "the data": corpus.fingerprint,
+                "what was left out": back.left_out,
+            }
+        )
+        back.clear()
         start = checkpoints.latest()
         if start is not None:
             for line in checkpoints.agree(start, corpus.fingerprint):
@@ -68,20 +79,31 @@ def run(run: RunConfig, workdir: str) -> dict[str, Any]:
         say(sharding.table(program.state.params))
         state = _first(program, checkpoints, start)
         program, execute = compiled(program, run)
-        # 4. The loop.
-        recorder = metrics.Recorder(folder, run, start or 0)
-        with contextlib.closing(recorder):
-            loop = Loop(program, execute, recorder, checkpoints, corpus, sequences)
-            return loop.run(state, start or 0)
+        # 4. The loop, begun again where it goes back.
+        while True:
+            recorder = metrics.Recorder(folder, run, start or 0)
+            with contextlib.closing(recorder):
+                loop = Loop(
+                    program, execute, recorder, checkpoints, corpus, sequences, back
+                )
+                try:
+                    return loop.run(state, start or 0)
+                except Diverged as err:
+                    # Its frames hold the arrays of the state that is given up.
+                    why = err.with_traceback(None)
+            start = back.go_back(why)
+            state = _first(program, checkpoints, start)
 
 
 def prepare(run: RunConfig) -> data.Corpus:
-    """Returns the corpus, read by the first process before the others look for it."""
-    if jax.process_count() == 1:
-        return data.prepare(run, say)
-    corpus = data.prepare(run, say) if jax.process_index() == 0 else None
-    multihost_utils.sync_global_devices("corpus")
-    return corpus or data.prepare(run, say)
+    """Returns the corpus, read by one process of a host before the others look."""
+    corpus = None
+    for turn in range(3):
+        if turn == cluster.turn():
+            corpus = data.prepare(run, say)
+        cluster.wait("corpus")
+    assert corpus is not None, "every process has a turn"
+    return corpus
 
 
 def _leave_settings(folder: pathlib.Path, run: RunConfig, corpus: data.Corpus) -> None:
@@ -147,9 +169,16 @@ def compiled(program: Program, asked: RunConfig) -> tuple[Program, Any]:
 
 
 def batches_of(
-    program: Program, sequences: Any, start: int
+    program: Program,
+    sequences: Any,
+    start: int,
+    left_out: Sequence[tuple[int, int]] = (),
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields this process's rows of every batch after step `start`."""
+    """Yields this process's rows of every batch after step `start`.
+
+    Args:
+      left_out: (step, batches): the steps after that one do without these batches.
+    """
     run, layout = program.run, program.batch["tokens"]
     parts = run.batch_size // layout.shape[0]
     return data.training_batches(
@@ -158,7 +187,26 @@ def batches_of(
         batch_size=layout.shape[0],
         rows=sharding.rows_here(layout),
         start_step=start * parts,
+        left_out=[(step * parts, batches * parts) for step, batches in left_out],
     )
+
+
+def documents_of(
+    program: Program, sequences: Any, now: int, left_out: Sequence[tuple[int, int]]
+) -> list[int]:
+    """Returns the ids of the documents that step `now` reads, see `batches_of`."""
+    run, rows = program.run, program.batch["tokens"].shape[0]
+    parts = run.batch_size // rows
+    found: set[int] = set()
+    for part in range(parts):
+        found |= data.training_documents(
+            sequences,
+            seed=run.seed,
+            batch_size=rows,
+            step=(now - 1) * parts + part,
+            left_out=[(step * parts, batches * parts) for step, batches in left_out],
+        )
+    return sorted(found)
 
 
 @dataclasses.dataclass
@@ -171,9 +219,11 @@ class Loop:
     checkpoints: checkpoint.Checkpoints
     corpus: data.Corpus
     sequences: dict[str, Any]
+    back: rollbacks.Rollbacks
     _pending: tuple[int, dict[str, Any], Any] | None = None  # step, numbers, when ready
     _clock: float = 0.0  # when the step that was counted last was ready
     _counted: int = 0
+    _skips: list[rollbacks.Skip] = dataclasses.field(default_factory=list)  # in a row
 
     def run(self, state: TrainState, start: int) -> dict[str, Any]:
         """Takes the steps after `start`; returns the last evaluation.
@@ -181,8 +231,8 @@ class Loop:
         The order inside a step matters to resuming: batch, step, records of the step
         before, checkpoint, evaluation.
         """
-        run, execute = self.program.run, self.execute
-        batches = batches_of(self.program, self.sequences["train"], start)
+        run, left_out = self.program.run, self.back.left_out
+        batches = batches_of(self.program, self.sequences["train"], start, left_out)
         self._clock, self._counted = time.perf_counter(), start
         watch = concurrent.futures.ThreadPoolExecutor(1)
         found: dict[str, Any] = {}
@@ -194,7 +244,7 @@ class Loop:
         ):
             for now in range(start + 1, run.num_steps + 1):
                 with jax.profiler.StepTraceAnnotation("train", step_num=now):
-                    state, numbers = self._step(execute, state, batches)
+                    state, numbers = self._step(state, batches)
                 # The device works on this step while the host reads the one before.
                 self._record()
                 self._pending = now, numbers, watch.submit(_ready_at, numbers)
@@ -215,14 +265,14 @@ class Loop:
         return found or self._evaluate(start, state)
 
     def _step(
-        self, execute: Callable, state: TrainState, batches: Iterator
+        self, state: TrainState, batches: Iterator
     ) -> tuple[TrainState, dict[str, Any]]:
         """Takes one optimizer step, of one batch or of its parts in turn."""
         hashes, numbers = [], {}
         parts = self.program.run.batch_size // self.program.batch["tokens"].shape[0]
         for _ in range(parts):
             batch = sharding.place(next(batches), self.program.batch)
-            state, numbers = execute(state, batch)
+            state, numbers = self.execute(state, batch)
             hashes.append(numbers["batch_hash"])
         return state, numbers | {"batch_hash": hashes}
 
@@ -244,6 +294,7 @@ class Loop:
                 "learning_rate": float(numbers["learning_rate"]),
                 "tokens": now * run.batch_size * run.seq_len,
                 "skipped": int(numbers["skipped"]),
+                "rollbacks": len(self.back.records),
                 "batch_hash": int(sum(map(int, numbers["batch_hash"])) % 2**32),
                 **metrics.throughput(run, pace, jax.devices()),
                 "peak_memory_bytes": metrics.peak_memory_bytes(jax.local_devices()),
@@ -251,17 +302,32 @@ class Loop:
             self.recorder.write(record)
             self.recorder.progress(record)
             gc.collect()  # every process at the same step, while the devices work
-        if numbers["skipped_in_a_row"] >= run.optim.max_skipped_steps:
-            raise DivergedError(
-                f"step {now}: loss or gradient not finite for "
-                f"{int(numbers['skipped_in_a_row'])} steps in a row "
-                f"(optim.max_skipped_steps); lower optim.learning_rate; "
-                f"newest checkpoint: {self.checkpoints.latest()}."
+        self._judge(now, numbers)
+
+    def _judge(self, now: int, numbers: dict[str, Any]) -> None:
+        """Tells of an update that was skipped; enough of them end this attempt."""
+        in_a_row = int(numbers["skipped_in_a_row"])
+        if not in_a_row:
+            self._skips.clear()
+            return
+        documents: list[int] = []
+        if self.recorder.lead:
+            documents = documents_of(
+                self.program, self.sequences["train"], now, self.back.left_out
             )
+        skip = rollbacks.skip_of(now, numbers, documents)
+        self._skips.append(skip)
+        record = {f"skip_{name}": value for name, value in skip.record().items()}
+        self.recorder.write(record | {"step": now})
+        say(str(skip))
+        if in_a_row >= self.program.run.optim.max_skipped_steps:
+            raise Diverged(now - in_a_row + 1, now, self._skips)
 
     def _save(self, now: int, state: TrainState) -> None:
         if now != self.checkpoints.latest():
-            self.checkpoints.save(now, state, self.corpus.fingerprint)
+            self.checkpoints.save(
+                now, state, self.corpus.fingerprint, self.back.brief()
+            )
 
     def _evaluate(self, now: int, state: TrainState) -> dict[str, Any]:
         """Returns the validation numbers; the time it takes is no step's."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from scaletrain.models import attention
 from scaletrain.models.attention import Scores, attend
 
 
@@ -157,15 +158,22 @@ def test_the_kernel_for_gpus_equals_the_plain_one(how, local, K, H, documents):
 
 
 @pytest.mark.parametrize(
-    ("how", "local", "K", "H"),
+    ("how", "local", "K", "H", "copies"),
     [
-        (Scores(scale=0.1), True, 2, 128),
-        (Scores(scale=0.1, window=100), True, 4, 64),
-        (Scores(scale=0.3, soft_cap=2.0, window=100), "traced", 1, 128),
+        (Scores(scale=0.1), True, 2, 128, 2),
+        (Scores(scale=0.1, window=100), True, 4, 64, 1),
+        (Scores(scale=0.3, soft_cap=2.0, window=100), "traced", 1, 128, 2),
     ],
 )
-def test_the_kernel_for_tpus_equals_the_plain_one(how, local, K, H):
-    """Interpreted on the CPU: packed documents, forward and gradients."""
+def test_the_kernel_for_tpus_equals_the_plain_one(
+    how, local, K, H, copies, monkeypatch
+):
+    """Interpreted on the CPU, two blocks a side: packed documents, gradients too.
+
+    The queries' are made with the others' while there are copies to keep them in.
+    """
+    monkeypatch.setattr(attention, "_splash_block", lambda: 128)
+    monkeypatch.setattr(attention, "SPLASH_COPIES", copies)
     B, T, N = 1, 256, 4
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = ((B, T, N, H), (B, T, K, H), (B, T, K, H))

@@ -5,8 +5,10 @@ import os
 import pathlib
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -147,6 +149,41 @@ def test_the_runs_exit_code_is_the_launchers(checkout, desk, run_code, ends_with
     assert kinds == first + then[ends_with]
 
 
+def test_a_run_outlives_its_connection_and_is_joined(checkout, tmp_path):
+    shutil.copytree(checkout / "launch", tmp_path / "launch")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    fake = tmp_path / ".venv" / "bin" / "scaletrain"
+    fake.write_text(
+        "#!/bin/sh\necho started >>~/starts\n"
+        "for _ in $(seq 400); do [ ! -e ~/go ] || break; sleep 0.05; done\n"
+        "echo the end; exit 75\n"
+    )
+    fake.chmod(0o755)
+    (tmp_path / "scaletrain").mkdir()
+
+    def connect():
+        return subprocess.Popen(
+            [tmp_path / "launch" / "tpu_worker.sh", "train", "run", "--config=x"],
+            env=os.environ | {"HOME": str(tmp_path)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+
+    first = connect()
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "starts").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate(timeout=20)
+    second = connect()
+    assert "joining" in second.stderr.readline()
+    (tmp_path / "go").touch()
+    out, _ = second.communicate(timeout=20)
+    assert second.returncode == 175
+    assert "the end" in out
+    assert (tmp_path / "starts").read_text() == "started\n"
+
+
 def test_a_slice_that_cannot_be_had_ends_the_attempts(checkout, desk):
     done = launch(
         checkout, desk, "tpu_vm.sh", *TPU, "--max_restarts=1", "--", *TRAIN,
@@ -279,6 +316,10 @@ def test_slurm_starts_a_task_a_node(checkout, desk):
     done = launch(checkout, desk, "slurm.sbatch", "--dry-run", *TRAIN, **env, **there)
     assert done.returncode == 2
     assert "32 devices, and the mesh has 64" in done.stderr
+    env["SLURM_GPUS_ON_NODE"] = ""
+    done = launch(checkout, desk, "slurm.sbatch", "--dry-run", *TRAIN, **env, **there)
+    assert done.returncode == 2
+    assert "start it with sbatch" in done.stderr
 
 
 def test_sky_trains_on_every_node(checkout, tmp_path):

@@ -1,12 +1,13 @@
 """Plans: what can be asked, what the compiler says and how it is read."""
 
+import functools
 import importlib.util
 import json
-import math
 import os
 import re
 import subprocess
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +28,15 @@ from scaletrain.plan import (
     cost,
     estimate,
     hlo,
+    launch,
     memory,
+    record,
     report,
     search,
     slices,
     timing,
 )
+from scaletrain.plan.record import Wanted
 
 KEYS = {
     "fits", "hbm_peak_bytes", "hbm_limit_bytes", "hbm_by_class", "parameters",
@@ -40,6 +44,7 @@ KEYS = {
     "communication", "hours", "cost_usd", "energy_kwh", "co2e_kg", "overrides",
     "topology", "num_chips",
 }  # fmt: skip
+WANTED = Wanted(spec="x.py")
 RUN = small.changed(
     small.RUN,
     batch_size=8,
@@ -199,10 +204,17 @@ def test_names_of_asynchronous_operands_take_no_memory():
     assignment = (
         "allocation 1: size 600, page 0, thread-local:\n value: x\n"
         "allocation 2: size 50, color 1, page 0, thread-local:\n"
-        "allocation 3: size 1100, page 0, preallocated-temp:\n"
+        "allocation 3: size 1000, page 0, preallocated-temp:\n"
+        "allocation 4: size 100, page 0, parameter 0, shape |f32[25]| at ShapeIndex:\n"
     )
     module = hlo.parse(HLO)
-    assert memory.usage(report, assignment, module).total_bytes == 1100
+    usage = memory.usage(report, assignment, module)
+    assert (usage.total_bytes, usage.temporary_bytes) == (1100, 1000)
+    known = {"parameters": 40, "optimizer": 50, "gradients": 40}
+    assert memory.by_class(usage, known) == {
+        "parameters": 40, "optimizer": 50, "gradients": 40,
+        "activations_and_temporaries": 960, "other": 10,
+    }  # fmt: skip
 
 
 _SLICED = """HloModule sliced, is_scheduled=true
@@ -310,7 +322,7 @@ def test_what_does_not_fit_comes_with_what_would():
     run = small.changed(
         RUN, batch_size=512, seq_len=1024, mesh=MeshConfig(), model__vocab_size=32_768
     )
-    request = command.Request(slices=(slices.parse("v5e:1x1"),), spec="x.py")
+    request = command.Request(slices=(slices.parse("v5e:1x1"),), wanted=WANTED)
     found = command.run(run, request)
     assert not found["fits"]
     assert found["hbm_peak_bytes"] > found["hbm_limit_bytes"]
@@ -326,42 +338,154 @@ def test_what_does_not_fit_comes_with_what_would():
 
 def test_a_plan_holds_what_it_promises():
     request = command.Request(
-        slices=(slices.parse("v5e:2x2"),), tokens=1e9, spec="x.py"
+        slices=(slices.parse("v5e:2x2"),), wanted=Wanted(spec="x.py", tokens=1e9)
     )
     found = command.run(RUN, request)
     assert found.keys() >= KEYS
     json.dumps(found)
     causal, _ = metrics.flops_per_token(RUN)
+    assert found["overrides"] == {}
     assert found["mfu"] == pytest.approx(
         causal * found["tokens_per_s_per_chip"] / 197e12
     )
     assert found["hours"] == pytest.approx(
         1e9 / (4 * found["tokens_per_s_per_chip"]) / 3600
     )
-    assert "scaletrain train --config=x.py" in report.in_words(found)
+    words = report.in_words(found)
+    assert "launch/tpu_vm.sh --topology=v5e:2x2 -- --config=x.py" in words
+    assert "GiB to spare" in words
 
 
-def test_a_search_keeps_what_fits_first(monkeypatch):
-    monkeypatch.setattr(search, "MOST", 4)
-    monkeypatch.setattr(search.layouts, "__defaults__", (4,))
-    request = command.Request(slices=(slices.parse("v5e:2x2"),), search=True, spec="x")
+def test_a_search_keeps_what_fits_first(monkeypatch, capsys):
+    monkeypatch.setattr(search.layouts, "__defaults__", (3,))
+    monkeypatch.setenv("JAX_OPTIMIZATION_LEVEL", "O0")  # machine code in a third
+    request = command.Request((slices.parse("v5e:2x2"),), search=True, wanted=WANTED)
     found = command.run(RUN, request)
-    assert len(found["candidates"]) == 4
+    assert len(found["candidates"]) == 3
     seconds = [c["step_time_s"] for c in found["candidates"] if c["fits"]]
     assert seconds == sorted(seconds)
+    assert all(each.keys() >= KEYS for each in found["candidates"])
     best = found["candidates"][0]["overrides"]
     assert found["overrides"] == best
-    assert math.prod(best[f"mesh.{a}"] for a in ("data", "fsdp", "tensor")) == 4
-    assert found["source"] == "compiled"
+    assert found["source"] == "compiled"  # the best one, to machine code
+    assert all(f"--config.{path}=" in found["command"] for path in best)
+    assert "3/3 layouts of v5e:2x2" in capsys.readouterr().err
+
+
+def _said(seconds, peak_bytes=2**30):
+    """Returns a compiler's report, without a compiler."""
+    step = timing.Step(seconds, {"matmul": seconds}, {})
+    return compiler.Report(1, True, peak_bytes, 0, {}, [], step, False, None, None)
+
+
+def test_an_interrupted_search_keeps_what_is_known(monkeypatch, capsys):
+    """The best of two of them, which is not compiled whole; none at all is an end."""
+
+    def reports(runs, slice_, known):
+        for index in range(known):
+            yield index, _said(3.0 - index)
+        raise KeyboardInterrupt
+
+    request = command.Request((slices.parse("v5e:2x2"),), search=True, wanted=WANTED)
+    for known in (2, 0):
+        monkeypatch.setattr(
+            compiler, "compile_all", functools.partial(reports, known=known)
+        )
+        if known:
+            found = command.run(RUN, request)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                command.run(RUN, request)
+    assert [each["step_time_s"] for each in found["candidates"]] == [2.0, 3.0]
+    assert found["source"] == "compiled to buffers"
+    assert "stopped; this is what is known" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_the_compilers(tmp_path, monkeypatch):
+    """Whoever stops asking for reports leaves no process and no file behind."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    runs = [config.resolve(RUN, 4)] * 2
+    started, popen = [], subprocess.Popen
+
+    def kept(*args, **settings):
+        started.append(popen(*args, **settings))
+        return started[-1]
+
+    monkeypatch.setattr(compiler.subprocess, "Popen", kept)
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compiler.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(compiler.compile_all(runs, slices.parse("v5e:2x2")))
+    assert started
+    assert all(each.returncode is not None for each in started)
+    assert not list(tmp_path.iterdir())
+
+
+def test_layouts_cut_sequences_where_attention_can():
+    """Of every mesh that the settings admit; kernels take whole sequences."""
+    slice_ = slices.parse("v5e:2x4")
+    run = small.changed(RUN, seq_len=8192, model__attention="xla", batch_size=1)
+    found = search.layouts(run, slice_, 24)
+    assert all(each["mesh.context"] > 1 for each in found[:1])
+    assert {"scan", "unroll"} == {each["model.layers"] for each in found}
+    for each in found:
+        search.applied(run, each, slice_)
+    kernel = small.changed(run, model__attention="splash", batch_size=8)
+    found = search.layouts(kernel, slice_, 24)
+    assert found
+    assert {each["mesh.context"] for each in found} == {1}
+
+
+def test_slices_are_compared():
+    """In time, money and carbon, among those that fit."""
+    sizes = {"v5e:2x2": (1.5, 2**30), "v5p:2x2x1": (1.0, 2**30), "v4:2x2x1": (9, 2**60)}
+    records = [
+        record.of(RUN, slices.parse(name), _said(*size), {}, WANTED)
+        for name, size in sizes.items()
+    ]
+    found = record.compared(records)
+    assert (found["fastest"], found["cheapest"], found["greenest"]) == (
+        "v5p:2x2x1", "v5e:2x2", "v5e:2x2",
+    )  # fmt: skip
+    assert [each["topology"] for each in found["slices"]] == [
+        "v5p:2x2x1", "v5e:2x2", "v4:2x2x1",
+    ]  # fmt: skip
+    assert record.unbeaten(records) == [True, True, False]
+    words = report.in_words(found["slices"][0] | found)
+    assert "greenest: v5e:2x2" in words
+
+
+@pytest.mark.parametrize(
+    ("name", "num_slices", "line"),
+    [
+        ("v5p:4x4x4", 1, "launch/tpu_vm.sh --topology=v5p:4x4x4 -- --config=x.py"),
+        ("v5e:2x2", 2, "launch/tpu_vm.sh --topology=v5e:2x2 --num_slices=2 --"),
+        ("h100:8", 1, "scaletrain train --config=x.py --workdir=WORKDIR"),
+        ("h100:32", 1, "sbatch --nodes=4 launch/slurm.sbatch --config=x.py"),
+    ],
+)
+def test_the_command_starts_the_run_on_its_slice(name, num_slices, line):
+    given = (("data.path", "gs://b/*.parquet"), ("batch_size", "4"))
+    chosen = {"batch_size": 8, "model.remat_save": ("query", "key")}
+    found = launch.command("x.py", given, chosen, slices.parse(name, num_slices))
+    assert found.startswith(line)
+    assert found.endswith(
+        " '--config.data.path=gs://b/*.parquet' --config.batch_size=8"
+        " --config.model.remat_save=query,key"
+    )
 
 
 def test_gpus_are_worked_out_by_hand():
     found = command.run(
         small.changed(RUN, mesh=MeshConfig(fsdp=8)),
-        command.Request(slices=(slices.parse("h100:8"),), spec="x.py"),
+        command.Request(slices=(slices.parse("h100:8"),), wanted=WANTED),
     )
     assert found["source"] == "worked out by hand, without a compiler"
     assert found.keys() >= KEYS
+    assert sum(found["hbm_by_class"].values()) == found["hbm_peak_bytes"]
 
 
 def test_offloaded_values_leave_the_chip(monkeypatch):
@@ -377,8 +501,9 @@ def test_offloaded_values_leave_the_chip(monkeypatch):
 
 def test_two_slices_are_two_parts_of_the_mesh():
     slice_ = slices.parse("v5p:2x2x1", 2)
-    found = command.run(RUN, command.Request(slices=(slice_,), spec="x.py"))
+    found = command.run(RUN, command.Request(slices=(slice_,), wanted=WANTED))
     assert (found["num_chips"], found["num_slices"]) == (8, 2)
+    assert found["command"].endswith("--workdir=WORKDIR --config.mesh.dcn.data=2")
     assert found["fits"]
 
 
@@ -427,13 +552,11 @@ def _layers(module, layers):
     return [each for each in found if each]
 
 
-@pytest.mark.parametrize(
-    ("name", "overlaps"), [("v5p:4x4x4", False), ("v6e:4x4", True)]
-)
-def test_collectives_are_as_few_and_as_late_as_promised(name, overlaps, monkeypatch):
+@pytest.mark.parametrize("name", ["v5p:4x4x4", "v6e:4x4"])
+def test_collectives_are_as_few_and_as_late_as_promised(name, monkeypatch):
     """Of a layer, four matrices gathered in each direction and four gradients summed.
 
-    Where the options of the chip promise it, no gathering holds up the matmuls; every
+    As the options of these chips promise, no gathering holds up the matmuls; every
     matrix is cut over all devices, and all that the step replaces is given in place.
     """
     texts, parse = [], hlo.parse
@@ -456,7 +579,7 @@ def test_collectives_are_as_few_and_as_late_as_promised(name, overlaps, monkeypa
     forward, backward = sorted(_layers(module, 4), key=len)
 
     def gathered(each):
-        return each[0] == "async-start" if overlaps else each[0] == "all-gather"
+        return each[0] == "async-start" and "all-gather" in each[1]
 
     assert len(forward) == sum(map(gathered, forward)) == 4, forward
     assert sum(map(gathered, backward)) == 4, backward
@@ -473,10 +596,14 @@ def test_collectives_are_as_few_and_as_late_as_promised(name, overlaps, monkeypa
     kept_in_place = set(map(int, re.findall(r"\((\d+), \{\}, ", texts[0][:100_000])))
     arrays = [leaf for leaf in jax.tree.leaves(state) if leaf.size > 2]
     assert sum(sizes[i] > 8 for i in kept_in_place) == len(arrays)
-    largest = max(sizes.values())
-    embedding = 4 * run.model.vocab_size * run.model.d_model
-    layers = 4 * 4 * 2 * run.model.d_model * run.model.d_ff
-    assert largest == max(embedding, layers) // slice_.devices
+    # What the program is given is what the state has on a device, array by array.
+    assert sorted(sizes[i] for i in kept_in_place if sizes[i] > 8) == sorted(
+        sharding.nbytes(leaf) for leaf in arrays
+    )
+    matrices = [leaf for leaf in arrays if leaf.size > 1_000_000]
+    assert len(matrices) == 3 * 9  # and both moments
+    for leaf in matrices:
+        assert sharding.nbytes(leaf) * slice_.devices == leaf.size * 4
 
 
 def _devices(name):
@@ -487,10 +614,16 @@ def _devices(name):
     ).devices
 
 
-@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.parametrize(
+    "name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
+)
 def test_the_attention_kernel_becomes_machine_code(name):
-    """Forward and backward, with documents and a window, for every generation."""
-    grid = mesh.build(MeshConfig(fsdp=slices.parse(name).devices), _devices(name))
+    """Forward and backward, with documents and a window, for every generation.
+
+    In blocks of the size that the generation gets: fast memory holds them.
+    """
+    devices = _devices(name)
+    grid = mesh.build(MeshConfig(fsdp=len(devices)), devices)
     how = attention.Scores(scale=0.1, window=256)
 
     def run(q, k, v, segments):
@@ -510,6 +643,8 @@ def test_the_attention_kernel_becomes_machine_code(name):
         lowered = jax.jit(jax.grad(run, (0, 1, 2))).lower(q, k, k, segments)
         text = lowered.compile().as_text()
     assert text.count("tpu_custom_call") >= 2
+    block = chips.SPLASH_BLOCKS[devices[0].device_kind]
+    assert f'\\"block_q\\": {block}' in text
 
 
 def test_options_that_the_compiler_does_not_know_are_named(monkeypatch):
@@ -571,7 +706,7 @@ def test_small_runs_are_the_same_everywhere():
 WRONG = [
     (["--topology=v5p:4x4x5"], "v5p has no such slice; the nearest is v5p:4x4x4"),
     ([], "--topology, --topologies; give one of the two"),
-    (["--topology=v5p:4x4x8"], "128 devices are here"),
+    (["--topology=v5p:4x4x8"], "128 devices are in v5p:4x4x8; set mesh.fsdp=128"),
     (["--topology=v5p:4x4x4", "--num_slices=0"], "--num_slices=0; below 1"),
     (["--topology=v5p:4x4x4", "--pue=0.2"], "--pue=0.2; below 1.0"),
     (

@@ -1,6 +1,5 @@
 """`model.remat=auto`: the least recomputation that fits, compiled once."""
 
-import dataclasses
 import types
 
 import jax
@@ -95,16 +94,15 @@ def test_every_candidate_is_a_run():
 
 def test_plan_tries_the_same(monkeypatch):
     sizes = iter((9, 8, 3))
-    monkeypatch.setattr(
-        command,
-        "_record",
-        lambda run, *rest, full: {
-            "remat": run.model.remat, "fits": next(sizes) < 5, "overrides": rest[1]
-        },
-    )  # fmt: skip
+    monkeypatch.setattr(command.compiler, "knows", lambda slice_: False)
+
+    def of(run, slice_, said, overrides, wanted):
+        remat = run.model.remat
+        return {"remat": remat, "fits": next(sizes) < 5, "overrides": overrides}
+
+    monkeypatch.setattr(command.record, "of", of)
     slice_ = slices.parse("h100:1", 1)
     request = command.Request(slices=(slice_,))
-    run = dataclasses.replace(RUN, batch_size=1)
-    record = command._planned(run, slice_, request)
-    assert record["overrides"] == remat.CANDIDATES[2]
-    assert record["remat"] == "save"
+    found = command._planned(RUN, slice_, request, {"seed": 1})
+    assert found["overrides"] == {"seed": 1, **remat.CANDIDATES[2]}
+    assert found["remat"] == "save"

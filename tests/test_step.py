@@ -66,7 +66,12 @@ def test_what_is_not_finite_never_reaches_the_state(mode):
 
     The row is on one of four devices, and in one part of a batch that is cut.
     """
-    run = small.changed(small.RUN, mesh=MeshConfig(fsdp=4))
+    run = small.changed(
+        small.RUN,
+        mesh=MeshConfig(fsdp=4),
+        optim__spike_sigma=3.0,
+        optim__spike_window=8,
+    )
     if mode != "whole":
         run = small.changed(run, accumulate_steps=4, optim__accumulate=mode)
     taken = small.Taken(run)
@@ -98,6 +103,17 @@ def test_what_is_not_finite_never_reaches_the_state(mode):
         assert numbers["learning_rate"] == clean["learning_rate"]
         hurt = jax.device_get(taken.state.params)
         jax.tree.map(np.testing.assert_array_equal, after, hurt)
+    for seed in range(3, 9):
+        taken.step(small.random_batch(run, seed))
+    # A finite spike: one token outweighs all, whose gradients no longer cancel.
+    before = jax.device_get(taken.state.params)
+    bad = batches[1]["weights"].copy()
+    bad[5, 3] = 1e8
+    numbers = taken.step(batches[1] | {"weights": bad})
+    assert numbers["grad_norm_limit"] < numbers["grad_norm"] < np.inf
+    assert (numbers["skipped"], numbers["skipped_in_a_row"]) == (2, 1)
+    hurt = jax.device_get(taken.state.params)
+    jax.tree.map(np.testing.assert_array_equal, before, hurt)
 
 
 def test_z_loss_pulls_the_partition_function_down():

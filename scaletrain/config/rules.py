@@ -255,8 +255,11 @@ def mesh_size(mesh: MeshConfig) -> int | None:
     return None if -1 in sizes else math.prod(sizes)
 
 
-def resolve(run: RunConfig, num_devices: int) -> RunConfig:
+def resolve(run: RunConfig, num_devices: int, where: str = "here") -> RunConfig:
     """Returns `run` with the free mesh axis filled from the number of devices.
+
+    Args:
+      where: the devices are, for the message.
 
     Raises:
       ConfigError: the axes do not multiply to `num_devices`, or a size that follows
@@ -270,8 +273,8 @@ def resolve(run: RunConfig, num_devices: int) -> RunConfig:
     if remainder or (-1 not in sizes and rest != 1):
         raise ConfigError(
             [
-                f"mesh=({spelled or 'one device'}); {num_devices} devices are here; "
-                "make the axes multiply to that number, or set one axis to -1."
+                f"mesh=({spelled or 'one device'}); {num_devices} devices are {where}; "
+                f"{_nearest_mesh(mesh, num_devices)} set one axis to -1."
             ]
         )
 
@@ -281,6 +284,16 @@ def resolve(run: RunConfig, num_devices: int) -> RunConfig:
     dcn = dataclasses.replace(mesh.dcn, **fill(mesh.dcn))
     mesh = dataclasses.replace(mesh, dcn=dcn, **fill(mesh))
     return check(dataclasses.replace(run, mesh=mesh))
+
+
+def _nearest_mesh(mesh: MeshConfig, num_devices: int) -> str:
+    """Returns how to cover the devices by changing the largest axis, if that does."""
+    name = max(AXES, key=lambda axis: _get(mesh, axis))
+    whole = mesh_size(mesh)
+    others = (whole or 1) // max(1, _get(mesh, name))
+    if whole is None or num_devices % others:
+        return "make the axes multiply to that number, or"
+    return f"set mesh.{name}={num_devices // others}, or"
 
 
 def _optim(run: RunConfig) -> Iterator[str]:

@@ -136,7 +136,8 @@ class OptimConfig:
     accumulate: str = setting("microbatch", choices=("microbatch", "multi_steps"))
     spike_sigma: float = setting(0.0, least=0.0)  # std above the mean; 0 = no limit
     spike_window: int = setting(128, least=8, most=MAX_SPIKE_WINDOW)  # updates
-    max_skipped_steps: int = setting(5, least=1)  # in a row before giving up
+    max_skipped_steps: int = setting(5, least=1)  # in a row before going back
+    max_rollbacks: int = setting(3, least=0)  # of a run; 0 = stop instead
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

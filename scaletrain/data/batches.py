@@ -55,12 +55,12 @@ def training_documents(
     batch_size: int,
     step: int,
     left_out: Sequence[tuple[int, int]] = (),
-) -> list[int]:
+) -> set[int]:
     """Returns the ids of the documents in the batch of a step, see `Sequences`."""
     order: Any = grain.MapDataset.range(len(sequences)).shuffle(seed).repeat()
     first = _batch_of(step, left_out) * batch_size
     numbers = {int(order[first + row]) for row in range(batch_size)}
-    return sorted({i for number in numbers for i in sequences.documents(number)})
+    return {found for number in numbers for found in sequences.documents(number)}
 
 
 def _batch_of(step: int, left_out: Sequence[tuple[int, int]]) -> int:

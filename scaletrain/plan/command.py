@@ -1,20 +1,20 @@
 """`scaletrain plan`: what a run needs, takes and costs on a slice that is not here."""
 
 import argparse
-import concurrent.futures
+import contextlib
 import dataclasses
-import os
+import math
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Generator, Sequence
 
-from scaletrain import config, metrics
+from scaletrain import config
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError, PlanError
 from scaletrain.mesh import AXES
-from scaletrain.plan import compiler, cost, search, slices
+from scaletrain.plan import compiler, cost, record, search, slices
 from scaletrain.plan.compiler import Report
-from scaletrain.plan.estimate import estimate, parameters
+from scaletrain.plan.progress import Progress
+from scaletrain.plan.record import Record, Wanted
 from scaletrain.plan.search import Overrides
 from scaletrain.plan.slices import Slice
 from scaletrain.remat import CANDIDATES
@@ -29,9 +29,7 @@ class Request:
     slices: tuple[Slice, ...]
     search: bool = False  # propose the layout
     full: bool = False  # down to machine code
-    tokens: float = 0.0  # 0 = those of num_steps
-    spec: str = ""  # the experiment, as it was named
-    prices: dict[str, Any] = dataclasses.field(default_factory=dict)  # see cost.of
+    wanted: Wanted = dataclasses.field(default_factory=Wanted)
 
 
 def request(args: argparse.Namespace) -> Request:
@@ -52,19 +50,19 @@ def request(args: argparse.Namespace) -> Request:
         )
     }  # fmt: skip
     cost.check(**prices)
-    if args.tokens < 0:
-        raise ConfigError([f"--tokens={args.tokens}; below 0; give 0 or more."])
+    if not 0 <= args.tokens < math.inf:
+        raise ConfigError(
+            [f"--tokens={args.tokens}; not a number of tokens; give 1e9."]
+        )
     return Request(
-        slices=tuple(slices.parse(name, args.num_slices) for name in names),
+        slices=tuple(slices.parse(name.strip(), args.num_slices) for name in names),
         search=args.search,
         full=args.full,
-        tokens=args.tokens,
-        spec=args.config,
-        prices=prices,
+        wanted=Wanted(args.config, tuple(args.overrides), args.tokens, prices),
     )
 
 
-def run(run: RunConfig, request: Request) -> dict[str, Any]:
+def run(run: RunConfig, request: Request) -> Record:
     """Returns the plan of `run`: of one slice, or the best of several.
 
     Raises:
@@ -73,180 +71,129 @@ def run(run: RunConfig, request: Request) -> dict[str, Any]:
     """
     for slice_ in request.slices:
         compiler.knows(slice_)
-    records = []
-    for slice_ in request.slices:
-        if request.search:
-            records.append(_searched(run, slice_, request))
-        else:
-            records.append(_planned(run, slice_, request))
+    if not request.search:
+        runs = [resolved(run, slice_) for slice_ in request.slices]
+        records = [
+            _planned(whole, slice_, request, _chosen(run, whole))
+            for whole, slice_ in zip(runs, request.slices, strict=True)
+        ]
+    else:
+        records = [_searched(run, slice_, request) for slice_ in request.slices]
     if len(records) == 1:
         return records[0]
-    return _best_first(records)[0] | {"slices": records}
+    return record.best_first(records)[0] | record.compared(records)
 
 
-def _planned(run: RunConfig, slice_: Slice, request: Request) -> dict[str, Any]:
-    """Returns the plan of the settings as they are, with remedies if need be."""
-    run = resolved(run, slice_)
-    record = {}
-    for overrides in CANDIDATES if run.model.remat == "auto" else ({},):
-        run = search.applied(run, overrides, slice_)
-        record = _record(run, slice_, overrides, request, full=request.full)
-        if record["fits"]:
-            return record
-    tried = _compiled(run, slice_, search.remedies(run, slice_), request)
-    fitting = [r for r in tried if r["fits"]]
-    record["remedies"] = _best_first(fitting)[:_TRIED]
-    return record
+def _planned(
+    run: RunConfig, slice_: Slice, request: Request, chosen: Overrides
+) -> Record:
+    """Returns the plan of resolved settings as they are, with remedies if need be."""
+    full, found = request.full, {}
+    known = compiler.knows(slice_)
+    for remat in CANDIDATES if run.model.remat == "auto" else ({},):
+        run = search.applied(run, remat, slice_)
+        said = compiler.compile(run, slice_, full=full) if known else None
+        found = record.of(run, slice_, said, {**chosen, **remat}, request.wanted)
+        if found["fits"]:
+            return found
+    tried, _ = _compiled(run, slice_, search.remedies(run, slice_), request, chosen)
+    fitting = [each for each in tried if each["fits"]]
+    found["remedies"] = record.best_first(fitting)[:_TRIED]
+    return found
 
 
 def resolved(run: RunConfig, slice_: Slice) -> RunConfig:
-    """Returns `run` for the devices of the slice, and its parts across slices."""
-    outer = [getattr(run.mesh.dcn, name) for name in AXES]
-    if slice_.num_slices > 1 and all(size == 1 for size in outer):
+    """Returns `run` for the devices of the slice, and its parts across slices.
+
+    Raises:
+      ConfigError: the mesh does not cover the slice.
+    """
+    if slice_.num_slices > 1 and _across(run) == 1:
         run = config.replaced(run, "mesh.dcn.data", slice_.num_slices)
-    return config.resolve(run, slice_.devices)
+    whole = config.resolve(run, slice_.devices, f"in {slice_.name}")
+    if slice_.is_tpu and _across(whole) != slice_.num_slices:
+        raise ConfigError(
+            [
+                f"--num_slices={slice_.num_slices}; the axes of mesh.dcn are for "
+                f"{_across(whole)}; give that number, or set mesh.dcn.data="
+                f"{slice_.num_slices} and its other axes to 1."
+            ]
+        )
+    return whole
 
 
-def _searched(run: RunConfig, slice_: Slice, request: Request) -> dict[str, Any]:
+def _across(run: RunConfig) -> int:
+    """Returns how many parts the axes across slices make."""
+    return math.prod(getattr(run.mesh.dcn, name) for name in AXES)
+
+
+def _chosen(run: RunConfig, whole: RunConfig) -> Overrides:
+    """Returns what `resolved` had to set, for the command that trains."""
+    before, after = run.mesh.dcn.data, whole.mesh.dcn.data
+    return {"mesh.dcn.data": after} if before != after and before != -1 else {}
+
+
+def _searched(run: RunConfig, slice_: Slice, request: Request) -> Record:
     """Returns the best layout's plan, and those it was chosen from."""
-    found = search.layouts(run, slice_)
-    if not found:
+    layouts = search.layouts(run, slice_)
+    if not layouts:
         raise ConfigError(
             [
                 f"--search; no layout of {slice_.name} can hold this model; "
                 "take a larger slice, or lower batch_size or seq_len."
             ]
         )
-    candidates = _best_first(_compiled(run, slice_, found, request))
+    found, interrupted = _compiled(run, slice_, layouts, request)
+    if not found:
+        raise PlanError("no layout was compiled; there is nothing to propose.")
+    candidates = record.best_first(found)
     best = candidates[0]
-    if best["fits"] and slice_.is_tpu:
-        overrides = {path: _tuple(v) for path, v in best["overrides"].items()}
+    if best["fits"] and slice_.is_tpu and not interrupted:
+        overrides = best["overrides"]
         whole = search.applied(run, overrides, slice_)
-        best = _record(whole, slice_, overrides, request, full=True)
+        print(f"plan: compiling the best of {len(found)} whole", file=sys.stderr)
+        said = compiler.compile(whole, slice_, full=True)
+        best = record.of(whole, slice_, said, overrides, request.wanted)
     return best | {"candidates": candidates}
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 def _compiled(
-    run: RunConfig, slice_: Slice, layouts: Sequence[Overrides], request: Request
-) -> list[dict[str, Any]]:
-    """Returns the plans of `layouts`; an interrupt keeps those that are known."""
-    found: list[dict[str, Any]] = []
-    workers = max(1, (os.cpu_count() or 2))
-    pool = concurrent.futures.ThreadPoolExecutor(workers)
-
-    def one(overrides: Overrides) -> dict[str, Any]:
-        whole = search.applied(run, overrides, slice_)
-        return _record(whole, slice_, overrides, request, full=False)
-
-    jobs = [pool.submit(one, overrides) for overrides in layouts]
-    try:
-        for job in concurrent.futures.as_completed(jobs):
-            try:
-                found.append(job.result())
-            except PlanError as err:
-                print(f"plan: {err}", file=sys.stderr)
-            print(f"\r{len(found)}/{len(jobs)} layouts", end="", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("\nstopped; this is what is known", file=sys.stderr)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        print(file=sys.stderr)
-    return found
-
-
-def _best_first(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns plans that fit before those that do not, faster before slower."""
-
-    def key(record: dict[str, Any]) -> tuple[bool, float, int]:
-        seconds = record["step_time_s"] or float("inf")
-        return not record["fits"], seconds, record["hbm_peak_bytes"]
-
-    return sorted(records, key=key)
-
-
-def _record(
     run: RunConfig,
     slice_: Slice,
-    overrides: Overrides,
+    layouts: Sequence[Overrides],
     request: Request,
-    *,
-    full: bool,
-) -> dict[str, Any]:
-    """Returns the plan of one layout, under the names that `--json` promises."""
-    said = compiler.compile(run, slice_, full=full) if compiler.knows(slice_) else None
-    sizes = _by_compiler(said) if said else _by_hand(run, slice_)
-    causal, palm = metrics.flops_per_token(run)
-    seconds = sizes["step_time_s"]
-    tokens_per_s = run.batch_size * run.seq_len / seconds
-    share = tokens_per_s / (slice_.devices * slice_.peak_flops)
-    tokens = request.tokens or run.num_steps * run.batch_size * run.seq_len
-    bill = cost.of(
-        tokens,
-        tokens_per_s / slice_.chips,
-        slice_.chips,
-        slice_.generation,
-        **request.prices,
-    )
-    return {
-        "topology": slice_.name,
-        "num_chips": slice_.chips,
-        "num_slices": slice_.num_slices,
-        "fits": sizes["hbm_peak_bytes"] <= slice_.hbm_bytes and sizes.pop("accepted"),
-        "hbm_limit_bytes": slice_.hbm_bytes,
-        **sizes,
-        "flops_per_token": causal,
-        "tokens_per_s_per_chip": tokens_per_s / slice_.chips,
-        "tokens_per_s": tokens_per_s,
-        "mfu": share * causal,
-        "mfu_palm": share * palm,
-        "error_band": slice_.error_band,
-        "tokens": tokens,
-        "hours": bill.hours,
-        "chip_hours": bill.chip_hours,
-        "cost_usd": bill.cost_usd,
-        "cost_usd_spot": bill.cost_usd_spot,
-        "energy_kwh": bill.energy_kwh,
-        "co2e_kg": bill.co2e_kg,
-        "constants": [list(row) for row in bill.constants],
-        "overrides": overrides,
-        "command": _command(request, overrides),
-    }
+    chosen: Overrides | None = None,
+) -> tuple[list[Record], bool]:
+    """Returns the plans of `layouts`, and whether an interrupt left some out."""
+    runs = [search.applied(run, overrides, slice_) for overrides in layouts]
+    found: list[Record] = []
+    progress = Progress(f"layouts of {slice_.name}", len(runs))
+    try:
+        with contextlib.closing(_reports(runs, slice_)) as reports:
+            for index, said in reports:
+                if isinstance(said, PlanError):
+                    progress.tell(str(said))
+                else:
+                    overrides = (chosen or {}) | search.spelled(layouts[index], run)
+                    found.append(
+                        record.of(runs[index], slice_, said, overrides, request.wanted)
+                    )
+                progress.advance()
+    except KeyboardInterrupt:
+        if not found:
+            raise
+        progress.tell("stopped; this is what is known")
+        return found, True
+    finally:
+        progress.end()
+    return found, False
 
 
-def _by_compiler(said: Report) -> dict[str, Any]:
-    step = said.step
-    return {
-        "source": "compiled" if said.full else "compiled to buffers",
-        "accepted": said.fits,
-        "parameters": said.parameters,
-        "hbm_peak_bytes": said.peak_bytes,
-        "hbm_by_class": said.by_class,
-        "largest_buffers": [list(each) for each in said.largest[:8]],
-        "step_time_s": step.seconds,
-        "time_by_class": step.by_class,
-        "communication": step.communication,
-    }
-
-
-def _by_hand(run: RunConfig, slice_: Slice) -> dict[str, Any]:
-    guess = estimate(run, slice_)
-    return {
-        "source": "worked out by hand, without a compiler",
-        "accepted": True,
-        "parameters": parameters(run),
-        "hbm_peak_bytes": guess.peak_bytes,
-        "hbm_by_class": guess.by_class,
-        "largest_buffers": [],
-        "step_time_s": guess.step_time_s,
-        "time_by_class": {"communication": guess.exposed_s},
-        "communication": {},
-    }
-
-
-def _command(request: Request, overrides: Overrides) -> str:
-    words = ["scaletrain", "train", f"--config={request.spec}", "--workdir=WORKDIR"]
-    return " ".join([*words, *search.flags(overrides)])
+def _reports(
+    runs: Sequence[RunConfig], slice_: Slice
+) -> Generator[tuple[int, Report | PlanError | None]]:
+    """Yields (index, what the compiler says, if there is one) of each run."""
+    if compiler.knows(slice_):
+        yield from compiler.compile_all(runs, slice_)
+    else:
+        yield from ((index, None) for index in range(len(runs)))

@@ -12,6 +12,8 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from scaletrain import config
@@ -22,6 +24,7 @@ from scaletrain.plan import hlo, memory, timing
 from scaletrain.plan.slices import Slice
 
 _TIMEOUT_S = 1800
+_POLL_S = 0.02
 # The environment of a TPU's compiler on a machine that has none.
 WITHOUT_TPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second process dies on a lock file
@@ -48,7 +51,10 @@ class Report:
     largest: list[tuple[int, str]]  # (bytes, what it is), of the peak
     step: timing.Step
     full: bool  # compiled to machine code
-    executable_bytes: int | None  # peak by the executable's own word, if there is one
+    # By the executable's own word, if there is one: what it holds, and the most of
+    # that which is in use at once.
+    executable_bytes: int | None
+    live_bytes: int | None
 
 
 def knows(slice_: Slice) -> bool:
@@ -74,52 +80,95 @@ def compile(run: RunConfig, slice_: Slice, *, full: bool = False) -> Report:
     Raises:
       PlanError: it refused the program for another reason than its memory.
     """
-    with tempfile.TemporaryDirectory(prefix="scaletrain-plan-") as name:
-        folder = pathlib.Path(name)
-        answer = _asked(folder, run, slice_, full=full)
-        error = answer.get("error", "")
-        if error and "RESOURCE_EXHAUSTED" not in error:
-            raise PlanError(f"the compiler refused the step: {error.splitlines()[0]}")
-        return _report(folder, answer, run, slice_, full=full)
+    ((_, report),) = compile_all([run], slice_, full=full)
+    if isinstance(report, PlanError):
+        raise report
+    return report
 
 
-def _asked(
-    folder: pathlib.Path, run: RunConfig, slice_: Slice, *, full: bool
-) -> dict[str, Any]:
-    """Returns the worker's answer; its dump lies in `folder`."""
-    request = {
-        "config": config.to_json(run),
-        "topology": slice_.topology,
-        "platform": slice_.platform,
-        "kwargs": slice_.kwargs,
-        "full": full,
-    }
-    (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-    # Set before the process begins: some are read as soon as jax is imported.
-    environment = (
-        os.environ
-        | WITHOUT_TPU
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_as_text",
+def compile_all(
+    runs: Sequence[RunConfig], slice_: Slice, *, full: bool = False
+) -> Iterator[tuple[int, Report | PlanError]]:
+    """Yields (index, report or refusal) of each run as it is known, in parallel.
+
+    A consumer that stops early, interrupted or not, ends what is still under way.
+    """
+    waiting = list(enumerate(runs))[::-1]
+    at_once = max(1, os.cpu_count() or 2)
+    running: dict[int, _Compilation] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                index, run = waiting.pop()
+                running[index] = _Compilation(run, slice_, full)
+            time.sleep(_POLL_S)
+            for index in [i for i, each in running.items() if each.ended()]:
+                report = running[index].report()
+                running.pop(index).close()
+                yield index, report
+    finally:
+        for each in running.values():
+            each.close()
+
+
+class _Compilation:
+    """One compiler process and the folder it writes to."""
+
+    def __init__(self, run: RunConfig, slice_: Slice, full: bool):
+        self._run, self._slice, self._full = run, slice_, full
+        self._temporary = tempfile.TemporaryDirectory(
+            prefix="scaletrain-plan-", ignore_cleanup_errors=True
+        )
+        self._folder = pathlib.Path(self._temporary.name)
+        self._began = time.monotonic()
+        request = {
+            "config": config.to_json(run),
+            "topology": slice_.topology,
+            "platform": slice_.platform,
+            "kwargs": slice_.kwargs,
+            "full": full,
         }
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "scaletrain.plan.worker", str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=_TIMEOUT_S,
-        check=False,
-    )
-    for line in done.stderr.splitlines():
-        if "Warning: compiler option" in line:
-            print(f"plan: {line.partition('Warning: ')[2]}", file=sys.stderr)
-    answer = folder / "answer.json"
-    if not answer.is_file():
-        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-        raise PlanError(f"the compiler's process ended without an answer: {last}")
-    return json.loads(answer.read_text(encoding="utf-8"))
+        (self._folder / "request.json").write_text(json.dumps(request), "utf-8")
+        # Set before the process begins: some are read as soon as jax is imported.
+        dump = f"--xla_dump_to={self._folder} --xla_dump_hlo_as_text"
+        environment = os.environ | WITHOUT_TPU
+        environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": dump}
+        with (self._folder / "stderr").open("wb") as stderr:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "scaletrain.plan.worker", str(self._folder)],
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,  # an interrupt is for the planner to answer
+            )
+
+    def close(self) -> None:
+        """Ends the process, if it has not, and removes the folder."""
+        self._process.kill()
+        self._process.wait()
+        self._temporary.cleanup()
+
+    def ended(self) -> bool:
+        """Whether there is a report to read."""
+        if time.monotonic() - self._began > _TIMEOUT_S:
+            self._process.kill()
+        return self._process.poll() is not None
+
+    def report(self) -> Report | PlanError:
+        """Returns what the ended compiler says, or that it refused the step."""
+        errors = (self._folder / "stderr").read_text("utf-8", "replace").splitlines()
+        for line in errors:
+            if "Warning: compiler option" in line:
+                print(f"plan: {line.partition('Warning: ')[2]}", file=sys.stderr)
+        answer = self._folder / "answer.json"
+        if not answer.is_file():
+            last = ([line for line in errors if line.strip()] or ["no word"])[-1]
+            return PlanError(f"the compiler's process ended without an answer: {last}")
+        said = json.loads(answer.read_text("utf-8"))
+        error = said.get("error", "")
+        if error and "RESOURCE_EXHAUSTED" not in error:
+            return PlanError(f"the compiler refused the step: {error.splitlines()[0]}")
+        return _report(self._folder, said, self._run, self._slice, full=self._full)
 
 
 def _report(
@@ -143,12 +192,13 @@ def _report(
         fits="error" not in answer,
         peak_bytes=usage.total_bytes,
         host_bytes=usage.host_bytes,
-        by_class=memory.by_class(usage.total_bytes, answer["bytes"]),
+        by_class=memory.by_class(usage, answer["bytes"]),
         largest=usage.largest,
         step=timing.account(module, axes(run), slice_),
         # There is no stopping the GPUs' compiler on its way.
         full=full or not slice_.is_tpu,
-        executable_bytes=answer.get("peak_bytes"),
+        executable_bytes=answer.get("executable_bytes"),
+        live_bytes=answer.get("live_bytes"),
     )
 
 

@@ -26,32 +26,34 @@ class Rates(NamedTuple):
     host_watts: Figure  # its share of the host, network and cooling fans
 
 
-_GOOGLE = "Google Cloud list price, us regions, from memory, 2025"
-_MARKET = "typical on-demand price of a large cloud, from memory, 2025"
+_GOOGLE = "Google Cloud's price list, {}, as in SkyPilot's catalog v8, read 2026-11"
+_EAST = _GOOGLE.format("us-east5")
+_OKLAHOMA = _GOOGLE.format("us-central2")
+_AMAZON = "AWS list price, N. Virginia, 2026-07: {} at ${} an hour / 8"
 _TPU_HOST = Figure(60.0, "estimate: a 240 W host share for 4 chips")
 _GPU_HOST = Figure(575.0, "estimate: DGX H100 10.2 kW less 8 x 700 W, a GPU")
 RATES = {
     "v4": Rates(
-        Figure(3.22, _GOOGLE),
-        Figure(1.45, _GOOGLE),
+        Figure(3.22, _OKLAHOMA),
+        Figure(0.92, _OKLAHOMA),
         Figure(192.0, "arXiv 2304.01433 table 4: 192 W mean under load"),
         _TPU_HOST,
     ),
     "v5e": Rates(
-        Figure(1.20, _GOOGLE),
-        Figure(0.60, _GOOGLE),
+        Figure(1.20, _EAST),
+        Figure(0.60, _EAST),
         Figure(170.0, "estimate: no figure is published; half of v5p, by peak and die"),
         _TPU_HOST,
     ),
     "v5p": Rates(
-        Figure(4.20, _GOOGLE),
-        Figure(2.10, _GOOGLE),
+        Figure(4.20, _EAST),
+        Figure(1.68, _EAST),
         Figure(350.0, "estimate: no figure is published; v4 scaled by peak FLOP/s"),
         _TPU_HOST,
     ),
     "v6e": Rates(
-        Figure(2.70, _GOOGLE),
-        Figure(1.35, _GOOGLE),
+        Figure(2.70, _EAST),
+        Figure(1.22, _EAST),
         Figure(300.0, "estimate: v5e x 4.7 the peak / 67% better energy efficiency"),
         _TPU_HOST,
     ),
@@ -63,41 +65,43 @@ RATES = {
         _TPU_HOST,
     ),
     "a100": Rates(
-        Figure(3.40, _MARKET), Figure(1.60, _MARKET),
+        Figure(3.40, "estimate: on demand at a large cloud, 2025"), None,
         Figure(400.0, "vendor's data sheet: TDP of the SXM4 module"),
         Figure(412.0, "estimate: DGX A100 6.5 kW less 8 x 400 W, a GPU"),
     ),
     "h100": Rates(
-        Figure(6.98, _MARKET), Figure(2.50, _MARKET),
+        Figure(6.88, _AMAZON.format("p5.48xlarge", "55.04")),
+        Figure(2.50, "estimate: spot at a large cloud, 2025"),
         Figure(685.0, "measured: 685 W of 700 W under bf16 matmuls, 2026-11-23"),
         _GPU_HOST,
     ),
     "h200": Rates(
-        Figure(8.00, _MARKET), Figure(3.00, _MARKET),
+        Figure(7.91, _AMAZON.format("p5en.48xlarge", "63.30")), None,
         Figure(700.0, "vendor's data sheet: TDP of the SXM module"), _GPU_HOST,
     ),
     "b200": Rates(
-        Figure(11.00, _MARKET), None,
+        Figure(14.24, _AMAZON.format("p6-b200.48xlarge", "113.93")), None,
         Figure(1000.0, "vendor's data sheet: TDP of the SXM module"), _GPU_HOST,
     ),
 }  # fmt: skip
 PUE = Figure(1.10, "Google environmental report: 1.10 over all its sites, 2023")
 # Grams of CO2 equivalent a kWh of the grid, a year's mean.
-_GRID = "location-based yearly mean as listed by Google Cloud, from memory, 2023"
+_GRID = "Google Cloud, region-carbon-info: location-based mean of 2025"
 GRID = {
-    "world": Figure(481.0, "Ember, Global Electricity Review: 2023 mean, from memory"),
-    "us-central1": Figure(413.0, _GRID),
-    "us-central2": Figure(413.0, _GRID),
-    "us-east1": Figure(576.0, _GRID),
-    "us-east4": Figure(323.0, _GRID),
-    "us-east5": Figure(323.0, _GRID),
-    "us-west1": Figure(79.0, _GRID),
-    "us-west4": Figure(357.0, _GRID),
-    "europe-west4": Figure(268.0, _GRID),
-    "europe-north1": Figure(39.0, _GRID),
-    "europe-west1": Figure(103.0, _GRID),
-    "asia-northeast1": Figure(453.0, _GRID),
-    "asia-southeast1": Figure(367.0, _GRID),
+    "world": Figure(481.0, "estimate: Ember, Global Electricity Review, mean of 2023"),
+    "us-central1": Figure(431.95, _GRID),
+    "us-central2": Figure(417.39, _GRID),
+    "us-east1": Figure(579.44, _GRID),
+    "us-east4": Figure(343.48, _GRID),
+    "us-east5": Figure(343.48, _GRID),
+    "us-south1": Figure(299.13, _GRID),
+    "us-west1": Figure(97.85, _GRID),
+    "us-west4": Figure(360.0, _GRID),
+    "europe-west1": Figure(126.43, _GRID),
+    "europe-west4": Figure(194.35, _GRID),
+    "europe-north1": Figure(29.84, _GRID),
+    "asia-northeast1": Figure(449.23, _GRID),
+    "asia-southeast1": Figure(365.66, _GRID),
 }
 
 

@@ -7,12 +7,14 @@ compiler. It knows no fragmentation, no layout padding and no fusion.
 import dataclasses
 import math
 
-from scaletrain import metrics
-from scaletrain.config import GATED, RunConfig
+from scaletrain import config, metrics
+from scaletrain.config import GATED, ModelConfig, RunConfig
 from scaletrain.mesh import AXES
 from scaletrain.plan.slices import Slice
 
 _MATMUL_EFFICIENCY = 0.6  # of the peak, over a whole step
+# Of a score of plain attention: bytes held at once, times it is written or read.
+_SCORE_BYTES, _SCORE_PASSES = 10, 4
 # Copies of the parameters in float32 that an optimizer keeps.
 _MOMENTS = {"adamw": 2, "muon": 2, "lion": 1, "sgd": 1, "adafactor": 0}
 
@@ -43,10 +45,11 @@ def estimate(run: RunConfig, slice_: Slice) -> Estimate:
         "parameters": held * count // shards,
         "optimizer": held * _MOMENTS[run.optim.name] * count // shards,
         "gradients": 4 * count // shards,
-        "activations": _activations(run, tokens, rows, ways["tensor"]),
+        "activations_and_temporaries": _activations(run, slice_, tokens, rows),
     }
-    compute = _compute_s(run, slice_)
+    compute = _compute_s(run, slice_, rows)
     exposed = _communication_s(run, slice_, ways, tokens, count)
+    by_class["other"] = 0
     return Estimate(by_class, compute + exposed, exposed)
 
 
@@ -61,52 +64,96 @@ def parameters(run: RunConfig) -> int:
     return metrics.matmul_weights(model) + tied
 
 
-def _activations(run: RunConfig, tokens: int, rows: int, tensor: int) -> int:
+def _activations(run: RunConfig, slice_: Slice, tokens: int, rows: int) -> int:
     """Returns bytes of what the backward pass waits for, and of the largest layer."""
-    model = run.model
-    D, N, K, H = model.d_model, model.num_heads, model.num_kv_heads, model.d_head
-    wide = (3 if model.mlp in GATED else 2) * model.d_ff
+    model, tensor = run.model, _size(run, "tensor")
     # Bytes a value of width D and of one that is split, with float32 copies: fitted
     # to what the compiler kept of Llama 8B on v5p:4x4x4 with and without a tensor axis.
-    inside = tokens * (26 * D + 4 * ((2 * N + 2 * K) * H + wide) // tensor)
-    kept = {
-        "none": inside,
-        "dots": inside,
-        "save": 2 * tokens * (D + N * H // tensor),
-        "full": 2 * tokens * D,
-    }[model.remat]
+    wide = sum(_widths(model).values())
+    inside = tokens * (26 * model.d_model + 4 * wide // tensor)
+    kept = inside
+    if model.remat in ("full", "save"):
+        saved = sum(_widths(model).get(name, 0) for name in model.remat_save)
+        carried = 0 if "residual" in model.remat_offload else model.d_model
+        kept = 2 * tokens * (carried + saved // tensor)
     layer = metrics.matmul_weights(dataclasses.replace(model, vocab_size=0))
     gathered = 2 * 2 * layer // model.num_layers // tensor
     logits = 10 * tokens * model.vocab_size // tensor
-    scores = 10 * rows * N // tensor * run.seq_len**2 if _plain(run) else 0
+    scores = _SCORE_BYTES * _scores(run, slice_, rows)
     return model.num_layers * kept + gathered + max(logits, inside + scores)
 
 
-def _plain(run: RunConfig) -> bool:
-    """Whether attention writes its scores to memory: no kernel does."""
-    return run.model.attention == "xla"
+def _widths(model: ModelConfig) -> dict[str, int]:
+    """Returns the width of each value that a layer names and a tensor axis splits."""
+    heads, kv_heads = (
+        count * model.d_head for count in (model.num_heads, model.num_kv_heads)
+    )
+    gate = {"mlp_gate": model.d_ff} if model.mlp in GATED else {}
+    return {
+        "query": heads,
+        "key": kv_heads,
+        "value": kv_heads,
+        "attention": heads,
+        "mlp_up": model.d_ff,
+        **gate,
+    }
 
 
-def _compute_s(run: RunConfig, slice_: Slice) -> float:
-    """Returns seconds of arithmetic a step, recomputation included."""
+def _scores(run: RunConfig, slice_: Slice, rows: int) -> int:
+    """Returns how many scores a device writes to memory at a time: no kernel does."""
+    kernel = "splash" if slice_.is_tpu else "cudnn"
+    asked = run.model.attention
+    if asked == kernel or (asked == "auto" and not config.unable(run, kernel)):
+        return 0
+    pairs = run.seq_len**2 // _size(run, "context")
+    return rows * run.model.num_heads // _size(run, "tensor") * pairs
+
+
+def _compute_s(run: RunConfig, slice_: Slice, rows: int) -> float:
+    """Returns seconds of arithmetic a step, recomputation and plain scores included."""
     causal, _ = metrics.flops_per_token(run)
-    again = {"none": 1, "dots": 1.05, "save": 1.25, "full": 4 / 3}[run.model.remat]
+    again = 1 + _recomputed(run) / 3  # a backward pass is two forward ones
     flops = causal * again * run.batch_size * run.seq_len / slice_.devices
-    return flops / (_MATMUL_EFFICIENCY * slice_.peak_flops)
+    scores = _scores(run, slice_, rows) * run.accumulate_steps * run.model.num_layers
+    moved = _SCORE_PASSES * _SCORE_BYTES * scores / slice_.chip.hbm_bytes_per_s
+    return flops / (_MATMUL_EFFICIENCY * slice_.peak_flops) + moved
+
+
+def _recomputed(run: RunConfig) -> float:
+    """Returns the share of a layer's forward pass that the backward one does again."""
+    model = run.model
+    if model.remat == "none":
+        return 0.0
+    widths = _widths(model)
+    cost = {name: model.d_model * width for name, width in widths.items()}
+    cost["attention"] = run.seq_len * widths["attention"]
+    cost["out"] = model.d_model * widths["attention"]  # of heads, back to D
+    last = model.d_model * model.d_ff  # what it gives is the next layer's
+    kept = {*model.remat_save, *model.remat_offload}
+    if model.remat == "dots":
+        kept = cost.keys() - {"attention"}
+    again = sum(each for name, each in cost.items() if name not in kept)
+    return again / (sum(cost.values()) + last)
 
 
 def _communication_s(
     run: RunConfig, slice_: Slice, ways: dict[str, int], tokens: int, count: int
 ) -> float:
     """Returns seconds on the wire that arithmetic does not hide."""
+    model = run.model
     weights = 2 * count // ways["tensor"]  # bytes of one gathering, in bfloat16
-    passes = (3 if run.model.remat == "full" else 2) * run.accumulate_steps
+    passes = (2 if model.remat == "none" else 3) * run.accumulate_steps
     fsdp = (weights * passes + 2 * weights) * (1 - 1 / ways["fsdp"])
     data = 4 * weights / ways["fsdp"] * (1 - 1 / ways["data"])
-    residual = 2 * tokens * run.model.d_model * run.accumulate_steps
-    tensor = 8 * run.model.num_layers * residual * (1 - 1 / ways["tensor"])
+    # A layer's: its residuals, eight times; its keys and values of whole sequences,
+    # gathered twice, and their gradients, summed once.
+    layers = model.num_layers * run.accumulate_steps
+    residual = 2 * tokens * model.d_model * layers
+    tensor = 8 * residual * (1 - 1 / ways["tensor"])
+    kv = 2 * _widths(model)["key"] // ways["tensor"]
+    context = 3 * 2 * tokens * kv * layers * (ways["context"] - 1)
     hidden = 0.7  # of the weights' way, by the layer before
-    wire = (1 - hidden) * (fsdp + data) + tensor
+    wire = (1 - hidden) * (fsdp + data) + tensor + context
     return wire / slice_.link_bytes_per_s
 
 

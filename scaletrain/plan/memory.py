@@ -9,6 +9,9 @@ _VALUE = re.compile(
     r"^ value: <\d+ ([\w.\-]+)(?:\{[\d,]*\})?(?: \(phi\))? @0> "
     r"\(size=(\d+),offset=(\d+)\): (\S+)"
 )
+_TEMPORARY = re.compile(
+    r"^allocation \d+: size (\d+),(?!.*color).* preallocated-temp", re.MULTILINE
+)
 _THREAD_LOCAL = re.compile(
     r"^allocation \d+: size (\d+),(?!.*color).* thread-local", re.MULTILINE
 )
@@ -19,6 +22,7 @@ class Usage:
     """The memory of one device."""
 
     total_bytes: int  # what the limit is applied to
+    temporary_bytes: int  # of it, given back between two steps
     host_bytes: int  # moved to the host's memory
     largest: list[tuple[int, str]]  # (bytes, shape and origin), of what is temporary
 
@@ -33,8 +37,12 @@ def usage(report: str, assignment: str, module: Module) -> Usage:
     }
     # Asynchronous computations name their operands once more; they take no room.
     names = sum(map(int, _THREAD_LOCAL.findall(assignment)))
-    total = totals.get(0, 0) - names
-    return Usage(total, totals.get(5, 0), _largest(assignment, module))
+    return Usage(
+        total_bytes=totals.get(0, 0) - names,
+        temporary_bytes=sum(map(int, _TEMPORARY.findall(assignment))),
+        host_bytes=totals.get(5, 0),
+        largest=_largest(assignment, module),
+    )
 
 
 def _largest(assignment: str, module: Module) -> list[tuple[int, str]]:
@@ -58,15 +66,22 @@ def _largest(assignment: str, module: Module) -> list[tuple[int, str]]:
     return sorted(found.values(), reverse=True)
 
 
-def by_class(total_bytes: int, known: dict[str, int]) -> dict[str, int]:
-    """Returns `known` bytes by class and the rest of the total as activations.
+def by_class(usage: Usage, known: dict[str, int]) -> dict[str, int]:
+    """Returns the bytes of the total by class.
 
-    What is known is worked out from the step's own shapes; gradients are of the shape
-    of what is trained, and share their memory with activations where they can.
+    Gradients lie among what is temporary, as many bytes as what is trained, and share
+    them with activations where they can. Beside state and temporaries there are the
+    batch, counters, constants and what a device's tiles add.
+
+    Args:
+      known: bytes of parameters, optimizer and gradients, from the step's own shapes.
     """
-    left = total_bytes
-    found = {}
-    for name, size in known.items():
-        found[name] = min(size, left)
-        left -= found[name]
-    return found | {"activations_and_temporaries": left}
+    gradients = min(known["gradients"], usage.temporary_bytes)
+    state = known["parameters"] + known["optimizer"]
+    return {
+        "parameters": known["parameters"],
+        "optimizer": known["optimizer"],
+        "gradients": gradients,
+        "activations_and_temporaries": usage.temporary_bytes - gradients,
+        "other": usage.total_bytes - usage.temporary_bytes - state,
+    }

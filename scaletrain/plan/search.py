@@ -15,8 +15,18 @@ from scaletrain.plan.estimate import estimate, factors
 from scaletrain.plan.slices import Slice
 
 MOST = 24  # layouts that are compiled
-_LARGEST_TENSOR = 8  # beyond a host's chips it has not paid on any published recipe
+_LARGEST = 8  # parts of a tensor or context axis; more has not paid in a public recipe
 _SLACK = 1.1  # estimates above this share of the memory are not compiled
+_TWINS = 2  # layouts that are also tried with their layers unrolled,
+_ROOMY = 0.6  # if the scan needs no more than this share of the memory,
+_DEEPEST = 48  # and if there are so few: each takes the compiler half a second
+# What a backward pass finds saved: (model.remat, model.remat_save).
+_POLICIES = (
+    ("full", ()),
+    ("save", ("attention",)),
+    ("save", ("query", "key", "value", "attention")),
+    ("none", ()),
+)
 
 Overrides = dict[str, Any]
 
@@ -33,7 +43,12 @@ def layouts(run: RunConfig, slice_: Slice, most: int = MOST) -> list[Overrides]:
         if guess.peak_bytes <= _SLACK * slice_.hbm_bytes:
             scored.append((guess.step_time_s, guess.peak_bytes, overrides))
     scored.sort(key=lambda entry: entry[:2])
-    return _spread([overrides for _, _, overrides in scored], most)
+    twins = []
+    if run.model.num_layers <= _DEEPEST:
+        small = [o for _, size, o in scored if size <= _ROOMY * slice_.hbm_bytes]
+        twins = [each | {"model.layers": "unroll"} for each in _spread(small, _TWINS)]
+    ranked = [overrides for _, _, overrides in scored]
+    return _spread(ranked, most - len(twins)) + twins
 
 
 def applied(run: RunConfig, overrides: Overrides, slice_: Slice) -> RunConfig:
@@ -48,25 +63,33 @@ def applied(run: RunConfig, overrides: Overrides, slice_: Slice) -> RunConfig:
 
 
 def _all(run: RunConfig, slice_: Slice) -> Iterator[Overrides]:
-    """Yields every layout, possible or not, as overrides of everything it decides."""
+    """Yields every layout, possible or not, as overrides of everything it decides.
+
+    Axes `expert` and `stage` stay at 1: the settings refuse them, since the model has
+    neither experts nor stages.
+    """
     inside = slice_.devices // slice_.num_slices
-    remats = ("full", "save", "none")
-    for tensor in factors(inside):
-        if tensor > _LARGEST_TENSOR:
-            break
-        for fsdp in factors(inside // tensor):
-            data = inside // tensor // fsdp
+    model = run.model
+    own = (model.remat, model.remat_save, model.remat_offload)
+    policies = [own, *((*each, ()) for each in _POLICIES if (*each, ()) != own)]
+    cut = [size for size in factors(inside) if size <= _LARGEST]
+    for tensor, context in itertools.product(cut, cut):
+        if inside % (tensor * context):
+            continue
+        for fsdp in factors(inside // tensor // context):
+            data = inside // tensor // context // fsdp
             ways = data * fsdp * slice_.num_slices
-            for parts, remat in itertools.product(_parts(run, ways), remats):
+            for parts, policy in itertools.product(_parts(run, ways), policies):
                 yield {
                     "mesh.data": data,
                     "mesh.fsdp": fsdp,
                     "mesh.tensor": tensor,
-                    "mesh.context": 1,
+                    "mesh.context": context,
                     "mesh.dcn.data": slice_.num_slices,
                     "accumulate_steps": parts,
-                    "model.remat": remat,
-                    "model.remat_save": ("attention",) if remat == "save" else (),
+                    "model.remat": policy[0],
+                    "model.remat_save": policy[1],
+                    "model.remat_offload": policy[2],
                     "model.layers": "scan",
                 }
 
@@ -77,13 +100,20 @@ def _parts(run: RunConfig, ways: int) -> list[int]:
     return [] if rest else [parts for parts in factors(whole) if parts <= 64]
 
 
+def _mesh(overrides: Overrides) -> tuple[Any, ...]:
+    return tuple(v for path, v in overrides.items() if path.startswith("mesh."))
+
+
 def _spread(ranked: list[Overrides], most: int) -> list[Overrides]:
-    """Returns the best of each mesh in turn, so that one does not crowd out others."""
+    """Returns the best of each of the likeliest meshes in turn, then the second best.
+
+    One mesh does not crowd out the others, nor many of them the ways to use one.
+    """
     by_mesh: dict[tuple[Any, ...], list[Overrides]] = {}
     for overrides in ranked:
-        key = tuple(overrides[f"mesh.{name}"] for name in ("data", "fsdp", "tensor"))
-        by_mesh.setdefault(key, []).append(overrides)
-    rounds = itertools.zip_longest(*by_mesh.values())
+        by_mesh.setdefault(_mesh(overrides), []).append(overrides)
+    likeliest = list(by_mesh.values())[: (most + 1) // 2]
+    rounds = itertools.zip_longest(*likeliest)
     found = [each for row in rounds for each in row if each is not None]
     return found[:most]
 

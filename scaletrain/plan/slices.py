@@ -27,7 +27,7 @@ class Chip:
     hbm_bytes: int  # what a program may use
     hbm_bytes_per_s: float
     link_bytes_per_s: float  # one link, one way
-    attention_efficiency: float  # of the peak, in the attention kernel
+    attention_efficiency: float  # of the peak, in a TPU kernel's schedule
     chips: float = 1.0  # a device is this much of a chip
     host_chips: int = 4  # chips a host has
     matmul_efficiency: float = 0.85  # of the peak, in the compiler's cycle counts
@@ -48,22 +48,22 @@ _MEASURED = "+-20% of measured steps on one GPU; between GPUs not compared"
 # The prediction of TPU steps was compared with published MaxText steps.
 _BAND = "+-{} of published FSDP steps, more with a tensor axis"
 CHIPS = {
-    "v4": Chip(275e12, int(30.75 * _GIB), 1.2e12, 45e9, 0.50),
+    "v4": Chip(275e12, int(30.75 * _GIB), 1.2e12, 45e9, 0.60),
     "v5e": Chip(
-        197e12, int(15.75 * _GIB), 0.81e12, 45e9, 0.50, error_band=_BAND.format("20%")
+        197e12, int(15.75 * _GIB), 0.81e12, 45e9, 0.88, error_band=_BAND.format("20%")
     ),
     "v5p": Chip(
-        459e12, int(95.73 * _GIB), 2.77e12, 90e9, 0.50, error_band=_BAND.format("15%")
+        459e12, int(95.73 * _GIB), 2.77e12, 90e9, 0.87, error_band=_BAND.format("15%")
     ),
     "v6e": Chip(
-        918e12, int(31.24 * _GIB), 1.64e12, 90e9, 0.35, error_band=_BAND.format("20%")
+        918e12, int(31.24 * _GIB), 1.64e12, 90e9, 0.30, error_band=_BAND.format("20%")
     ),
     "tpu7x": Chip(
         1153.5e12,
         int(94.74 * _GIB),
         3.7e12,
         90e9,
-        0.40,
+        0.31,
         chips=0.5,
         error_band=_BAND.format("15%"),
     ),

@@ -10,6 +10,7 @@ left out.
 import collections
 import dataclasses
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ _CLASS_OF = {
     "from host": "host_offload",
 }
 _CUDNN = "__cudnn$fmha"
+_BLOCK = re.compile(r'\\"block_kv\w*\\": (\d+)')  # of splash attention's own words
 _ENDS = ("async-done", "copy-done", "send-done", "recv-done")
 
 
@@ -388,19 +390,23 @@ def _is_attention(each: Instruction) -> bool:
 def _kernel_flops(each: Instruction, computation: Computation) -> float:
     """Returns the FLOPs of an attention kernel over causal blocks.
 
-    Forward has two products of T x S x H a head; the TPU's backward four for keys and
-    values and three for queries, cuDNN's five in all. Windows are not seen.
+    Forward has two products of T x S x H a head, backward five, or, on TPUs with a
+    kernel for the queries alone, four for keys and values and three for queries. A
+    block on the diagonal counts whole. Windows are not seen.
     """
     shapes = [_shape(computation, operand) for operand in each.operands]
     floats = [s.dims for s in shapes if s and s.kind in ("bf16", "f32", "f16")]
     if len(floats) < 2:
         return 0.0
     query, key = floats[:2]
-    name = each.name + each.op_name + each.attributes[:2000]
-    if _CUDNN in name:
+    name = each.name + each.op_name
+    if _CUDNN in each.attributes:
         one = math.prod(query) * key[1]  # B x T x N x H x S
-        products = 5 if "Backward" in name else 2
+        products, diagonal = 5 if "Backward" in each.attributes else 2, 0.0
     else:
         one = math.prod(query) * key[-2]  # heads x T x H x S
-        products = 4 if "dkv" in name else 3 if "_dq" in name else 2
-    return 2 * products * one / 2
+        backward = 5 if len(each.shapes) == 3 else 4
+        products = backward if "dkv" in name else 3 if "_dq" in name else 2
+        block = _BLOCK.search(each.attributes)
+        diagonal = int(block[1]) / key[-2] if block else 0.0
+    return 2 * products * one * (1 + diagonal) / 2

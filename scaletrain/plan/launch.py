@@ -1,0 +1,34 @@
+"""The command line that starts a planned run on its devices."""
+
+import shlex
+from collections.abc import Sequence
+
+from scaletrain.plan import search
+from scaletrain.plan.slices import Slice
+
+
+def command(
+    spec: str,
+    given: Sequence[tuple[str, str]],
+    overrides: search.Overrides,
+    slice_: Slice,
+) -> str:
+    """Returns the line to run, quoted for a shell.
+
+    Args:
+      given: (path, text) of the overrides that the plan was asked with.
+      overrides: those that it chose; they replace the given ones.
+    """
+    kept = [f"--config.{path}={text}" for path, text in given if path not in overrides]
+    words = [f"--config={spec}", "--workdir=WORKDIR", *kept, *search.flags(overrides)]
+    return shlex.join([*_starter(slice_), *words])
+
+
+def _starter(slice_: Slice) -> list[str]:
+    """Returns what starts a process on each of the slice's hosts."""
+    if slice_.is_tpu:
+        slices = [f"--num_slices={slice_.num_slices}"] * (slice_.num_slices > 1)
+        return ["launch/tpu_vm.sh", f"--topology={slice_.name}", *slices, "--"]
+    if slice_.hosts > 1:
+        return ["sbatch", f"--nodes={slice_.hosts}", "launch/slurm.sbatch"]
+    return ["scaletrain", "train"]

@@ -1,0 +1,198 @@
+"""Going back: the updates that were skipped, and the batches a run does without.
+
+Updates that are skipped leave the weights as they were, so taking the steps since a
+checkpoint again with the same batches would end where it began. Going back leaves out
+every batch since the checkpoint.
+
+`rollbacks.json` in the workdir is written before anything else changes. A run that is
+killed while it goes back goes on as if it had not been.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from scaletrain import cluster
+from scaletrain.checkpoint import Checkpoints
+from scaletrain.errors import CheckpointError, DivergedError
+
+_LISTED = 200  # documents of a skipped update that are written down
+_TOLD = 5  # and of these, that an error names
+
+
+@dataclasses.dataclass(frozen=True)
+class Skip:
+    """A step whose update was left out."""
+
+    step: int
+    reason: str
+    loss: float
+    grad_norm: float
+    num_documents: int
+    documents: list[int]  # the first of their ids, see `data.Sequences`
+
+    def record(self) -> dict[str, Any]:
+        """Returns the skip for JSON, which has no number for what is not finite."""
+        found = dataclasses.asdict(self)
+        for name in ("loss", "grad_norm"):
+            found[name] = found[name] if math.isfinite(found[name]) else None
+        return found
+
+    def __str__(self) -> str:
+        told = ", ".join(map(str, self.documents[:_TOLD]))
+        more = ", ..." if self.num_documents > _TOLD else ""
+        return (
+            f"step {self.step}: update skipped, {self.reason} (loss {self.loss:.4g}, "
+            f"gradient norm {self.grad_norm:.4g}; "
+            f"{self.num_documents} documents: {told}{more})"
+        )
+
+
+def skip_of(step: int, numbers: Mapping[str, Any], documents: Sequence[int]) -> Skip:
+    """Returns what there is to say of a step whose update was left out."""
+    loss, norm = float(numbers["loss"]), float(numbers["grad_norm"])
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        reason = "loss or gradient not finite"
+    elif loss > numbers["loss_limit"]:
+        reason = f"loss above {float(numbers['loss_limit']):.4g}"
+    elif norm > numbers["grad_norm_limit"]:
+        reason = f"gradient norm above {float(numbers['grad_norm_limit']):.4g}"
+    else:
+        reason = "a part of the batch not finite"
+    return Skip(step, reason, loss, norm, len(documents), list(documents[:_LISTED]))
+
+
+class Diverged(Exception):
+    """Too many updates in a row were skipped: it is time to go back, or to stop."""
+
+    def __init__(self, first: int, last: int, skips: Sequence[Skip]):
+        self.first, self.last, self.skips = first, last, tuple(skips)
+        super().__init__(f"steps {first} to {last}")
+
+
+class Rollbacks:
+    """How often a run went back, where to, and what it left out for good."""
+
+    def __init__(
+        self, workdir: pathlib.Path, checkpoints: Checkpoints, say: Callable[[str], Any]
+    ):
+        """Reads what the workdir says.
+
+        Raises:
+          CheckpointError: `rollbacks.json` is damaged.
+        """
+        self._path = workdir / "rollbacks.json"
+        self._checkpoints, self._say = checkpoints, say
+        self.records = self._read()
+        newest = checkpoints.latest()
+        about = newest is not None and checkpoints.about(newest)["data"]
+        # A checkpoint that was moved elsewhere alone knows what came before it.
+        stored = about["rollbacks"] if about else []
+        self.records = max(self.records, stored, key=len)
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self._path.exists():
+            return []
+        try:
+            return json.loads(self._path.read_text(encoding="utf-8"))
+        except ValueError as err:
+            raise CheckpointError(
+                f"{self._path}; damaged ({err}); without it the run would read batches "
+                "it left out; remove it to go by the newest checkpoint alone."
+            ) from err
+
+    @property
+    def left_out(self) -> list[tuple[int, int]]:
+        """The (step, batches): the steps after that one do without these batches."""
+        return [(record["step"], record["left_out"]) for record in self.records]
+
+    def brief(self) -> list[dict[str, Any]]:
+        """Returns what a checkpoint has to know of it."""
+        return [{"step": step, "left_out": count} for step, count in self.left_out]
+
+    def go_back(self, why: Diverged) -> int:
+        """Goes back to the newest checkpoint from before the first skip.
+
+        Returns:
+          Its step, which is the newest there is now.
+
+        Raises:
+          DivergedError: there is no such checkpoint, or the run went back too often.
+        """
+        self._checkpoints.finish()
+        before = [step for step in self._checkpoints.steps() if step < why.first]
+        most = self._checkpoints.run.optim.max_rollbacks
+        if not before or len(self.records) >= most:
+            raise DivergedError(self._story(why, bool(before)))
+        step = before[-1]
+        record = {
+            "step": step,
+            "left_out": why.last - step,
+            "first_skip": why.first,
+            "last_skip": why.last,
+            "skips": [skip.record() for skip in why.skips],
+        }
+        self._keep([*self.records, record])
+        self._say(
+            f"going back to step {step}; the {why.last - step} batches of steps "
+            f"{step + 1} to {why.last} are left out "
+            f"({len(self.records)} of optim.max_rollbacks={most})"
+        )
+        self.clear()
+        return step
+
+    def _keep(self, records: list[dict[str, Any]]) -> None:
+        """Makes the records durable before any process relies on them."""
+        self.records = records
+        if cluster.lead():
+            partial = self._path.with_suffix(".partial")
+            with partial.open("w", encoding="utf-8") as file:
+                json.dump(records, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self._path)
+            folder = os.open(self._path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+        cluster.wait("rollback")
+
+    def clear(self) -> None:
+        """Removes the checkpoints of what was gone back on, also before a kill."""
+        for step in self._checkpoints.steps():
+            since = [i for i, r in enumerate(self.records) if r["step"] < step]
+            if since and self._known(step) <= since[-1]:
+                self._say(f"removing checkpoint {step}: the run went back on it")
+                self._checkpoints.remove(step)
+
+    def _known(self, step: int) -> int:
+        """Returns how often the run had gone back when it saved `step`."""
+        return len(self._checkpoints.about(step)["data"]["rollbacks"])
+
+    def _story(self, why: Diverged, has_checkpoint: bool) -> str:
+        """Returns all that a person needs to decide what to do now."""
+        optim, newest = self._checkpoints.run.optim, self._checkpoints.latest()
+        if not has_checkpoint:
+            end = f"no checkpoint from before step {why.first} to go back to"
+        elif optim.max_rollbacks:
+            end = f"the run went back optim.max_rollbacks={optim.max_rollbacks} times"
+        else:
+            end = "optim.max_rollbacks=0, so the run does not go back"
+        lines = [
+            f"step {why.last}: no update for {why.last - why.first + 1} steps in a row "
+            f"(optim.max_skipped_steps); {end}:",
+            *(
+                f"  steps {r['first_skip']} to {r['last_skip']} skipped; back to step "
+                f"{r['step']} without {r['left_out']} batches"
+                for r in self.records
+                if "skips" in r
+            ),
+            *(f"  {skip}" for skip in why.skips),
+            "lower optim.learning_rate, or read those documents (skip_documents in "
+            "metrics.jsonl); with a higher optim.max_rollbacks or optim.spike_sigma "
+            f"the same command goes on; newest checkpoint: {newest}.",
+        ]
+        return "\n".join(lines)
