@@ -1,32 +1,37 @@
 """Checkpoints: parameters, optimizer state, step, key, data identity and settings.
 
 One directory a step, written in the background by Orbax under a temporary name and
-renamed when whole; what has no final name does not exist. Arrays are stored under
-their paths, so a checkpoint does not depend on the classes that held them, and are
-restored straight onto whatever mesh there is now.
+renamed when whole, with a manifest of what it holds; what has no final name does not
+exist. Arrays are stored under their paths, so a checkpoint does not depend on the
+classes that held them, and are restored straight onto whatever mesh there is now.
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
+from jax.experimental import multihost_utils
 
-from scaletrain import cluster, config
+from scaletrain import cluster, config, manifest
 from scaletrain.config import RunConfig
 from scaletrain.errors import CheckpointError
+from scaletrain.manifest import Manifest
+from scaletrain.retention import Retention
 from scaletrain.step import TrainState
 
 Tree = Any
 _CHUNK_BYTES = 2**24  # of an import's arrays
+_FAILURES = (OSError, ValueError, RuntimeError)  # of a save
 
 
 def flat(tree: Tree) -> dict[str, Any]:
@@ -39,22 +44,33 @@ class Checkpoints:
     """The checkpoints of one workdir."""
 
     def __init__(
-        self, workdir: pathlib.Path, run: RunConfig, *, read_only: bool = False
+        self,
+        workdir: pathlib.Path,
+        run: RunConfig,
+        *,
+        read_only: bool = False,
+        say: Callable[[str], None] = lambda line: None,
     ):
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
-        self.run = run
-        keeps = [policy.LatestN(run.checkpoint.keep), policy.CustomSteps([0])]
-        if every := run.checkpoint.keep_every_steps:
-            keeps.append(policy.EveryNSteps(every))
+        self.run, self._say, self._read_only = run, say, read_only
+        # The newest step there was, and the saves that have failed since.
+        self._failed: tuple[int | None, int] = (None, 0)
+        self._saving: tuple[int, dict[str, Any]] | None = None  # step, leaves
+        self._manager = self._opened()
+
+    def _opened(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
-            # Step 0 is an import: other runs may adapt it.
-            preservation_policy=policy.AnyPreservationPolicy(keeps),
+            preservation_policy=Retention(self.run),
             enable_async_checkpointing=True,
+            # Called when all is written and the folder has no name yet.
+            async_options=ocp.options.AsyncOptions(
+                post_finalization_callback=self._complete
+            ),
             # A reader must not clear away what a trainer is writing.
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
+            cleanup_tmp_directories=not self._read_only,
+            read_only=self._read_only,
         )
-        self._manager = ocp.CheckpointManager(
+        return ocp.CheckpointManager(
             self.folder,
             options=options,
             item_handlers={
@@ -63,6 +79,14 @@ class Checkpoints:
                 "about": ocp.JsonCheckpointHandler(),
             },
         )
+
+    def _complete(self) -> None:
+        """Writes the manifest of the step that is being saved."""
+        assert self._saving is not None
+        step, leaves = self._saving
+        (folder,) = self.folder.glob(f"{step}.orbax-checkpoint-tmp*")
+        settings = hashlib.sha256(config.to_json(self.run).encode()).hexdigest()
+        Manifest.of(folder, settings, leaves).write(folder)
 
     def latest(self) -> int | None:
         """Returns the newest whole step, None when there is none."""
@@ -81,30 +105,98 @@ class Checkpoints:
         cluster.wait("removal")
         self._manager.reload()
 
+    def sound(self) -> int | None:
+        """Returns the newest whole step, its files compared with its manifest.
+
+        With checkpoint.on_damage=previous a damaged one is set aside, loudly.
+
+        Raises:
+          CheckpointError: it is damaged, or every one is.
+        """
+        damaged = False
+        while (step := self.latest()) is not None:
+            problem = self._damage(step)
+            if problem is None:
+                return step
+            if self.run.checkpoint.on_damage == "stop":
+                raise problem
+            damaged = True
+            self._say(f"{problem}")
+            self._set_aside(step)
+        if damaged:
+            raise CheckpointError(
+                f"{self.folder}; every checkpoint is damaged, and they are set aside; "
+                "put one back, or train in an empty workdir."
+            )
+        return None
+
+    def verify(self, step: int) -> None:
+        """Raises CheckpointError if `step` is not as it was written."""
+        if (problem := self._damage(step)) is not None:
+            raise problem
+
+    def _damage(self, step: int) -> CheckpointError | None:
+        """Returns what is wrong with a step; each process reads a part of it."""
+        folder = self.folder / str(step)
+        found = manifest.damage(folder, jax.process_index(), jax.process_count())
+        if jax.process_count() > 1:
+            counts = multihost_utils.process_allgather(np.int32(len(found)))
+            if not found and np.any(counts):
+                found = [f"process {int(np.argmax(counts))} tells what is wrong"]
+        if not found:
+            return None
+        listed = "\n".join(f"  {line}" for line in found[:20])
+        return CheckpointError(
+            f"{folder} is damaged:\n{listed}\nput these files back, or go on from the "
+            "step before it with checkpoint.on_damage=previous."
+        )
+
+    def _set_aside(self, step: int) -> None:
+        """Gives a step a name that is no step's; nothing of it is lost."""
+        if cluster.lead():
+            (self.folder / str(step)).rename(self.folder / f"{step}.damaged")
+        cluster.wait("set aside")
+        self._manager.reload()
+
     def save(
         self,
         step: int,
         state: TrainState,
         data_fingerprint: str,
         rollbacks: Sequence[Mapping[str, int]],
+        *,
+        needed: bool = False,
     ) -> None:
         """Starts saving; returns once the arrays are off the device.
 
+        A save that fails is told of, and so is one that failed since; training goes on
+        until `checkpoint.max_failed_saves` in a row have.
+
+        Args:
+          needed: whether the run cannot go on without it; then it ends before this
+            returns.
+
         Raises:
-          CheckpointError: this save could not start, or the one before it failed.
+          CheckpointError: too many saves failed, or one that is needed.
         """
-        self.check()
         rest = {"step": state.step, "key": state.key, "opt_state": state.opt_state}
-        self._save(
-            step,
-            {
-                "fingerprint": data_fingerprint,
-                "next_step": step,
-                "rollbacks": list(rollbacks),
-            },
-            params=ocp.args.PyTreeSave(flat(state.params)),
-            rest=ocp.args.PyTreeSave(flat(rest)),
-        )
+        data = {
+            "fingerprint": data_fingerprint,
+            "next_step": step,
+            "rollbacks": list(rollbacks),
+        }
+        try:
+            self._manager.wait_until_finished()
+        except _FAILURES as err:
+            self._fail(err)
+        try:
+            self._save(step, data, params=flat(state.params), rest=flat(rest))
+            if needed:
+                self._manager.wait_until_finished()
+        except _FAILURES as err:
+            if needed:
+                raise self._unsaved(err) from err
+            self._fail(err)
 
     def save_weights(self, weights: Mapping[str, Any]) -> None:
         """Saves weights by path as step 0, in the formats they have, and waits.
@@ -115,32 +207,71 @@ class Checkpoints:
         # Small chunks in small files: what is encoded and not yet on disk is memory
         # that a machine just large enough for the weights does not have.
         chunks = dict.fromkeys(weights, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
-        params = ocp.args.PyTreeSave(
-            dict(weights), chunks, ocdbt_target_data_file_size=4 * _CHUNK_BYTES
-        )
-        self._save(0, None, params=params)
+        small = {
+            "save_args": chunks,
+            "ocdbt_target_data_file_size": 4 * _CHUNK_BYTES,
+        }
+        try:
+            self._save(0, None, small, params=dict(weights))
+        except _FAILURES as err:
+            raise self._unsaved(err) from err
         self.finish()
 
-    def _save(self, step: int, data: Mapping[str, Any] | None, **items: Any) -> None:
+    def _save(
+        self,
+        step: int,
+        data: Mapping[str, Any] | None,
+        how: Mapping[str, Any] = types.MappingProxyType({}),
+        **items: dict[str, Any],
+    ) -> None:
         about = {"config": json.loads(config.to_json(self.run)), "data": data}
-        items["about"] = ocp.args.JsonSave(about)
-        try:
-            self._manager.save(step, args=ocp.args.Composite(**items))
-        except (OSError, ValueError) as err:
-            raise self._unsaved(err) from err
+        self._saving = (
+            step,
+            {
+                item: {
+                    path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+                    for path, leaf in leaves.items()
+                }
+                for item, leaves in items.items()
+            },
+        )
+        arguments: dict[str, Any] = {
+            item: ocp.args.PyTreeSave(leaves, **how) for item, leaves in items.items()
+        }
+        arguments["about"] = ocp.args.JsonSave(about)
+        self._manager.save(step, args=ocp.args.Composite(**arguments))
 
     def check(self) -> None:
-        """Raises CheckpointError if a save in the background has failed."""
+        """Tells of a save that has failed since; raises what `save` does."""
         try:
             self._manager.check_for_errors()
-        except (OSError, ValueError, RuntimeError) as err:
-            raise self._unsaved(err) from err
+        except _FAILURES as err:
+            self._fail(err)
+
+    def _fail(self, err: Exception) -> None:
+        """Goes on without a save that failed, unless too many have."""
+        newest, most = self._on_disk(), self.run.checkpoint.max_failed_saves
+        before, count = self._failed
+        count = count + 1 if before == newest else 1
+        self._failed = newest, count
+        problem = self._unsaved(err)
+        if count > most:
+            raise problem from err
+        self._say(f"{problem} Training goes on ({count} of {most} failures).")
+        # The manager counts a step from the moment it begins to save it.
+        with contextlib.suppress(*_FAILURES):
+            self._manager.close()
+        self._manager = self._opened()
 
     def finish(self) -> None:
-        """Waits until every save is durable; raises what `check` raises."""
+        """Waits until every save is durable.
+
+        Raises:
+          CheckpointError: one has failed.
+        """
         try:
             self._manager.wait_until_finished()
-        except (OSError, ValueError, RuntimeError) as err:
+        except _FAILURES as err:
             raise self._unsaved(err) from err
 
     def close(self) -> None:
@@ -151,10 +282,15 @@ class Checkpoints:
         reason = str(err).strip().splitlines()[0] if str(err).strip() else repr(err)
         failure = CheckpointError(
             f"{self.folder}; a checkpoint could not be written ({reason}); "
-            f"make room, then start again; newest whole step: {self.latest()}."
+            f"make room or mend it; newest whole step: {self._on_disk()}."
         )
         failure.exit_code = 1
         return failure
+
+    def _on_disk(self) -> int | None:
+        """Returns the newest step that has its name."""
+        names = [path.name for path in self.folder.glob("*")]
+        return max((int(name) for name in names if name.isdigit()), default=None)
 
     def about(self, step: int) -> Mapping[str, Any]:
         """Returns the settings and the data identity stored with `step`.
@@ -254,35 +390,13 @@ class Checkpoints:
                 "use the settings it was made with."
             )
 
-    def _stored(self, step: int, item: str) -> dict[str, Any]:
+    def _stored(self, step: int, item: str) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns shape and format of what `item` of `step` holds, by path."""
-        stored = self._manager.item_metadata(step)[item]
-        if stored is None:
-            raise CheckpointError(
-                f"{self.folder / str(step)}; {item} is missing; "
-                "remove that folder to go on from the step before it."
-            )
-        return dict(stored.tree if hasattr(stored, "tree") else stored)
-
-
-def prepare_workdir(workdir: str) -> pathlib.Path:
-    """Returns the workdir, made if missing.
-
-    Raises:
-      CheckpointError: it cannot be made or written.
-    """
-    path = pathlib.Path(workdir)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise CheckpointError(
-            f"--workdir={workdir}; {err.strerror}; give a folder that can be made."
-        ) from err
-    if not os.access(path, os.W_OK):
-        raise CheckpointError(
-            f"--workdir={workdir}; not writable; give a folder you may write to."
-        )
-    return path
+        leaves = Manifest.read(self.folder / str(step)).leaves.get(item, {})
+        return {
+            path: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"])
+            for path, leaf in leaves.items()
+        }
 
 
 def check_room(setting: str, folder: pathlib.Path, nbytes: int) -> None:
@@ -318,6 +432,7 @@ def reading(
         if step is None:
             raise CheckpointError(missing)
         checkpoints.about(step)
+        checkpoints.verify(step)
         yield checkpoints, step
 
 

@@ -73,6 +73,15 @@ def _parser() -> _Parser:
     workdir(train)
     processes(train)
 
+    words = "a training command that is started again until it is over"
+    again = commands.add_parser("supervise", help=words, description=words, **shape)
+    again.usage = (
+        "scaletrain supervise [--retries=N] -- train --config=... --workdir=..."
+    )
+    again.add_argument(
+        "--retries", type=int, default=5, help="in a row without a new checkpoint"
+    )
+
     evaluate = command("eval", "loss, perplexity and bits per byte of a checkpoint")
     experiment(evaluate, required=False)
     workdir(evaluate)
@@ -188,6 +197,8 @@ def read(argv: list[str]) -> tuple[argparse.Namespace, config.RunConfig]:
     Raises:
       ConfigError: with every problem of the options, the experiment and the overrides.
     """
+    if argv[:1] == ["supervise"]:
+        return _supervised(argv)
     overrides, plain, problems = [], [], []
     for arg in argv:
         if arg.startswith("--config."):
@@ -214,6 +225,22 @@ def read(argv: list[str]) -> tuple[argparse.Namespace, config.RunConfig]:
         raise ConfigError([*problems, *err.problems]) from err
     if problems:
         raise ConfigError(problems)
+    return args, run
+
+
+def _supervised(argv: list[str]) -> tuple[argparse.Namespace, config.RunConfig]:
+    """Returns the arguments of `supervise`, with the words of what it starts."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    own, words = argv[:end], argv[end + 1 :]
+    args = _parser().parse_args(own)
+    if args.retries < 0:
+        raise ConfigError([f"--retries={args.retries}; below 0; give 0 or more."])
+    if words[:1] != ["train"]:
+        raise ConfigError(
+            [f"supervise; {' '.join(words[:1]) or 'nothing'} after --; write -- train."]
+        )
+    inner, run = read(words)
+    args.words, args.workdir = words, inner.workdir
     return args, run
 
 

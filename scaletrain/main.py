@@ -8,13 +8,14 @@ import argparse
 import json
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import logging
 
-from scaletrain import cluster, config, flags
+from scaletrain import cluster, config, flags, stops
 from scaletrain.config import RunConfig
 from scaletrain.errors import ScaletrainError
+from scaletrain.phases import Phases
 
 _COMPILED_BYTES = 2**31  # in a workdir; beyond it those used least recently go
 
@@ -41,12 +42,22 @@ def main() -> None:
 
 
 def _train(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    _join(run, args)
-    _keep_compiled(args.workdir)
-    from scaletrain import evaluate, train
-
-    found = train.run(run, args.workdir)
+    stops.catch()
+    phases = Phases()
+    with stops.at_once():
+        _join(run, args)
+        _keep_compiled(args.workdir)
+        from scaletrain import evaluate, train
+    found = train.run(run, args.workdir, phases)
     return found, f"step {found['step']}: validation {evaluate.in_words(found)}"
+
+
+def _supervise(run: RunConfig, args: argparse.Namespace) -> NoReturn:
+    del run  # it was checked; the process that is started reads it again
+    from scaletrain import supervise
+
+    started = supervise.Supervisor(args.words, args.workdir, args.retries)
+    sys.exit(started.until_over())
 
 
 def _eval(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -119,6 +130,7 @@ def _config(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], s
 
 COMMANDS = {
     "train": _train,
+    "supervise": _supervise,
     "eval": _eval,
     "generate": _generate,
     "config": _config,

@@ -20,6 +20,12 @@ from scaletrain.chips import BF16_PEAK_FLOPS
 from scaletrain.config import GATED, LINEARS, ModelConfig, RunConfig, adapted
 
 
+def say(line: str) -> None:
+    """Tells the person at the terminal, once however many processes there are."""
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
 def matmul_weights(model: ModelConfig) -> int:
     """Returns the number of weights a token is multiplied with, without adapters."""
     layer = sum(rows * columns for rows, columns in linears(model).values())

@@ -6,7 +6,7 @@ what a device may allocate; where that is not known, as on CPUs, everything fits
 """
 
 import dataclasses
-from collections.abc import Callable
+import time
 from typing import Any, cast
 
 import jax
@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from scaletrain import step
 from scaletrain.config import REMAT_NAMES, RunConfig
 from scaletrain.errors import ConfigError
+from scaletrain.metrics import say
 from scaletrain.step import Program
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # what XLA says of what does not fit
@@ -36,14 +37,24 @@ CANDIDATES: tuple[dict[str, Any], ...] = tuple(
 _SHARE = 0.95
 
 
-def compiled(program: Program, say: Callable[[str], None]) -> tuple[Program, Any]:
-    """Returns a program whose remat is decided, and its step compiled.
+def compiled(program: Program, asked: RunConfig) -> tuple[Program, Any]:
+    """Returns a program with what `asked` leaves open decided and told, and its step.
 
     Raises:
-      ConfigError: no candidate fits.
+      ConfigError: model.remat=auto, and no candidate fits.
     """
-    if program.run.model.remat != "auto":
-        return program, step.compiled(program)
+    if asked.model.attention == "auto":
+        say(f"attention: {program.run.model.attention} (auto)")
+    began = time.perf_counter()
+    if asked.model.remat == "auto":
+        program, execute = _first_that_fits(program)
+    else:
+        execute = step.compiled(program)
+    say(f"compiled in {time.perf_counter() - began:.1f} s")
+    return program, execute
+
+
+def _first_that_fits(program: Program) -> tuple[Program, Any]:
     limit, others = _limit_bytes(cast(Mesh, program.mesh)), []
     for remat, names in _KEPT:
         run = _keeping(program.run, remat, names)

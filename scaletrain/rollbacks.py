@@ -33,7 +33,7 @@ class Skip:
     loss: float
     grad_norm: float
     num_documents: int
-    documents: list[int]  # the first of their ids, see `data.Sequences`
+    documents: list[int]  # the first ids, see `data.Sequences`; in process 0 alone
 
     def record(self) -> dict[str, Any]:
         """Returns the skip for JSON, which has no number for what is not finite."""
@@ -45,10 +45,11 @@ class Skip:
     def __str__(self) -> str:
         told = ", ".join(map(str, self.documents[:_TOLD]))
         more = ", ..." if self.num_documents > _TOLD else ""
+        if self.documents:
+            told = f"; {self.num_documents} documents: {told}{more}"
         return (
             f"step {self.step}: update skipped, {self.reason} (loss {self.loss:.4g}, "
-            f"gradient norm {self.grad_norm:.4g}; "
-            f"{self.num_documents} documents: {told}{more})"
+            f"gradient norm {self.grad_norm:.4g}{told})"
         )
 
 
@@ -108,14 +109,22 @@ class Rollbacks:
     @property
     def left_out(self) -> list[tuple[int, int]]:
         """The (step, batches): the steps after that one do without these batches."""
-        return [(record["step"], record["left_out"]) for record in self.records]
+        found: list[tuple[int, int]] = []
+        for record in self.records:
+            # What was left out further on is counted in when a run goes further back.
+            found = [pair for pair in found if pair[0] <= record["step"]]
+            found.append((record["step"], record["left_out"]))
+        return found
 
     def brief(self) -> list[dict[str, Any]]:
         """Returns what a checkpoint has to know of it."""
-        return [{"step": step, "left_out": count} for step, count in self.left_out]
+        return [{"step": r["step"], "left_out": r["left_out"]} for r in self.records]
 
     def go_back(self, why: Diverged) -> int:
         """Goes back to the newest checkpoint from before the first skip.
+
+        One that the run went back to already has not helped: the one before it is
+        taken, if there is any. An import is the last resort.
 
         Returns:
           Its step, which is the newest there is now.
@@ -128,18 +137,20 @@ class Rollbacks:
         most = self._checkpoints.run.optim.max_rollbacks
         if not before or len(self.records) >= most:
             raise DivergedError(self._story(why, bool(before)))
-        step = before[-1]
+        tried = {0} | {record["step"] for record in self.records}
+        step = ([s for s in before if s not in tried] or before)[-1]
+        further_on = sum(batches for at, batches in self.left_out if at > step)
+        left_out = why.last - step + further_on
         record = {
             "step": step,
-            "left_out": why.last - step,
+            "left_out": left_out,
             "first_skip": why.first,
             "last_skip": why.last,
             "skips": [skip.record() for skip in why.skips],
         }
         self._keep([*self.records, record])
         self._say(
-            f"going back to step {step}; the {why.last - step} batches of steps "
-            f"{step + 1} to {why.last} are left out "
+            f"going back to step {step}; the {left_out} batches since are left out "
             f"({len(self.records)} of optim.max_rollbacks={most})"
         )
         self.clear()

@@ -1,9 +1,10 @@
 """Every experiment that names a slice, planned to machine code; writes docs/plans.md.
 
-    python tests/plans.py
+    python tests/plans.py [NAME ...]
 
 The memory that a plan foretells is where the compiler placed the buffers; that of the
-executable is what it says of itself, once it exists.
+executable is what it says of itself, once it exists. NAME ... makes the rows of those
+experiments anew and keeps the others.
 """
 
 import importlib.metadata
@@ -34,20 +35,27 @@ def resolved(experiment, topology, overrides):
 
 
 def main():
-    """Plans every pair both ways and writes the table."""
+    """Plans every pair both ways, or those asked for, and writes the table."""
+    path = ROOT / "docs" / "plans.md"
+    asked, before = sys.argv[1:], path.read_text(encoding="utf-8").splitlines()
     lines = []
     for experiment, topology, overrides in SLICES:
+        words = " ".join([experiment, *search.flags(overrides)])
+        head = f"| `{words}` | {topology} |"
+        if asked and experiment not in asked:
+            lines += [line for line in before if line.startswith(head)]
+            continue
         run, slice_ = resolved(experiment, topology, overrides)
         began = time.monotonic()
         quick = compiler.compile(run, slice_)
         middle = time.monotonic()
         whole = compiler.compile(run, slice_, full=True)
         ended = time.monotonic()
-        words = " ".join([experiment, *search.flags(overrides)])
         lines.append(
-            f"| `{words}` | {topology} | {'yes' if whole.fits else 'no'} | "
+            f"{head} {'yes' if whole.fits else 'no'} | "
             f"{quick.peak_bytes / 2**30:.2f} | {whole.executable_bytes / 2**30:.2f} | "
             f"{quick.peak_bytes / whole.executable_bytes - 1:+.1%} | "
+            f"{whole.live_bytes / 2**30:.2f} | "
             f"{quick.step.seconds:.2f} | {middle - began:.0f} | {ended - middle:.0f} |"
         )
         print(lines[-1], flush=True)
@@ -56,13 +64,15 @@ def main():
 
 Made by `make plan-all` with libtpu {importlib.metadata.version("libtpu")}. "planned" is
 the memory in GiB of `scaletrain plan`, which stops once buffers are placed; "executable"
-that of the same step compiled to machine code, by its own account. The largest compiler
-process held {largest:.1f} GiB.
+that of the same step compiled to machine code, by its own account: its arguments and the
+one block of memory that its temporaries are placed in. "in use" is the most of that which
+is used at once; what lies unused between buffers must be there all the same. The largest
+compiler process held {largest:.1f} GiB.
 
-| experiment | slice | fits | planned | executable | differ | step s | planned in s | compiled in s |
-|---|---|---|---|---|---|---|---|---|
+| experiment | slice | fits | planned | executable | differ | in use | step s | planned in s | compiled in s |
+|---|---|---|---|---|---|---|---|---|---|
 """ + "\n".join(lines)  # noqa: E501
-    (ROOT / "docs" / "plans.md").write_text(text + "\n", encoding="utf-8")
+    path.write_text(text + "\n", encoding="utf-8")
     return 0 if all("| yes |" in line for line in lines) else 1
 
 

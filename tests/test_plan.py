@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -18,7 +19,7 @@ import small
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from scaletrain import chips, config, mesh, metrics, sharding, step
+from scaletrain import chips, config, mesh, metrics, sharding, step, train
 from scaletrain.config import MeshConfig
 from scaletrain.errors import ConfigError
 from scaletrain.models import attention
@@ -35,6 +36,7 @@ from scaletrain.plan import (
     search,
     slices,
     timing,
+    worker,
 )
 from scaletrain.plan.record import Wanted
 
@@ -673,34 +675,79 @@ def test_options_of_tpus_are_known_to_their_compiler(kind):
     jax.jit(lambda x: x + 1).lower(given).compile(compiler_options=options)
 
 
-def test_small_runs_are_the_same_everywhere():
-    """20 random settings: parameters, bytes and FLOPs on a slice and on 8 devices."""
-    devices = _devices("v5e:2x4")
+def _dots(jaxpr):
+    """Returns the FLOPs of every matmul of a traced step, on all devices."""
+    total = 0
+    for each in jaxpr.eqns:
+        if each.primitive.name == "dot_general":
+            (over, _), _ = each.params["dimension_numbers"]
+            shape = each.invars[0].aval.shape
+            over = math.prod(shape[i] for i in over)
+            total += 2 * math.prod(each.outvars[0].aval.shape) * over
+        times = each.params["length"] if each.primitive.name == "scan" else 1
+        times *= each.params["mesh"].size if each.primitive.name == "shard_map" else 1
+        for value in each.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                total += times * _dots(inner) if hasattr(inner, "eqns") else 0
+    return total
+
+
+def _placed(shapes):
+    return jax.tree.map(
+        lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding),
+        shapes,
+    )
+
+
+def test_small_runs_are_the_same_everywhere(monkeypatch):
+    """20 random settings: what is planned for a slice, and what 8 devices hold and do.
+
+    Parameters, and bytes of them and of the optimizer on each device, as the planner's
+    process tells them, against the arrays that train begins with; FLOPs against those
+    of every matmul in the step.
+    """
+    for name, value in compiler.WITHOUT_TPU.items():
+        monkeypatch.setenv(name, value)
+    slice_ = slices.parse("v5e:2x4")
     rng = np.random.default_rng(0)
-    for _ in range(20):
-        heads = int(rng.choice([2, 4, 8]))
+    for i in range(20):
         run = small.changed(
             small.RUN,
             model__num_layers=int(rng.integers(1, 4)),
-            model__num_heads=heads,
+            model__num_heads=int(rng.choice([2, 4, 8])),
             model__num_kv_heads=2,
             model__d_head=int(rng.choice([8, 16])),
             model__d_ff=int(rng.choice([64, 128])),
             model__mlp=str(rng.choice(["swiglu", "gelu"])),
             model__head=str(rng.choice(["tied", "untied"])),
+            model__attention="xla",
             optim__name=str(rng.choice(["adamw", "lion", "adafactor"])),
             mesh=[MeshConfig(fsdp=8), MeshConfig(fsdp=4, tensor=2)][rng.integers(2)],
         )
         run = config.resolve(config.check(run), 8)
-        there, here = (
-            step.build(run, mesh.build(run.mesh, each)).state
-            for each in (devices, jax.devices())
-        )
-        count = sum(x.size for x in jax.tree.leaves(there.weights))
-        assert count == sum(x.size for x in jax.tree.leaves(here.weights))
-        assert sharding.nbytes(there) == sharding.nbytes(here)
+        _, told = worker.described({
+            "config": config.to_json(run), "topology": slice_.topology,
+            "platform": slice_.platform, "kwargs": slice_.kwargs,
+        })  # fmt: skip
+        program = step.build(run, mesh.build(run.mesh, jax.devices()))
+        with jax.set_mesh(program.mesh):
+            # train's own takes a second to compile; it begins with these shapes.
+            state = train.initial(program) if i < 3 else _placed(program.state)
+            jaxpr = jax.make_jaxpr(functools.partial(step.train_step, program=program))(
+                program.state, program.batch
+            )
+        assert told["parameters"] == sum(x.size for x in jax.tree.leaves(state.weights))
+        for part, of in (("parameters", state.weights), ("optimizer", state.opt_state)):
+            for device in range(8):
+                assert told["bytes"][part] == sum(
+                    leaf.addressable_shards[device].data.nbytes
+                    for leaf in jax.tree.leaves(of)
+                ), part
+        _, palm = metrics.flops_per_token(run)  # plain attention makes every score
+        assert palm * run.batch_size * run.seq_len == _dots(jaxpr.jaxpr)
         near = estimate.parameters(run)
-        assert near == pytest.approx(count, rel=0.05)
+        assert near == pytest.approx(told["parameters"], rel=0.05)
 
 
 WRONG = [

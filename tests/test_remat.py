@@ -43,17 +43,17 @@ def devices(monkeypatch):
     return prepare
 
 
-def decide():
-    said = []
+def decide(capsys):
     program = step.build(RUN, mesh.build(RUN.mesh, jax.devices()[:1]))
     with jax.set_mesh(program.mesh):
-        chosen, _ = remat.compiled(program, said.append)
-    return chosen.run.model, said
+        chosen, _ = remat.compiled(program, RUN)
+    said = capsys.readouterr().err.splitlines()
+    return chosen.run.model, [line for line in said if line.startswith("remat")]
 
 
-def test_the_first_that_fits_is_taken_and_told(devices):
+def test_the_first_that_fits_is_taken_and_told(devices, capsys):
     asked = devices(55 * 10**9)
-    model, said = decide()
+    model, said = decide(capsys)
     assert (model.remat, model.remat_save) == (
         "save", ("residual", "query", "key", "value", "attention")
     )  # fmt: skip
@@ -65,21 +65,21 @@ def test_the_first_that_fits_is_taken_and_told(devices):
     ]
 
 
-def test_what_does_not_even_compile_does_not_fit(devices):
+def test_what_does_not_even_compile_does_not_fit(devices, capsys):
     devices(90 * 10**9, refused=4)
-    model, said = decide()
+    model, said = decide(capsys)
     assert model.remat == "full"
     assert "none needs more than there is" in said[0]
 
 
-def test_nothing_fits(devices):
+def test_nothing_fits(devices, capsys):
     devices(10**9)
     with pytest.raises(ConfigError, match="nothing fits into 1.0 GB.*lower batch_size"):
-        decide()
+        decide(capsys)
 
 
-def test_a_cpu_has_no_limit():
-    model, said = decide()
+def test_a_cpu_has_no_limit(capsys):
+    model, said = decide(capsys)
     assert model.remat == "none"
     assert said == ["remat: none (auto: these devices tell of no limit)"]
 

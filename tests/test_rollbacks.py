@@ -137,7 +137,7 @@ def test_a_run_goes_back_stops_and_goes_on(straight, taken, tmp_path, capsys):
     ):
         assert told in story
     said = capsys.readouterr().err
-    assert "the 4 batches of steps 5 to 8 are left out" in said
+    assert "going back to step 4; the 4 batches since are left out" in said
     assert "removing checkpoint 6" in said
     # The one skip that was not gone back on, with the documents of its batch.
     found = records(tmp_path, "skip_reason")[0]
@@ -167,6 +167,8 @@ def test_killed_while_going_back_ends_as_if_it_had_not(
 
     def killed(*args, **kwargs):
         if next(calls) == after:
+            if moment == "half removed":
+                whole(args[0] / "about")
             raise Killed
         return whole(*args, **kwargs)
 
@@ -177,3 +179,42 @@ def test_killed_while_going_back_ends_as_if_it_had_not(
     assert (tmp_path / "rollbacks.json").exists() == (moment != "record")
     train.run(RUN, str(tmp_path))
     assert_same(outcome(tmp_path, taken), straight)
+
+
+def left_out_before(left_out, now):
+    return sum(batches for at, batches in left_out if at < now)
+
+
+class Listed:
+    """Checkpoints that are numbers, and know how often a run had gone back."""
+
+    run = small.changed(RUN, optim__max_rollbacks=4)
+
+    def __init__(self, known):
+        self.known = known
+        self.remove, self.finish = known.pop, lambda: None
+        self.latest, self.steps = lambda: max(known), lambda: sorted(known)
+        self.about = lambda at: {"data": {"rollbacks": [{}] * known[at]}}
+
+
+def test_what_did_not_help_once_is_not_gone_back_to_again(tmp_path):
+    listed = Listed({0: 0, 4: 0, 8: 0, 10: 0})
+    back = rollbacks.Rollbacks(tmp_path, listed, print)
+    read = set()
+    for skipped, saved, target, left_out in (
+        ((9, 11), 10, 8, [(8, 3)]),  # 10 was saved in between
+        ((9, 10), 8, 4, [(4, 9)]),  # 8 did not help; batches 4 to 12 had been read
+        ((13, 14), 12, 12, [(4, 9), (12, 2)]),  # 12 is new
+        ((13, 14), 12, 12, [(4, 9), (12, 2), (12, 2)]),  # before it is nothing untried
+    ):
+        listed.known.setdefault(saved, len(back.records))
+        steps = range(1, skipped[1] + 1)
+        read |= {now - 1 + left_out_before(back.left_out, now) for now in steps}
+        assert back.go_back(rollbacks.Diverged(*skipped, [])) == target
+        assert back.left_out == left_out
+        assert listed.latest() == target
+        # The first batch that is read then is the first that never was.
+        assert target + left_out_before(left_out, target + 1) == max(read) + 1
+    with pytest.raises(DivergedError, match="went back optim.max_rollbacks=4 times"):
+        back.go_back(rollbacks.Diverged(13, 14, []))
+    assert rollbacks.Rollbacks(tmp_path, listed, print).left_out == back.left_out

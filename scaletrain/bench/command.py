@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from scaletrain import checkpoint, config, mesh, metrics, step, train
+from scaletrain import config, mesh, metrics, step, workdir
 from scaletrain.bench import profile, roofline, timing
 from scaletrain.bench.sweep import Sweep
 from scaletrain.bench.timing import Timed
@@ -53,7 +53,7 @@ def run(run: RunConfig, request: Request) -> dict[str, Any]:
             ]
         )
     if request.workdir:
-        checkpoint.prepare_workdir(request.workdir)
+        workdir.prepare(request.workdir)
     extra: dict[str, Any] = {}
     if request.sweep:
         plain = dataclasses.replace(request, profile=False)
@@ -68,7 +68,7 @@ def run(run: RunConfig, request: Request) -> dict[str, Any]:
         if OUT_OF_MEMORY not in str(err):
             raise
         raise _too_large(run) from err
-    train.say(f"step {timed.step_time_s:.4f} s; measuring what the hardware can do")
+    metrics.say(f"step {timed.step_time_s:.4f} s; measuring what the hardware can do")
     record = _record(program, timed, roofline.measure(program))
     if request.data:
         record["data_wait"] = timed.data_wait

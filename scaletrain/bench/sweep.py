@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from scaletrain import config, train
+from scaletrain import config, metrics
 from scaletrain.bench.timing import Timed
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError
@@ -43,7 +43,7 @@ class Sweep:
         except KeyboardInterrupt:
             if not self._candidates:
                 raise
-            train.say("stopped; going on with the best of what is known")
+            metrics.say("stopped; going on with the best of what is known")
         return sorted(
             self._candidates, key=lambda each: -each["tokens_per_s_per_device"]
         )
@@ -126,7 +126,7 @@ class Sweep:
         )
         words = " ".join(search.flags(changed)) or "as configured"
         verdict = problem or f"{speed:,.0f} tokens/s a device"
-        train.say(f"{words}: {verdict}; {self._left} more at most")
+        metrics.say(f"{words}: {verdict}; {self._left} more at most")
         return speed
 
 

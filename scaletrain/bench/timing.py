@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scaletrain import data, metrics, remat, sharding, step, train
+from scaletrain import data, feed, loop, metrics, remat, sharding, step
 from scaletrain.config import RunConfig
 from scaletrain.step import Batch, Program
 
@@ -46,7 +46,7 @@ class Steps:
     def __init__(self, program: Program, asked: RunConfig, feed: Callable):
         self._peak_before = metrics.peak_memory_bytes(jax.local_devices())
         began = time.perf_counter()
-        self.program, self.compiled = train.compiled(program, asked)
+        self.program, self.compiled = remat.compiled(program, asked)
         self.compile_time_s = time.perf_counter() - began
         self._feed: Feed = feed(self.program)
         self.state = initial_state(self.program)
@@ -72,7 +72,7 @@ class Steps:
         began = time.perf_counter()
         with (
             concurrent.futures.ThreadPoolExecutor(1) as watch,
-            train.garbage_kept(),
+            loop.garbage_kept(),
             jax.transfer_guard("disallow"),
         ):
             for _ in range(count * calls):
@@ -144,7 +144,7 @@ def synthetic(program: Program) -> Feed:
 
 def from_data(program: Program) -> Feed:
     """Returns the feed of a run: the settings' own data, read ahead as in training."""
-    corpus = train.prepare(program.run)
+    corpus = feed.prepare(program.run)
     sequences = data.sequences(corpus, "train", program.run)
-    batches = train.batches_of(program, sequences, 0)
+    batches = feed.batches_of(program, sequences, 0)
     return lambda: sharding.place(next(batches), program.batch)

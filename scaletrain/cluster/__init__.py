@@ -20,12 +20,13 @@ import time
 import types
 from collections.abc import Mapping
 
+from scaletrain import stops
 from scaletrain.cluster.meeting import meet
 from scaletrain.cluster.peers import WHY_S, Peers
 from scaletrain.cluster.place import ask_metadata, find
 from scaletrain.errors import ConfigError
 
-__all__ = ["agree", "code_version", "join", "lead", "leave", "turn", "wait"]
+__all__ = ["agree", "code_version", "first", "join", "lead", "leave", "turn", "wait"]
 
 _JOIN_S = 300.0  # for all to come
 _peers: Peers | None = None
@@ -64,6 +65,7 @@ def join(args: argparse.Namespace) -> None:
         # Its own heartbeat ends processes without naming the one that is lost.
         heartbeat_timeout_seconds=int(10 * args.heartbeat) + 600,
     )
+    stops.share()
     kind = jax.local_devices()[0].device_kind
     agree(
         {"the devices": f"{jax.local_device_count()} x {kind}", "jax": jax.__version__}
@@ -91,6 +93,11 @@ def wait(name: str) -> None:
     """Waits until all processes wait for `name`, for as long as that takes."""
     if _peers is not None:
         _peers.gather(name, "")
+
+
+def first(name: str, value: str) -> str:
+    """Returns what process 0 says under `name`, once all have asked."""
+    return value if _peers is None else _peers.gather(name, value)[0]
 
 
 def agree(facts: Mapping[str, object]) -> None:

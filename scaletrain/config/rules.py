@@ -431,6 +431,7 @@ def _unused(run: RunConfig) -> Iterator[str]:
 # model, the data or the shape of the optimizer's state.
 _FREE = (
     "num_steps", "accumulate_steps", "log_every_steps", "eval_every_steps",
+    "watchdog_s",
     "init_from", "family", "model.layers", "model.remat", "model.remat_save",
     "model.remat_offload", "model.attention", "precision.compute",
     "precision.reduce", "data.cache_dir",

@@ -162,8 +162,13 @@ class CheckpointConfig:
     """When the state is saved and what is kept."""
 
     every_steps: int = setting(0, least=0)  # 0 = only after the last step
-    keep: int = setting(3, least=1)  # newest checkpoints kept
+    every_minutes: float = setting(
+        0.0, least=0.0
+    )  # one that goes with the next; 0 = no
+    keep: int = setting(3, least=1)  # newest checkpoints of every_steps kept
     keep_every_steps: int = setting(0, least=0)  # multiples kept for good; 0 = none
+    on_damage: str = setting("stop", choices=("stop", "previous"))  # when resuming
+    max_failed_saves: int = setting(3, least=0)  # in a row before giving up
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,6 +197,7 @@ class RunConfig:
     eval_every_steps: int = setting(0, least=0)  # 0 = only after the last step
     seed: int = setting(0, least=0, most=2**32 - 1)
     init_from: str = ""  # workdir whose newest weights a new run starts with
+    watchdog_s: float = setting(3600.0, least=0.0)  # longest phase; 0 = do not watch
     family: str = setting("", choices=FAMILIES)  # an export's; "" = the first that fits
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig(data=-1)

@@ -99,6 +99,9 @@ def _planned(
     tried, _ = _compiled(run, slice_, search.remedies(run, slice_), request, chosen)
     fitting = [each for each in tried if each["fits"]]
     found["remedies"] = record.best_first(fitting)[:_TRIED]
+    if not fitting:
+        nearest = sorted(tried, key=lambda each: each["hbm_peak_bytes"])
+        found["tried"] = nearest[:_TRIED]
     return found
 
 

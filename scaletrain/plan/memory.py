@@ -9,6 +9,11 @@ _VALUE = re.compile(
     r"^ value: <\d+ ([\w.\-]+)(?:\{[\d,]*\})?(?: \(phi\))? @0> "
     r"\(size=(\d+),offset=(\d+)\): (\S+)"
 )
+# Parts of a value's origin that say nothing of the model.
+_PLUMBING = re.compile(
+    r"(?:while|body|eval_jaxpr|checkpoint|shard_map|closed_call|vmap\([^)]*\)|"
+    r"jvp\(\)|jit\([^)]*\))/"
+)
 _TEMPORARY = re.compile(
     r"^allocation \d+: size (\d+),(?!.*color).* preallocated-temp", re.MULTILINE
 )
@@ -59,7 +64,7 @@ def _largest(assignment: str, module: Module) -> list[tuple[int, str]]:
             temporary = "preallocated-temp" in line and "color" not in line
         elif temporary and (value := _VALUE.match(line)):
             name, size, offset, shape = value.groups()
-            where = names.get(name, "").removeprefix("jit(train_step)/") or name
+            where = _PLUMBING.sub("", names.get(name, "")).replace("\\'", "'") or name
             size = int(size)
             if size > found.get(int(offset), (0, ""))[0]:
                 found[int(offset)] = size, f"{shape.split('{')[0]} {where}"

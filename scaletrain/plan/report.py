@@ -14,14 +14,18 @@ def in_words(found: Record) -> str:
     for title, key in (
         ("Layouts, best first", "candidates"),
         ("Changes that make it fit", "remedies"),
+        ("Changes that were tried, none enough", "tried"),
         ("Slices, best first", "slices"),
     ):
         if found.get(key):
             lines += ["", f"{title} ({_MARKS}):", *_table(found[key])]
     if found.get("slices") and found["fastest"]:
         lines += ["", *(f"{each}: {found[each]}" for each in record.BEST)]
-    if not found["fits"] and not found.get("remedies", True):
-        lines += ["", "No single change that was tried makes it fit; try --search."]
+    if found.get("tried"):
+        lines += [
+            "",
+            "Try --search, a larger slice, or a smaller batch_size or seq_len.",
+        ]
     if found["fits"]:
         lines += ["", "Run it:", f"  {found['command']}"]
     return "\n".join(lines)
@@ -106,5 +110,11 @@ def _table(records: list[Record]) -> Iterator[str]:
             f"  {mark} {each['step_time_s']:8.3f}{each['hbm_peak_bytes'] / _GIB:8.1f}"
             f"{each['tokens_per_s_per_chip']:15,.0f}{each['cost_usd']:13,.0f}"
             f"{each['co2e_kg']:13,.0f}  {each['topology']} "
-            + (" ".join(search.flags(each["overrides"])) or "(as given)")
+            + (_changed(each) or "(as given)")
         )
+
+
+def _changed(each: Record) -> str:
+    """Returns the overrides of a plan without the part that all have."""
+    words = search.flags(each["overrides"])
+    return " ".join(word.removeprefix("--config.") for word in words)

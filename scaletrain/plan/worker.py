@@ -23,7 +23,7 @@ def main() -> None:
     """Answers the request in the folder named on the command line."""
     folder = pathlib.Path(sys.argv[1])
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-    program, facts = _program(request)
+    program, facts = described(request)
     if not request["full"]:
         watch = threading.Thread(target=_stop, args=(folder, facts), daemon=True)
         watch.start()
@@ -47,7 +47,7 @@ def main() -> None:
     _answer(folder, facts)
 
 
-def _program(request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def described(request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Returns the step's program for the slice, and what is known of it."""
     import jax
     from jax.experimental import topologies

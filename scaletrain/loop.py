@@ -1,0 +1,242 @@
+"""The steps of one attempt, and what happens between them."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import gc
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from scaletrain import (
+    checkpoint,
+    cluster,
+    data,
+    evaluate,
+    feed,
+    goodput,
+    metrics,
+    rollbacks,
+    sharding,
+    stops,
+)
+from scaletrain.errors import Interrupted
+from scaletrain.metrics import say
+from scaletrain.phases import STEP, WAIT, Phases
+from scaletrain.rollbacks import Diverged
+from scaletrain.step import Program, TrainState
+
+
+@dataclasses.dataclass
+class Loop:
+    """The steps of one attempt, and what happens between them."""
+
+    program: Program
+    execute: Callable
+    recorder: metrics.Recorder
+    checkpoints: checkpoint.Checkpoints
+    corpus: data.Corpus
+    sequences: dict[str, Any]
+    back: rollbacks.Rollbacks
+    phases: Phases
+    account: goodput.Account
+    _pending: tuple[int, dict[str, Any], Any] | None = None  # step, numbers, when ready
+    _clock: float = 0.0  # when the step that was counted last was ready
+    _counted: int = 0
+    _skips: list[rollbacks.Skip] = dataclasses.field(default_factory=list)  # in a row
+    _stopped: float | None = None  # since when, on the monotonic clock
+    _saved: float = 0.0  # when the last save began, likewise
+
+    def run(self, state: TrainState, start: int) -> dict[str, Any]:
+        """Takes the steps after `start`; returns the last evaluation."""
+        self.account.begin(start)
+        try:
+            return self._run(state, start)
+        finally:
+            self.account.update(self._counted)
+            total = self.account.total()
+            say(goodput.in_words(total))
+            self.recorder.write({"step": self._counted, **total})
+
+    def _run(self, state: TrainState, start: int) -> dict[str, Any]:
+        """Takes the steps.
+
+        The order inside one matters to resuming: batch, step, records of the step
+        before, checkpoint, evaluation.
+        """
+        run, left_out = self.program.run, self.back.left_out
+        batches = feed.batches_of(
+            self.program, self.sequences["train"], start, left_out
+        )
+        self._clock, self._counted = time.perf_counter(), start
+        self._saved = time.monotonic()
+        watch = concurrent.futures.ThreadPoolExecutor(1)
+        found: dict[str, Any] = {}
+        with watch, garbage_kept(), jax.transfer_guard("disallow"):
+            for now in range(start + 1, run.num_steps + 1):
+                last = now == run.num_steps
+                with self.phases(STEP):
+                    with jax.profiler.StepTraceAnnotation("train", step_num=now):
+                        state, numbers = self._step(state, batches)
+                    # The device works on this step while the host reads the one before.
+                    self._record()
+                    self._pending = now, numbers, watch.submit(_ready_at, numbers)
+                    self.checkpoints.check()
+                    stopped = self._is_stopped(now)
+                    if stopped or last or self._is_due(now):
+                        self._record()
+                        self._save(now, state, needed=stopped or last)
+                if stopped and not last:
+                    raise self._interrupted(now)
+                if last or _due(now, run.eval_every_steps):
+                    found = self._evaluate(now, state)
+        with self.phases("save"):
+            self.checkpoints.finish()
+        return found or self._evaluate(start, state)
+
+    def _is_stopped(self, now: int) -> bool:
+        """Returns whether to stop after this step; the same in every process."""
+        if jax.process_count() == 1:
+            self._stopped = stops.since()
+        elif multihost_utils.reached_preemption_sync_point(now):
+            self._stopped = time.monotonic()
+        return self._stopped is not None
+
+    def _is_due(self, now: int) -> bool:
+        """Returns whether a checkpoint is due, by the step or by the first clock."""
+        c, run = self.program.run.checkpoint, self.program.run
+        if _due(now, c.every_steps):
+            return True
+        if not c.every_minutes or not _due(now, run.log_every_steps):
+            return False
+        late = time.monotonic() - self._saved >= 60 * c.every_minutes
+        return cluster.first(f"save at {now}", str(late)) == str(True)
+
+    def _interrupted(self, now: int) -> Interrupted:
+        assert self._stopped is not None
+        seconds = time.monotonic() - self._stopped
+        self.recorder.write({"step": now, "stop_to_saved_s": seconds})
+        return Interrupted(
+            f"stopped by a signal at step {now}; saved {seconds:.1f} s after it; "
+            "the same command goes on from there."
+        )
+
+    def _step(
+        self, state: TrainState, batches: Iterator
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Takes one optimizer step, of one batch or of its parts in turn."""
+        hashes, numbers = [], {}
+        parts = self.program.run.batch_size // self.program.batch["tokens"].shape[0]
+        for _ in range(parts):
+            with self.phases(WAIT):
+                rows = next(batches)
+            batch = sharding.place(rows, self.program.batch)
+            state, numbers = self.execute(state, batch)
+            hashes.append(numbers["batch_hash"])
+        return state, numbers | {"batch_hash": hashes}
+
+    def _record(self) -> None:
+        """Reads the pending step's numbers; logs, shows and judges them."""
+        if self._pending is None:
+            return
+        (now, numbers, ready_at), self._pending = self._pending, None
+        numbers = jax.device_get(numbers)
+        run = self.program.run
+        if now == run.num_steps or _due(now, run.log_every_steps):
+            clock = ready_at.result()
+            pace = (clock - self._clock) / (now - self._counted)
+            self._clock, self._counted = clock, now
+            record = {
+                "step": now,
+                "loss": float(numbers["loss"]),
+                "grad_norm": float(numbers["grad_norm"]),
+                "learning_rate": float(numbers["learning_rate"]),
+                "tokens": now * run.batch_size * run.seq_len,
+                "skipped": int(numbers["skipped"]),
+                "rollbacks": len(self.back.records),
+                "batch_hash": int(sum(map(int, numbers["batch_hash"])) % 2**32),
+                **metrics.throughput(run, pace, jax.devices()),
+                "peak_memory_bytes": metrics.peak_memory_bytes(jax.local_devices()),
+            }
+            self.recorder.write(record)
+            self.recorder.progress(record)
+            self.account.update(now)
+            gc.collect()  # every process at the same step, while the devices work
+        self._judge(now, numbers)
+
+    def _judge(self, now: int, numbers: dict[str, Any]) -> None:
+        """Tells of an update that was skipped; enough of them end this attempt."""
+        in_a_row = int(numbers["skipped_in_a_row"])
+        if not in_a_row:
+            self._skips.clear()
+            return
+        documents: list[int] = []
+        if self.recorder.lead:
+            documents = feed.documents_of(
+                self.program, self.sequences["train"], now, self.back.left_out
+            )
+        skip = rollbacks.skip_of(now, numbers, documents)
+        self._skips.append(skip)
+        record = {f"skip_{name}": value for name, value in skip.record().items()}
+        self.recorder.write(record | {"step": now})
+        say(str(skip))
+        if in_a_row >= self.program.run.optim.max_skipped_steps:
+            raise Diverged(now - in_a_row + 1, now, self._skips)
+
+    def _save(self, now: int, state: TrainState, *, needed: bool) -> None:
+        """Saves; the loop waits for the arrays to leave the device, if not longer."""
+        if now == self.checkpoints.latest():
+            return
+        self._saved = time.monotonic()
+        with self.phases("save"):
+            self.checkpoints.save(
+                now,
+                state,
+                self.corpus.fingerprint,
+                self.back.brief(),
+                needed=needed,
+            )
+        stall_s = time.monotonic() - self._saved
+        self.recorder.write({"step": now, "save_stall_s": stall_s})
+
+    def _evaluate(self, now: int, state: TrainState) -> dict[str, Any]:
+        """Returns the validation numbers; the time it takes is no step's."""
+        self._record()
+        with self.phases("eval"):
+            found = evaluate.evaluate(
+                self.program, state.weights, self.corpus, self.sequences["validation"]
+            )
+        self.recorder.write({"step": now, **{f"eval_{k}": v for k, v in found.items()}})
+        if found and now < self.program.run.num_steps:
+            say(f"step {now}: validation {evaluate.in_words(found)}")
+        self._clock, self._counted = time.perf_counter(), now
+        return {"step": now, **found}
+
+
+@contextlib.contextmanager
+def garbage_kept() -> Iterator[None]:
+    """Keeps Python from collecting garbage by itself, and what is here from search.
+
+    A process that stops for it keeps all others waiting, each at a time of its own.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def _ready_at(numbers: dict[str, Any]) -> float:
+    """Returns when the device had them; reading them may come a step later."""
+    jax.block_until_ready(numbers)
+    return time.perf_counter()
+
+
+def _due(now: int, every: int) -> bool:
+    return bool(every) and now % every == 0
