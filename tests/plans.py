@@ -18,6 +18,7 @@ from scaletrain.plan import command, compiler, search, slices
 
 ROOT = pathlib.Path(__file__).parent.parent
 SLICES = (
+    ("gpt2_124m.py", "v5e:2x2", {}),
     ("llama_1b.py:synthetic", "v6e:2x2", {}),
     ("llama3_8b.py", "v5p:4x4x4", {}),
     ("llama3_8b.py", "tpu7x:4x4x4", {"mesh.fsdp": 128, "accumulate_steps": 1}),
