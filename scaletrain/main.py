@@ -6,6 +6,7 @@ the request is known to make sense.
 
 import argparse
 import json
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -15,6 +16,8 @@ from scaletrain import cluster, config, flags, stops
 from scaletrain.config import RunConfig
 from scaletrain.errors import ScaletrainError
 from scaletrain.phases import Phases
+
+_COMPILED_BYTES = 2**31  # in a workdir; beyond it those used least recently go
 
 
 def main() -> None:
@@ -43,6 +46,7 @@ def _train(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], st
     phases = Phases()
     with stops.at_once():
         _join(run, args)
+        _keep_compiled(args.workdir)
         from scaletrain import evaluate, train
     found = train.run(run, args.workdir, phases)
     return found, f"step {found['step']}: validation {evaluate.in_words(found)}"
@@ -135,6 +139,21 @@ COMMANDS = {
     "import": _import,
     "export": _export,
 }
+
+
+def _keep_compiled(workdir: str) -> None:
+    """Keeps executables in the workdir, so that the next start need not compile.
+
+    JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false
+    none. An executable is known by its program, compiler, options and devices, with a
+    CPU's features; one that cannot be read is compiled again with a warning.
+    """
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        folder = os.path.join(workdir, "compiled")
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_compilation_cache_max_size", _COMPILED_BYTES)
 
 
 def _join(run: RunConfig, args: argparse.Namespace) -> None:
