@@ -124,7 +124,9 @@ class Recorder:
         }
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
-        for name, value in clean.items() if self._board else ():
+        if self._board is None:
+            return
+        for name, value in clean.items():
             if isinstance(value, int | float) and name not in ("step", "batch_hash"):
                 self._board.add_scalar(name, value, record["step"])
 
