@@ -30,6 +30,7 @@ from scaletrain.retention import Retention
 from scaletrain.step import TrainState
 
 Tree = Any
+_REST = ("step", "key", "opt_state", "amax")  # of a state, beside its parameters
 _CHUNK_BYTES = 2**24  # of an import's arrays
 _FAILURES = (OSError, ValueError, RuntimeError)  # of a save
 
@@ -63,8 +64,11 @@ class Checkpoints:
             preservation_policy=Retention(self.run),
             enable_async_checkpointing=True,
             # Called when all is written and the folder has no name yet.
+            # Folders are made while the loop waits: a disk that refuses them says so at
+            # once, and leaves no threads that wait for them when the process ends.
             async_options=ocp.options.AsyncOptions(
-                post_finalization_callback=self._complete
+                post_finalization_callback=self._complete,
+                create_directories_asynchronously=False,
             ),
             # A reader must not clear away what a trainer is writing.
             cleanup_tmp_directories=not self._read_only,
@@ -179,7 +183,7 @@ class Checkpoints:
         Raises:
           CheckpointError: too many saves failed, or one that is needed.
         """
-        rest = {"step": state.step, "key": state.key, "opt_state": state.opt_state}
+        rest = {name: getattr(state, name) for name in _REST}
         data = {
             "fingerprint": data_fingerprint,
             "next_step": step,
@@ -244,7 +248,10 @@ class Checkpoints:
     def check(self) -> None:
         """Tells of a save that has failed since; raises what `save` does."""
         try:
-            self._manager.check_for_errors()
+            # Asking earlier would take the error from Orbax's thread, which would then
+            # remove the steps that the failed one was to replace.
+            if not self._manager.is_saving_in_progress():
+                self._manager.wait_until_finished()
         except _FAILURES as err:
             self._fail(err)
 
@@ -344,7 +351,7 @@ class Checkpoints:
           CheckpointError: a leaf is missing, unknown or of another shape.
         """
         params = self.restore_params(step, state.params)
-        rest = {"step": state.step, "key": state.key, "opt_state": state.opt_state}
+        rest = {name: getattr(state, name) for name in _REST}
         rest = self._restore(step, "rest", rest)
         return dataclasses.replace(state, params=params, **rest)
 

@@ -18,6 +18,22 @@ BF16_PEAK_FLOPS = {
     "NVIDIA B200": 2250e12,
 }
 
+# How many times faster than bf16 a chip multiplies 8-bit numbers, by the same sources;
+# what is not listed does not, or not faster. A CPU emulates both, for tests.
+LOW_PRECISION = {
+    "cpu": {"fp8": 1, "int8": 1},
+    "TPU v5 lite": {"int8": 2},
+    "TPU v5e": {"int8": 2},
+    "TPU v5": {"int8": 2},
+    "TPU v5p": {"int8": 2},
+    "TPU v6 lite": {"int8": 2},
+    "TPU v6e": {"int8": 2},
+    "TPU7x": {"fp8": 2},
+    "NVIDIA H100 80GB HBM3": {"fp8": 2},
+    "NVIDIA H200": {"fp8": 2},
+    "NVIDIA B200": {"fp8": 2},
+}
+
 # Compiler options of the train step by device kind, each with its reason. One that the
 # installed compiler does not know is named, and left out.
 _NO_WINDOWED_EINSUM = {

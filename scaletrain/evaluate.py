@@ -71,7 +71,7 @@ def run(run: RunConfig, workdir: str, at: int | None, split: str) -> dict[str, A
     Raises:
       ScaletrainError: no such checkpoint, or settings it was not made with.
     """
-    run = config.resolve(run, jax.device_count())
+    run = config.resolve(config.evaluated(run), jax.device_count())
     grid = mesh.build(run.mesh)
     program = step.build(run, grid)
     with jax.set_mesh(grid):

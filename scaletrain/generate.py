@@ -120,7 +120,7 @@ def run(
         found.append(f"--seed={seed}; outside 0 to {2**32 - 1}; give a number in it.")
     if found:
         raise ConfigError(found)
-    run = config.resolve(run, jax.device_count())
+    run = config.resolve(config.evaluated(run), jax.device_count())
     grid = mesh.build(run.mesh)
     program = step.build(run, grid)
     tokenizer = _tokenizer(pathlib.Path(workdir) / "tokenizer", prompts)

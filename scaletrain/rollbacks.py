@@ -120,7 +120,7 @@ class Rollbacks:
         """Returns what a checkpoint has to know of it."""
         return [{"step": r["step"], "left_out": r["left_out"]} for r in self.records]
 
-    def go_back(self, why: Diverged) -> int:
+    def go_back(self, why: Diverged) -> int | None:
         """Goes back to the newest checkpoint from before the first skip.
 
         One that the run went back to already has not helped: the one before it is
@@ -153,8 +153,7 @@ class Rollbacks:
             f"going back to step {step}; the {left_out} batches since are left out "
             f"({len(self.records)} of optim.max_rollbacks={most})"
         )
-        self.clear()
-        return step
+        return self.clear()
 
     def _keep(self, records: list[dict[str, Any]]) -> None:
         """Makes the records durable before any process relies on them."""
@@ -171,13 +170,23 @@ class Rollbacks:
             os.close(folder)
         cluster.wait("rollback")
 
-    def clear(self) -> None:
-        """Removes the checkpoints of what was gone back on, also before a kill."""
+    def clear(self) -> int | None:
+        """Removes the checkpoints of what was gone back on, also before a kill.
+
+        Returns:
+          The newest step there is then, its files compared if it was not the newest.
+
+        Raises:
+          CheckpointError: it is damaged, see `Checkpoints.sound`.
+        """
+        removed = False
         for step in self._checkpoints.steps():
             since = [i for i, r in enumerate(self.records) if r["step"] < step]
             if since and self._known(step) <= since[-1]:
                 self._say(f"removing checkpoint {step}: the run went back on it")
                 self._checkpoints.remove(step)
+                removed = True
+        return self._checkpoints.sound() if removed else self._checkpoints.latest()
 
     def _known(self, step: int) -> int:
         """Returns how often the run had gone back when it saved `step`."""

@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from scaletrain import config, optim, sharding
-from scaletrain.chips import COMPILER_OPTIONS
-from scaletrain.config import RunConfig
+from scaletrain.chips import COMPILER_OPTIONS, LOW_PRECISION
+from scaletrain.config import PrecisionConfig, RunConfig
 from scaletrain.errors import ConfigError
 from scaletrain.losses import Head, LossSums, head_loss
 from scaletrain.models import Decoder
 
+HISTORY = 16  # optimizer steps whose largest magnitudes scale the next one
 Batch = dict[str, Any]  # tokens, targets, segments, positions, weights: [B, T]
 Tree = Any
 
@@ -33,6 +34,7 @@ class TrainState:
     frozen: Tree  # what is not: the weights beside adapters
     opt_state: Any
     key: Any  # the run's random key, as data
+    amax: Tree  # [HISTORY, ...] largest magnitudes met, the newest first
 
     @property
     def weights(self) -> Tree:
@@ -46,7 +48,8 @@ class Program:
 
     run: RunConfig
     mesh: Mesh | AbstractMesh
-    graphdef: Any
+    graphdef: Any  # as it is evaluated: nothing is quantised
+    trained: Any  # as it is trained
     tx: optax.GradientTransformation
     state: TrainState  # shapes with shardings
     batch: Batch  # shapes with shardings
@@ -66,11 +69,15 @@ def train_step(
     batch_hash = _hash(batch["tokens"])
     batch["key"] = _row_keys(state.key, state.step, batch["tokens"])
 
+    first = jnp.asarray(getattr(state.opt_state, "mini_step", 0)) == 0
+    amax = _begun(state.amax, first)
+    expected = jax.tree.map(lambda history: jnp.max(history[1:], axis=0), amax)
     loss = functools.partial(_objective, frozen=state.frozen, program=program)
-    grad = jax.value_and_grad(loss, has_aux=True)
+    grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     if parts > 1:
-        grad = optax.microbatching.microbatch(grad, 1, rows // parts)
-    (_, sums), grads = grad(state.params, batch)
+        grad = optax.microbatching.microbatch(grad, 2, rows // parts, _ACCUMULATED)
+    (_, sums), (grads, met) = grad(state.params, expected, batch)
+    bad = _not_finite(met)
     grads = jax.tree.map(
         lambda g, p: jax.lax.with_sharding_constraint(g, p.sharding.spec),
         grads,
@@ -78,7 +85,7 @@ def train_step(
     )
 
     rate = optim.schedule(run)(state.step - optim.guard_of(state.opt_state).skipped)
-    sums = optim.Sums(grads, sums.loss, sums.weight, jnp.zeros(()))
+    sums = optim.Sums(grads, sums.loss, sums.weight, bad)
     whole = optim.as_sums(state.params)
     with jax.named_scope("optimizer"):
         updates, opt_state = program.tx.update(sums, state.opt_state, whole)
@@ -97,9 +104,51 @@ def train_step(
     }
     ended = getattr(opt_state, "mini_step", 0) == 0
     state = dataclasses.replace(
-        state, step=state.step + ended, params=params, opt_state=opt_state
+        state,
+        step=state.step + ended,
+        params=params,
+        opt_state=opt_state,
+        amax=_recorded(amax, met, bad == 0),
     )
     return state, metrics
+
+
+# Sums of micro-batches are added; of the magnitudes they meet, the largest counts.
+_ADDED = optax.microbatching.AccumulationType.SUM
+_LARGEST = optax.microbatching.Accumulator(
+    init=lambda values: jax.tree.map(jnp.zeros_like, values),
+    update=lambda carry, values, _: jax.tree.map(jnp.maximum, carry, values),
+    finalize=lambda carry: carry,
+    aggregate=lambda values: jax.tree.map(lambda x: jnp.max(x, axis=0), values),
+)
+_ACCUMULATED = (_ADDED, (_ADDED, _LARGEST))  # (loss, sums), (gradients, magnitudes)
+
+
+def _begun(amax: Tree, first: Bool[Array, ""]) -> Tree:
+    """Returns the histories with room for a step's magnitudes, if it is new."""
+
+    def shifted(history: jax.Array) -> jax.Array:
+        return jnp.roll(history, 1, axis=0).at[0].set(0)
+
+    return jax.tree.map(lambda h: jnp.where(first, shifted(h), h), amax)
+
+
+def _recorded(amax: Tree, met: Tree, good: Bool[Array, ""]) -> Tree:
+    """Returns the histories with what a call met, unless that was not finite."""
+
+    def with_newest(history: jax.Array, met: jax.Array) -> jax.Array:
+        return history.at[0].max(jnp.where(good, met, 0))
+
+    return jax.tree.map(with_newest, amax, met)
+
+
+def _not_finite(met: Tree) -> Float[Array, ""]:
+    """Returns 1 if a magnitude is not finite, else 0.
+
+    What is clipped to a scale of the past hides an infinity from the loss.
+    """
+    found = [~jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(met)]
+    return jnp.any(jnp.array(found)).astype(jnp.float32) if found else jnp.zeros(())
 
 
 def eval_step(weights: Tree, batch: Batch, *, program: Program) -> LossSums:
@@ -121,10 +170,10 @@ def logits_step(
 
 
 def _objective(
-    params: Tree, batch: Batch, *, frozen: Tree, program: Program
+    params: Tree, expected: Tree, batch: Batch, *, frozen: Tree, program: Program
 ) -> tuple[jax.Array, LossSums]:
     """Returns what is differentiated: the summed loss with its z-loss."""
-    model = nnx.merge(program.graphdef, _joined(params, frozen))
+    model = nnx.merge(program.trained, _joined(_joined(params, frozen), expected))
     return _loss(model, batch, program.run)
 
 
@@ -174,23 +223,27 @@ def _joined(one: Tree, two: Tree) -> Tree:
     return both
 
 
-def _parted(weights: Tree, run: RunConfig) -> tuple[Tree, Tree]:
-    """Returns what `run` trains of a nested dict of weights, and the rest of it."""
-    if run.lora.rank == 0:
-        return weights, {}
+def _parted(weights: Tree, run: RunConfig) -> tuple[Tree, Tree, Tree]:
+    """Returns a nested dict in parts: what is trained, what is frozen, magnitudes."""
 
-    def pick(tree: Tree, adapters: bool) -> Tree:
+    def part(name: str) -> int:
+        if name == "amax":
+            return 2
+        return int(run.lora.rank > 0 and not name.startswith("lora_"))
+
+    def pick(tree: Tree, wanted: int) -> Tree:
         found = {}
         for name, value in tree.items():
             if isinstance(value, dict):
-                value = pick(value, adapters)
+                value = pick(value, wanted)
                 if value:
                     found[name] = value
-            elif name.startswith("lora_") == adapters:
+            elif part(name) == wanted:
                 found[name] = value
         return found
 
-    return pick(weights, True), pick(weights, False)
+    trained, frozen, amax = (pick(weights, wanted) for wanted in range(3))
+    return trained, frozen, amax
 
 
 def _as_multiplied(frozen: Tree, run: RunConfig) -> Tree:
@@ -212,13 +265,14 @@ def initial_state(run: RunConfig, tx: optax.GradientTransformation) -> TrainStat
     key = jax.random.key(run.seed)
     model_key, run_key = jax.random.split(key)
     model = Decoder(run.model, run.precision, model_key, run.lora)
-    params, frozen = _parted(nnx.to_pure_dict(nnx.state(model)), run)
+    params, frozen, amax = _parted(nnx.to_pure_dict(nnx.state(model)), run)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         frozen=_as_multiplied(frozen, run),
         opt_state=tx.init(optim.as_sums(params)),
         key=jax.random.key_data(run_key),
+        amax=jax.tree.map(lambda leaf: jnp.zeros((HISTORY, *leaf.shape)), amax),
     )
 
 
@@ -246,17 +300,38 @@ def _with_attention(run: RunConfig, mesh: Mesh | AbstractMesh) -> RunConfig:
     return run
 
 
+def _check_units(run: RunConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Refuses matmuls that the mesh's devices have no units for."""
+    asked = run.precision.matmul
+    if asked == "compute" or not isinstance(mesh, Mesh):
+        return
+    kind = mesh.devices.flat[0].device_kind
+    able = ["compute", *LOW_PRECISION.get(kind, {})]
+    if asked not in able:
+        raise ConfigError(
+            [
+                f"precision.matmul={asked}; {kind} is not known to multiply it faster "
+                f"than {run.precision.compute}; use {' or '.join(able)}."
+            ]
+        )
+
+
 def build(run: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
     """Returns the program of a resolved run on a mesh; holds no device memory.
 
     Raises:
-      ConfigError: an attention that the mesh's devices do not have.
+      ConfigError: an attention or matmuls that the mesh's devices do not have.
     """
     run = _with_attention(run, mesh)
+    _check_units(run, mesh)
     key = jax.random.key(run.seed)
-    model = nnx.eval_shape(lambda: Decoder(run.model, run.precision, key, run.lora))
-    graphdef, abstract = nnx.split(model)
-    logical, logical_frozen = _parted(sharding.logical_axes(abstract), run)
+
+    def parts(precision: PrecisionConfig) -> tuple[Any, Any]:
+        make = functools.partial(Decoder, run.model, precision, key, run.lora)
+        return nnx.split(nnx.eval_shape(make))
+
+    trained, abstract = parts(run.precision)
+    logical, logical_frozen, _ = _parted(sharding.logical_axes(abstract), run)
     tx = optim.optimizer(run, logical)
     state = jax.eval_shape(functools.partial(initial_state, run, tx))
     params = sharding.of_params(state.params, logical, mesh)
@@ -276,7 +351,15 @@ def build(run: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
         name: jax.ShapeDtypeStruct((rows, run.seq_len), dtype, sharding=where)
         for name, dtype in (dtypes | {"weights": jnp.float32}).items()
     }
-    return Program(run, mesh, graphdef, tx, jax.tree.map(placed, state, layout), batch)
+    return Program(
+        run=run,
+        mesh=mesh,
+        graphdef=parts(run.precision.plain)[0],
+        trained=trained,
+        tx=tx,
+        state=jax.tree.map(placed, state, layout),
+        batch=batch,
+    )
 
 
 def compiled(program: Program, options: dict[str, Any] | None = None) -> Any:

@@ -108,8 +108,7 @@ def _agreed(
             "what was left out": back.left_out,
         }
     )
-    back.clear()
-    start = checkpoints.latest()
+    start = back.clear()
     if start is not None:
         for line in checkpoints.agree(start, corpus.fingerprint):
             say(f"changed since step {start}: {line}")

@@ -129,6 +129,20 @@ BROKEN = [
         {"model__rope__factor": 8.0},
         "rope.factor=8.0; no effect with model.rope.scaling",
     ),
+    ({"precision__scaling": "delayed"}, "scaling='delayed'; no effect with precision"),
+    (
+        {"precision__matmul": "int8", "precision__scaling": "delayed"},
+        "precision.scaling='delayed'; no effect with precision.matmul=int8",
+    ),
+    ({"precision__targets": ("mlp/*",)}, "targets=.*no effect with precision.matmul"),
+    (
+        {"precision__matmul": "fp8", "precision__targets": ("mlp/*", "head")},
+        "precision.targets=head; no matrix has that name",
+    ),
+    (
+        {"precision__matmul": "fp8", "precision__targets": ()},
+        "precision.targets=.*nothing would be multiplied",
+    ),
     (
         {"model__attention": "splash", "seq_len": 96},
         "attention=splash; its blocks do not divide seq_len=96; make seq_len a mult",

@@ -76,7 +76,7 @@ def poisoned(monkeypatch, taken):
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     monkeypatch.setattr(train.mesh, "build", lambda settings: taken.mesh)
     monkeypatch.setattr(step, "build", lambda *args: taken.program)
-    monkeypatch.setattr(train, "_initial", initial)
+    monkeypatch.setattr(train, "initial", initial)
     monkeypatch.setattr(step, "compiled", lambda program: taken.execute)
     monkeypatch.setattr(evaluate, "evaluate", lambda *args: {})
     whole = data.sequences
@@ -194,6 +194,7 @@ class Listed:
         self.known = known
         self.remove, self.finish = known.pop, lambda: None
         self.latest, self.steps = lambda: max(known), lambda: sorted(known)
+        self.sound = self.latest
         self.about = lambda at: {"data": {"rollbacks": [{}] * known[at]}}
 
 

@@ -249,12 +249,12 @@ def test_a_half_written_step_is_not_there(straight, text_run, tmp_path):
 
 
 def test_a_failed_save_fails_the_run(text_run, tmp_path, monkeypatch):
-    import orbax.checkpoint as ocp
+    from scaletrain import checkpoint
 
-    def fail(*args, **kwargs):
-        raise OSError("no space left on device")
+    def fail(self):
+        self._fail(OSError("no space left on device"))
 
-    monkeypatch.setattr(ocp.CheckpointManager, "check_for_errors", fail)
+    monkeypatch.setattr(checkpoint.Checkpoints, "check", fail)
     run = small.changed(text_run, checkpoint__max_failed_saves=2)
     with pytest.raises(CheckpointError, match="no space left on device") as caught:
         train.run(run, str(tmp_path))

@@ -39,7 +39,10 @@ from scaletrain.config.schema import (
     RopeConfig,
     RunConfig,
     adapted,
+    evaluated,
     leaves,
+    named,
+    quantised,
 )
 
 __all__ = [
@@ -62,13 +65,16 @@ __all__ = [
     "adapted",
     "check",
     "differences",
+    "evaluated",
     "from_config_dict",
     "from_json",
     "leaves",
     "load",
     "mesh_size",
+    "named",
     "override",
     "problems",
+    "quantised",
     "replaced",
     "resolve",
     "to_config_dict",

@@ -14,8 +14,8 @@ from scaletrain.config.schema import (
     AxesConfig,
     MeshConfig,
     RunConfig,
-    adapted,
     leaves,
+    named,
 )
 from scaletrain.errors import ConfigError
 
@@ -41,6 +41,7 @@ def problems(run: RunConfig) -> list[str]:
     rules = (
         _model,
         _attention,
+        _precision,
         _lora,
         _batch,
         _layout,
@@ -164,17 +165,33 @@ def _attention(run: RunConfig) -> Iterator[str]:
         yield f"model.attention={run.model.attention}; {why}; {change}, or use xla."
 
 
+def _targets(path: str, targets: tuple[str, ...]) -> Iterator[str]:
+    """Yields the patterns that no matrix has the name of."""
+    for target in targets:
+        if not named((target,)):
+            yield (
+                f"{path}={target}; no matrix has that name; "
+                f"pick from {', '.join(LINEARS)}, with * and ? for parts."
+            )
+
+
+def _precision(run: RunConfig) -> Iterator[str]:
+    p = run.precision
+    if p.matmul == "compute":
+        return
+    yield from _targets("precision.targets", p.targets)
+    if not p.targets:
+        yield (
+            f"precision.targets=(); nothing would be multiplied in precision.matmul="
+            f"{p.matmul}; name matrices, or set precision.matmul=compute."
+        )
+
+
 def _lora(run: RunConfig) -> Iterator[str]:
     lora = run.lora
     if lora.rank == 0:
         return
-    for target in lora.targets:
-        one = dataclasses.replace(lora, targets=(target,))
-        if not adapted(one):
-            yield (
-                f"lora.targets={target}; no matrix has that name; "
-                f"pick from {', '.join(LINEARS)}, with * and ? for parts."
-            )
+    yield from _targets("lora.targets", lora.targets)
     if not lora.targets:
         yield "lora.targets=(); nothing would be trained; name matrices."
     if lora.alpha == 0:
@@ -373,6 +390,8 @@ _NO_EFFECT = (
     ("model.rope.low_freq", "model.rope.scaling", ("llama3",)),
     ("model.rope.high_freq", "model.rope.scaling", ("llama3",)),
     ("model.rope.original_len", "model.rope.scaling", ("llama3",)),
+    ("precision.scaling", "precision.matmul", ("fp8",)),
+    ("precision.targets", "precision.matmul", ("fp8", "int8")),
     ("optim.decay_steps", "optim.schedule", ("wsd",)),
     ("optim.final_ratio", "optim.schedule", ("cosine", "linear", "wsd")),
     ("optim.b1", "optim.name", ("adamw", "lion", "muon", "sgd")),

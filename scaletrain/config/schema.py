@@ -100,6 +100,16 @@ class PrecisionConfig:
     params: str = setting("float32", choices=DTYPES)  # parameters and optimizer state
     compute: str = setting("bfloat16", choices=DTYPES)  # matmul inputs, activations
     reduce: str = setting("float32", choices=DTYPES)  # softmax, norms, loss, gradients
+    matmul: str = setting("compute", choices=("compute", "fp8", "int8"))  # of `targets`
+    scaling: str = setting("current", choices=("current", "delayed"))  # fp8, by whose
+    targets: tuple[str, ...] = ("attention/*", "mlp/*")  # of LINEARS, * and ? allowed
+
+    @property
+    def plain(self) -> "PrecisionConfig":
+        """The same without quantised matmuls."""
+        return PrecisionConfig(
+            params=self.params, compute=self.compute, reduce=self.reduce
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,10 +229,23 @@ GATED = ("swiglu", "geglu")  # the values of model.mlp that have a gate
 
 def adapted(lora: LoraConfig) -> tuple[str, ...]:
     """Returns the names in LINEARS that get adapters."""
-    if lora.rank == 0:
-        return ()
+    return named(lora.targets) if lora.rank else ()
+
+
+def evaluated(run: RunConfig) -> RunConfig:
+    """Returns `run` as it is evaluated: without quantised matmuls."""
+    return dataclasses.replace(run, precision=run.precision.plain)
+
+
+def quantised(precision: PrecisionConfig) -> tuple[str, ...]:
+    """Returns the names in LINEARS that are multiplied in 8 bits."""
+    return named(precision.targets) if precision.matmul != "compute" else ()
+
+
+def named(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the names in LINEARS that one of `patterns` is for."""
     return tuple(
-        name for name in LINEARS if any(fnmatch.fnmatch(name, t) for t in lora.targets)
+        name for name in LINEARS if any(fnmatch.fnmatch(name, p) for p in patterns)
     )
 
 

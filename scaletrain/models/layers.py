@@ -22,9 +22,11 @@ from scaletrain.config import (
     PrecisionConfig,
     RopeConfig,
     adapted,
+    quantised,
 )
 from scaletrain.kernels.norm import LARGEST, add_norm
 from scaletrain.models.attention import Scores, attend
+from scaletrain.models.lowbits import project_fp8, project_int8
 from scaletrain.sharding import constrain, param
 
 
@@ -100,6 +102,10 @@ def _project_all_backward(precision, residuals, dys):
 project_all.defvjp(_project_all_forward, _project_all_backward)
 
 
+class Amax(nnx.Variable):
+    """The largest magnitudes a matmul scales its input and its gradient for."""
+
+
 class Linear(nnx.Module):
     """A matrix with its bias and, when it is adapted, a low-rank update beside it.
 
@@ -118,8 +124,13 @@ class Linear(nnx.Module):
         precision: PrecisionConfig,
         bias: bool = False,
         lora: LoraConfig | None = None,
+        low: bool = False,
     ):
-        """Makes the matrix of einsum(letters, x, weight); no letter is "r"."""
+        """Makes the matrix of einsum(letters, x, weight); no letter is "r".
+
+        Args:
+          low: multiplies in `precision.matmul`.
+        """
         x_dims, w_dims, out = letters.replace("->", ",").split(",")
         fan_in = [dim in x_dims for dim in w_dims]
         ins = tuple(i for i, is_in in enumerate(fan_in) if is_in)
@@ -161,6 +172,12 @@ class Linear(nnx.Module):
             if lora
             else None
         )
+        self.matmul = precision.matmul if low else "compute"
+        self.amax = (
+            Amax(jnp.zeros(2), logical=("norm",))
+            if low and precision.scaling == "delayed"
+            else None
+        )
         kept = "".join(dim for dim in x_dims if dim in out)
         w_in, w_out = ("".join(w_dims[i] for i in dims) for dims in (ins, outs))
         self.letters_a = f"{x_dims},{w_in}r->{kept}r"
@@ -170,9 +187,11 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Returns the product in the compute precision; a bias is added in `reduce`."""
-        return self.beside(
-            x, project(self.letters, x, self.weight[...], self.precision)
-        )
+        if self.matmul == "compute":
+            y = project(self.letters, x, self.weight[...], self.precision)
+        else:
+            (y,) = _low(self.letters, x, [([self.weight[...]], [self])])
+        return self.beside(x, y)
 
     def beside(
         self, x: Float[Array, "..."], y: Float[Array, "..."]
@@ -197,17 +216,43 @@ def together(
     Where a mesh cuts their outputs the parts of one matrix lie on other devices than
     those of several, and each has a matmul of its own.
     """
-    if sharding.axis_size("tensor") > 1:
+    alone = sharding.axis_size("tensor") > 1
+    D, kinds = x_BTD.shape[-1], {linear.matmul for linear in linears}
+    if len(kinds) > 1 or (alone and kinds == {"compute"}):
         return [linear(x_BTD) for linear in linears]
-    D = x_BTD.shape[-1]
     weights = [linear.weight[...] for linear in linears]
-    ys = project_all(
-        x_BTD, tuple(w.reshape(D, -1) for w in weights), linears[0].precision
-    )
+    ws = tuple(w.reshape(D, -1) for w in weights)
+    if kinds == {"compute"}:
+        ys = project_all(x_BTD, ws, linears[0].precision)
+    elif alone or all(w.shape[1] > D for w in ws):
+        # Wide matrices fill the chip each on its own. Their gradients, side by side,
+        # could not be quantised and transposed by the kernel that makes them.
+        pairs = zip(ws, linears, strict=True)
+        ys = _low("btd,df->btf", x_BTD, [([w], [linear]) for w, linear in pairs])
+    else:
+        (y_BTF,) = _low("btd,df->btf", x_BTD, [(ws, linears)])
+        ys = _parts(y_BTF, ws)
     return [
         linear.beside(x_BTD, y.reshape(*y.shape[:2], *w.shape[1:]))
         for linear, y, w in zip(linears, ys, weights, strict=True)
     ]
+
+
+def _low(
+    letters: str,
+    x: Float[Array, "..."],
+    groups: Sequence[tuple[Sequence[Array], Sequence[Linear]]],
+) -> tuple[Float[Array, "..."], ...]:
+    """Returns the 8-bit product of `x` with the matrices of each group, and theirs."""
+    ws = tuple(tuple(ws) for ws, _ in groups)
+    first = groups[0][1][0]
+    if first.matmul == "int8":
+        return tuple(project_int8(letters, x, each, first.precision) for each in ws)
+    expected = tuple(
+        tuple(linear.amax[...] for linear in linears if linear.amax is not None)
+        for _, linears in groups
+    )
+    return project_fp8(letters, x, ws, expected, first.precision)
 
 
 class Norm(nnx.Module):
@@ -343,6 +388,7 @@ class Attention(nnx.Module):
                 precision=precision,
                 bias=model.bias in biased,
                 lora=lora if f"attention/{name}" in targets else None,
+                low=f"attention/{name}" in quantised(precision),
             )
 
         shape_k, axes_k = (D, K, H), ("embed", "kv_heads", "head")
@@ -474,6 +520,7 @@ class Mlp(nnx.Module):
                 precision=precision,
                 bias=model.bias == "all",
                 lora=lora if f"mlp/{name}" in targets else None,
+                low=f"mlp/{name}" in quantised(precision),
             )
 
         up = ("btd,df->btf", (D, F), ("embed", "ff"), D**-0.5)

@@ -1,0 +1,214 @@
+"""Matmuls of 8-bit numbers, for training: their formats, scales and gradients.
+
+A tensor is divided by a scale and rounded; a product of two is multiplied by both of
+theirs. Everything else keeps its format: what comes out is in `precision.compute` and
+gradients of weights in `precision.reduce`, as of a matmul that is not quantised.
+
+fp8: forward values are e4m3, gradients e5m2 (arXiv 2209.05433), one scale a tensor.
+Scales are powers of two, so that to scale rounds nothing, and a small error in what the
+largest value is thought to be changes no bit. int8: a scale for each row and column of
+the forward product; gradients are not quantised, which integers are too even for.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from scaletrain.config import PrecisionConfig
+
+FORWARD, BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2
+_EXPONENTS = (-100, 100)  # of a scale: neither it nor 1 over it leaves float32
+
+
+_GROWTH = 4.0
+Groups = tuple[tuple[Float[Array, "..."], ...], ...]
+
+
+class Scaled(NamedTuple):
+    """8-bit values that stand for `values * scale`."""
+
+    values: Array
+    scale: Float[Array, "..."]
+
+
+def amax(*xs: Float[Array, "..."]) -> Float[Array, ""]:
+    """Returns the largest magnitude in all of `xs`, in float32."""
+    tops = [jnp.max(jnp.abs(x)).astype(jnp.float32) for x in xs]
+    return functools.reduce(jnp.maximum, tops)
+
+
+def scale_of(top: Float[Array, ""], kind: Any) -> Float[Array, ""]:
+    """Returns the least power of two that brings `top` into the range of `kind`.
+
+    0, which says nothing of what is to come, gives 1.
+    """
+    fraction, exponent = jnp.frexp(top / float(jnp.finfo(kind).max))
+    exponent = jnp.clip(exponent - (fraction == 0.5), *_EXPONENTS)
+    return jnp.where(top > 0, jnp.ldexp(jnp.float32(1), exponent), 1)
+
+
+def rounded(x: Float[Array, "..."], kind: Any, scale: Float[Array, ""]) -> Array:
+    """Returns `x / scale` in `kind`, the largest for what is too large, but finite."""
+    x = x * (1 / scale).astype(x.dtype)
+    most = float(jnp.finfo(kind).max)
+    return jnp.where(jnp.isfinite(x), jnp.clip(x, -most, most), x).astype(kind)
+
+
+def met(values: Array) -> Float[Array, ""]:
+    """Returns the largest magnitude of 8-bit values that `rounded` made.
+
+    It reads a byte a value, where what they were made of has two or more, and comes
+    after they are made: no kernel can both sum up and transpose. The largest number
+    may stand for any larger one, and counts as `_GROWTH` times itself.
+    """
+    values = jax.lax.optimization_barrier(values)
+    top = jnp.max(jnp.abs(values)).astype(jnp.float32)
+    most = float(jnp.finfo(values.dtype).max)
+    return jnp.where(top == most, _GROWTH * most, top)
+
+
+def product(letters: str, a: Array, b: Array, dtype: Any) -> Array:
+    """Returns einsum(letters, a, b) of operands whose formats may differ."""
+    a_dims, b_dims, out = letters.replace("->", ",").split(",")
+    over = [dim for dim in a_dims if dim not in out]
+    dims = (tuple(map(a_dims.index, over)), tuple(map(b_dims.index, over))), ((), ())
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=dtype)
+
+
+def multiply(letters: str, a: Scaled, b: Scaled, dtype: Any, compute: Any) -> Array:
+    """Returns einsum(letters, a, b) of fp8 values in `dtype`.
+
+    A TPU multiplies the 8-bit values. For a GPU, XLA recognises values that are scaled
+    before a product, and passes both scales to one library call; a CPU, which has no
+    such units, emulates them by the same words.
+    """
+
+    def native(a: Scaled, b: Scaled) -> Array:
+        y = product(letters, a.values, b.values, jnp.float32)
+        return (y * (a.scale * b.scale)).astype(dtype)
+
+    def recognised(a: Scaled, b: Scaled) -> Array:
+        x, y = (
+            each.values.astype(compute) * each.scale.astype(compute) for each in (a, b)
+        )
+        return product(letters, x, y, dtype)
+
+    return jax.lax.platform_dependent(a, b, tpu=native, default=recognised)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4))
+def project_fp8(
+    letters: str,
+    x: Float[Array, "..."],
+    groups: Groups,
+    expected: Groups,
+    precision: PrecisionConfig,
+) -> tuple[Float[Array, "..."], ...]:
+    """Returns einsum(letters, x, w) of fp8 numbers for the matrices of each group.
+
+    The matrices of a group lie side by side in one matmul.
+
+    Args:
+      expected: for each matrix the largest magnitudes, [2], that its input and the
+        gradient of its output are scaled for; without any, they are what they turn out
+        to be. Their "gradients" are the magnitudes that were met.
+    """
+    return _fp8_forward(letters, x, groups, expected, precision)[0]
+
+
+def _quantised(x: Array, kind: Any, tops: Sequence[Array]) -> tuple[Scaled, Array]:
+    """Returns `x` in `kind`, scaled for `tops`, and the largest magnitude in it."""
+    if not tops:
+        top = amax(x)
+        scale = scale_of(top, kind)
+        return Scaled((x * (1 / scale).astype(x.dtype)).astype(kind), scale), top
+    scale = scale_of(functools.reduce(jnp.maximum, tops), kind)
+    values = rounded(x, kind, scale)
+    return Scaled(values, scale), scale * met(values)
+
+
+def _fp8_forward(letters, x, groups, expected, precision):
+    p = precision
+    x_8, x_met = _quantised(x, FORWARD, [top[0] for each in expected for top in each])
+    ws_8 = []
+    for ws in groups:
+        scale = scale_of(amax(*ws), FORWARD)
+        parts = [(w * (1 / scale).astype(w.dtype)).astype(FORWARD) for w in ws]
+        ws_8.append(Scaled(jnp.concatenate(parts, axis=-1), scale))
+    ys = tuple(multiply(letters, x_8, w_8, p.compute, p.compute) for w_8 in ws_8)
+    return ys, (x_8, ws_8, x_met, groups, expected)
+
+
+def _fp8_backward(letters, precision, residuals, dys):
+    x_8, ws_8, x_met, groups, expected = residuals
+    x_dims, w_dims, out = letters.replace("->", ",").split(",")
+    p = precision
+    dx, dgroups, found = 0, [], []
+    for dy, w_8, ws, tops in zip(dys, ws_8, groups, expected, strict=True):
+        dy_8, dy_met = _quantised(dy, BACKWARD, [top[1] for top in tops])
+        dx += multiply(f"{out},{w_dims}->{x_dims}", dy_8, w_8, p.compute, p.compute)
+        dw = multiply(f"{x_dims},{out}->{w_dims}", x_8, dy_8, p.reduce, p.compute)
+        dws = jax.lax.split(dw, [w.shape[-1] for w in ws], axis=dw.ndim - 1)
+        dgroups.append(tuple(dw.astype(w.dtype) for dw, w in zip(dws, ws, strict=True)))
+        found.append((jnp.stack([x_met, dy_met]),) * len(tops))
+    return dx, tuple(dgroups), tuple(found)
+
+
+project_fp8.defvjp(_fp8_forward, _fp8_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def project_int8(
+    letters: str,
+    x: Float[Array, "..."],
+    ws: tuple[Float[Array, "..."], ...],
+    precision: PrecisionConfig,
+) -> Float[Array, "..."]:
+    """Returns einsum(letters, x, w) of int8 numbers, w being `ws` side by side.
+
+    Gradients are those of the product in `precision.compute`.
+    """
+    x_dims, w_dims, out = letters.replace("->", ",").split(",")
+    x_8 = _by_row(x, [i for i, dim in enumerate(x_dims) if dim not in out])
+    w = jnp.concatenate(ws, axis=-1)
+    w_8 = _by_row(w, [i for i, dim in enumerate(w_dims) if dim not in out])
+    y = product(letters, x_8.values, w_8.values, jnp.int32).astype(jnp.float32)
+    rows, columns = x_8.scale.ndim, w_8.scale.ndim
+    y *= x_8.scale.reshape(x_8.scale.shape + (1,) * columns)
+    y *= w_8.scale.reshape((1,) * rows + w_8.scale.shape)
+    return y.astype(precision.compute)
+
+
+def _by_row(x: Array, over: Sequence[int]) -> Scaled:
+    """Returns `x` in int8 with a scale for each place outside of the dims `over`."""
+    top = jnp.max(jnp.abs(x), axis=over, keepdims=True).astype(jnp.float32)
+    scale = jnp.where(top > 0, top / 127, 1)
+    values = jnp.round(x.astype(jnp.float32) / scale).astype(jnp.int8)
+    return Scaled(values, jnp.squeeze(scale, over))
+
+
+def _int8_forward(letters, x, ws, precision):
+    return project_int8(letters, x, ws, precision), (x, ws)
+
+
+def _int8_backward(letters, precision, residuals, dy):
+    x, ws = residuals
+    x_dims, w_dims, out = letters.replace("->", ",").split(",")
+    p = precision
+    w = jnp.concatenate([w.astype(p.compute) for w in ws], axis=-1)
+    dx = product(f"{out},{w_dims}->{x_dims}", dy, w, p.compute)
+    dw = product(f"{x_dims},{out}->{w_dims}", x, dy, p.reduce)
+    return dx, _split(dw, ws)
+
+
+project_int8.defvjp(_int8_forward, _int8_backward)
+
+
+def _split(dw: Array, ws: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Returns the gradient of each of `ws` from theirs side by side."""
+    parts = jax.lax.split(dw, [w.shape[-1] for w in ws], axis=dw.ndim - 1)
+    return tuple(part.astype(w.dtype) for part, w in zip(parts, ws, strict=True))
