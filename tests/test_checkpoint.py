@@ -38,6 +38,7 @@ def state(value, size=1000):
         frozen={},
         opt_state={"m": noise},
         key=jnp.zeros(2, jnp.uint32),
+        amax={},
     )
 
 
