@@ -5,7 +5,7 @@ CONSTRAINTS ?= -c constraints.txt
 BIN := .venv/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test check format parity accuracy performance plan-all manifests slurm
+.PHONY: quickstart test check format parity accuracy performance plan-all manifests endurance slurm
 
 quickstart: .venv/installed
 	$(BIN)/scaletrain train --config=experiments/quickstart.py --workdir=$(WORKDIR)
@@ -44,9 +44,14 @@ accuracy: .venv/dev
 plan-all: .venv/dev
 	$(BIN)/python tests/plans.py
 
-# The step's speed on the GPU that is here; writes docs/performance.md (ten minutes).
+# The step's speed on the GPU that is here; writes docs/performance.md (a quarter of an
+# hour). ROWS=1b,muon measures some and keeps the others.
 performance: .venv/installed
-	$(BIN)/python tests/performance.py
+	$(BIN)/python tests/performance.py $(ROWS:%=--rows=%)
+
+# A run killed N times at random moments against one in one piece (8 s a kill).
+endurance: .venv/dev
+	$(BIN)/python tests/endurance.py -n $(or $(N),50) $(SEED:%=--seed=%)
 
 # launch/gke's manifests against the schemas; tests/manifests.py says what it needs.
 manifests:

@@ -35,9 +35,24 @@ for ((id = 0; id < processes; id++)); do
     --num_processes="$processes" --process_id="$id" &
   children+=($!)
 done
-trap 'kill "${children[@]}" 2>/dev/null || true' EXIT
-for ((id = 0; id < processes; id++)); do
-  code=0
+# A process that is frozen listens to no other signal.
+trap 'kill -KILL "${children[@]}" 2>/dev/null || true' EXIT
+stopped=""
+trap 'stopped=yes; kill "${children[@]}" 2>/dev/null || true' TERM INT
+
+left=$processes
+code=0
+while ((left > 0 && code == 0)); do
   wait -n || code=$?
-  [[ $code -eq 0 ]] || exit "$code"
+  if [[ -n "$stopped" ]]; then # it was the signal that ended the wait
+    stopped="" code=0
+  else
+    left=$((left - 1))
+  fi
 done
+# The others save, or say who is lost, and end by themselves.
+for ((tenths = 0; tenths < 100 && code != 0; tenths++)); do
+  [[ -n "$(jobs -rp)" ]] || break
+  sleep 0.1
+done
+exit "$code"

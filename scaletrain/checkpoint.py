@@ -64,8 +64,11 @@ class Checkpoints:
             preservation_policy=Retention(self.run),
             enable_async_checkpointing=True,
             # Called when all is written and the folder has no name yet.
+            # Folders are made while the loop waits: a disk that refuses them says so at
+            # once, and leaves no threads that wait for them when the process ends.
             async_options=ocp.options.AsyncOptions(
-                post_finalization_callback=self._complete
+                post_finalization_callback=self._complete,
+                create_directories_asynchronously=False,
             ),
             # A reader must not clear away what a trainer is writing.
             cleanup_tmp_directories=not self._read_only,
@@ -245,7 +248,10 @@ class Checkpoints:
     def check(self) -> None:
         """Tells of a save that has failed since; raises what `save` does."""
         try:
-            self._manager.check_for_errors()
+            # Asking earlier would take the error from Orbax's thread, which would then
+            # remove the steps that the failed one was to replace.
+            if not self._manager.is_saving_in_progress():
+                self._manager.wait_until_finished()
         except _FAILURES as err:
             self._fail(err)
 

@@ -1,7 +1,9 @@
 """The steps of one attempt, and what happens between them."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import gc
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -73,7 +75,7 @@ class Loop:
         self._saved = time.monotonic()
         watch = concurrent.futures.ThreadPoolExecutor(1)
         found: dict[str, Any] = {}
-        with watch, jax.transfer_guard("disallow"):
+        with watch, garbage_kept(), jax.transfer_guard("disallow"):
             for now in range(start + 1, run.num_steps + 1):
                 last = now == run.num_steps
                 with self.phases(STEP):
@@ -162,6 +164,7 @@ class Loop:
             self.recorder.write(record)
             self.recorder.progress(record)
             self.account.update(now)
+            gc.collect()  # every process at the same step, while the devices work
         self._judge(now, numbers)
 
     def _judge(self, now: int, numbers: dict[str, Any]) -> None:
@@ -211,6 +214,22 @@ class Loop:
             say(f"step {now}: validation {evaluate.in_words(found)}")
         self._clock, self._counted = time.perf_counter(), now
         return {"step": now, **found}
+
+
+@contextlib.contextmanager
+def garbage_kept() -> Iterator[None]:
+    """Keeps Python from collecting garbage by itself, and what is here from search.
+
+    A process that stops for it keeps all others waiting, each at a time of its own.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def _ready_at(numbers: dict[str, Any]) -> float:

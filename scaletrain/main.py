@@ -6,6 +6,7 @@ the request is known to make sense.
 
 import argparse
 import json
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -16,12 +17,16 @@ from scaletrain.config import RunConfig
 from scaletrain.errors import ScaletrainError
 from scaletrain.phases import Phases
 
+_COMPILED_BYTES = 2**31  # in a workdir; beyond it those used least recently go
+
 
 def main() -> None:
     """Runs the command line and exits with what became of it (see `errors`)."""
     # Orbax warns of choices that are made on purpose here, and prints the traceback
     # of what it then raises.
     logging.set_verbosity(logging.FATAL)
+    # Of a GPU's memory; by default jax leaves a quarter of it unused.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     try:
         args, run = flags.read(sys.argv[1:])
         record, words = COMMANDS[args.command](run, args)
@@ -43,6 +48,7 @@ def _train(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], st
     phases = Phases()
     with stops.at_once():
         _join(run, args)
+        _keep_compiled(args.workdir)
         from scaletrain import evaluate, train
     found = train.run(run, args.workdir, phases)
     return found, f"step {found['step']}: validation {evaluate.in_words(found)}"
@@ -135,6 +141,21 @@ COMMANDS = {
     "import": _import,
     "export": _export,
 }
+
+
+def _keep_compiled(workdir: str) -> None:
+    """Keeps executables in the workdir, so that the next start need not compile.
+
+    JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false
+    none. An executable is known by its program, compiler, options and devices, with a
+    CPU's features; one that cannot be read is compiled again with a warning.
+    """
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        folder = os.path.join(workdir, "compiled")
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_compilation_cache_max_size", _COMPILED_BYTES)
 
 
 def _join(run: RunConfig, args: argparse.Namespace) -> None:

@@ -95,7 +95,11 @@ class Recorder:
         path = workdir / "metrics.jsonl"
         self._keep(path, start_step)
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(workdir), purge_step=start_step + 1)
+        self._board = None
+        try:
+            self._board = SummaryWriter(str(workdir), purge_step=start_step + 1)
+        except OSError as err:
+            say(f"warning: {workdir}; no TensorBoard events ({err.strerror})")
 
     @staticmethod
     def _keep(path: pathlib.Path, start_step: int) -> None:
@@ -120,6 +124,8 @@ class Recorder:
         }
         self._file.write(json.dumps(clean) + "\n")
         self._file.flush()
+        if self._board is None:
+            return
         for name, value in clean.items():
             if isinstance(value, int | float) and name not in ("step", "batch_hash"):
                 self._board.add_scalar(name, value, record["step"])
@@ -147,7 +153,8 @@ class Recorder:
         """Makes everything written durable."""
         if self.lead:
             self._file.close()
-            self._board.close()
+            if self._board:
+                self._board.close()
 
 
 def peak_memory_bytes(devices: list[Any]) -> int | None:

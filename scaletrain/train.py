@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +17,7 @@ from scaletrain import (
     goodput,
     mesh,
     metrics,
+    remat,
     rollbacks,
     sharding,
     step,
@@ -77,7 +76,7 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
                 say(sharding.table(program.state.params))
                 state = _first(program, checkpoints, start)
             with phases("compile"):
-                execute = _compiled(program)
+                program, execute = remat.compiled(program, run)
         # 4. The loop, begun again where it goes back.
         account = goodput.Account(folder, phases)
         while True:
@@ -165,11 +164,3 @@ def initial(program: Program) -> TrainState:
         return dataclasses.replace(state, frozen={})
 
     return jax.jit(make, out_shardings=layout)()
-
-
-def _compiled(program: Program) -> Callable:
-    """Returns the step; says how long it took to compile."""
-    began = time.perf_counter()
-    execute = step.compiled(program)
-    say(f"compiled in {time.perf_counter() - began:.1f} s")
-    return execute

@@ -58,10 +58,9 @@ class Watchdog:
                 self._warned = None
             elif self._warned is None:
                 self._warned = name, seconds
-                path = self._dump()
                 self._say(
                     f"{name} takes {seconds:.0f} s already; the stacks of all threads "
-                    f"are in {path}"
+                    f"are in {self._dump()}"
                 )
             elif seconds > 2 * allowed:
                 self._say(
@@ -77,12 +76,16 @@ class Watchdog:
             return self._limit_s
         return min(self._limit_s, max(self._floor_s, FACTOR * usual))
 
-    def _dump(self) -> pathlib.Path:
+    def _dump(self) -> str:
+        """Returns where the stacks are; a disk that fails must not end the watch."""
         stamp = time.strftime("%Y%m%d-%H%M%S")
         path = self._workdir / f"stacks-{jax.process_index()}-{stamp}.txt"
-        with path.open("w", encoding="utf-8") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-        return path
+        try:
+            with path.open("w", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as err:
+            return f"no file ({path}; {err.strerror})"
+        return str(path)
 
     def _say(self, words: str) -> None:
         print(f"process {jax.process_index()}: {words}", file=sys.stderr, flush=True)

@@ -1,118 +1,267 @@
-"""The step's speed on the GPU that is here; writes docs/performance.md.
+"""The step's speed on the GPUs that are here; writes docs/performance.md.
 
-    python tests/performance.py
+    python tests/performance.py [--rows=1b,muon] [--results=DIR] [--table]
 
-Each row is `scaletrain bench` of one experiment in a process of its own, with the
-overrides that the table shows.
+Each row is `scaletrain bench` (or `train`) of one experiment in a process of its own,
+with the overrides that the table shows. What it finds lies in DIR, a file a row, so
+that several calls make one table; `--table` makes it without measuring.
 """
 
+import argparse
 import concurrent.futures
+import dataclasses
+import datetime
 import json
+import os
 import pathlib
+import shutil
+import statistics
 import subprocess
 import sys
+import tempfile
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXPERIMENT = "experiments/llama_1b.py:synthetic"
+LARGE = ("accumulate_steps=1", "batch_size=8")
+PARTS = ("accumulate_steps=4", "batch_size=32")
 SMALL = (
-    "model.num_layers=12", "model.d_model=768", "model.num_heads=12",
-    "model.num_kv_heads=12", "model.d_ff=2048", "model.vocab_size=50304",
-    "seq_len=1024", "batch_size=64",
+    "accumulate_steps=1", "model.num_layers=12", "model.d_model=768",
+    "model.num_heads=12", "model.num_kv_heads=12", "model.d_ff=2048",
+    "model.vocab_size=50304", "seq_len=1024", "batch_size=64",
 )  # fmt: skip
 MIDDLE = (
-    "model.num_layers=24", "model.d_model=1024", "model.num_heads=16",
-    "model.num_kv_heads=16", "model.d_ff=4096", "seq_len=2048", "batch_size=24",
+    "accumulate_steps=1", "model.num_layers=24", "model.d_model=1024",
+    "model.num_heads=16", "model.num_kv_heads=16", "model.d_ff=4096", "seq_len=2048",
+    "batch_size=24",
 )  # fmt: skip
-LARGE = ("batch_size=8",)
 NAMES = "residual,query,key,value,attention,mlp_gate,mlp_up"
-SAVED = ("model.remat=save", f"model.remat_save={NAMES}")
-PACKED = ("data.source=stdlib", "data.tokenizer=bytes")
-ROWS = (
-    ("1.1B, T 4096, heads of 64", LARGE),
-    ("heads of 128", (*LARGE, "model.num_heads=16", "model.num_kv_heads=4",
-                      "model.d_head=128")),
-    ("scanned layers, saved by name", (*LARGE, *SAVED, "model.layers=scan")),
-    ("everything recomputed", (*LARGE, "model.remat=full")),
-    ("packed documents, real pipeline", (*LARGE, *PACKED)),
-    ("Muon", (*LARGE, "optim.name=muon")),
-    ("350M, T 2048", MIDDLE),
-    ("124M, T 1024", SMALL),
-)  # fmt: skip
-
-
+PACKED = (*LARGE, "data.source=stdlib", "data.tokenizer=bytes")
+SAVES, STEPS = 50, 150  # of the row that trains
 TOPOLOGIES = {
-    "NVIDIA A100-SXM4-80GB": "a100:1", "NVIDIA H100 80GB HBM3": "h100:1",
-    "NVIDIA H200": "h200:1", "NVIDIA B200": "b200:1",
+    "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200", "NVIDIA B200": "b200",
 }  # fmt: skip
 
 
-def measured(overrides):
-    """Returns what bench says of the experiment with `overrides`, or why nothing."""
-    data = ["--data"] if overrides[-len(PACKED) :] == PACKED else []
-    return told(["bench", "--steps=10", *data], overrides)
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    name: str
+    overrides: tuple[str, ...]
+    base: str = ""  # the row whose speed it is divided by
+    peer: str = ""  # the best of other systems, measured on an H100 (bf16 MFU, causal)
+    how: str = "bench"  # or "data": with the settings' own; or "train"
+    devices: int = 1
 
 
-def planned(kind, overrides):
-    """Returns what plan says of the same step, with the CUDA compiler alone."""
-    return told(["plan", f"--topology={TOPOLOGIES[kind]}"], overrides)
+ROWS = {
+    "1b": Row("1.1B, T 4096, heads of 64", LARGE, peer="69,618 (transformers)"),
+    "1bh128": Row(
+        "heads of 128",
+        (*LARGE, "model.num_heads=16", "model.num_kv_heads=4", "model.d_head=128"),
+        "1b",
+    ),
+    "fp8": Row(
+        "fp8, scales of the moment", (*LARGE, "precision.matmul=fp8"), "1b",
+        "81,003 (torchtitan)",
+    ),
+    "fp8delayed": Row(
+        "fp8, scales of the last steps",
+        (*LARGE, "precision.matmul=fp8", "precision.scaling=delayed"),
+        "1b",
+    ),
+    "accumulate": Row("4 parts of 8 sequences", PARTS, "1b"),
+    "muon": Row("Muon", (*LARGE, "optim.name=muon"), "1b"),
+    "muon4": Row(
+        "Muon, 4 parts of 8 sequences", (*PARTS, "optim.name=muon"), "accumulate"
+    ),
+    "scan": Row(
+        "scanned layers, saved by name",
+        (*LARGE, "model.remat=save", f"model.remat_save={NAMES}", "model.layers=scan"),
+        "1b",
+        "57,928 (MaxText)",
+    ),
+    "full": Row("everything recomputed", (*LARGE, "model.remat=full"), "1b"),
+    "packed": Row("packed documents, real pipeline", PACKED, "1b", how="data"),
+    "train": Row(
+        "`train` on them, a checkpoint every 50 steps", PACKED, "packed", how="train"
+    ),
+    "350m": Row("350M, T 2048", MIDDLE, peer="mfu 40.5% (transformers)"),
+    "124m": Row("124M, T 1024", SMALL, peer="485,000 (nanoGPT)"),
+    "fsdp2": Row(
+        "two GPUs, FSDP",
+        ("accumulate_steps=1", "batch_size=16", "mesh.data=1", "mesh.fsdp=2"),
+        "1b",
+        devices=2,
+    ),
+}  # fmt: skip
 
 
-def told(command, overrides):
-    """Returns the JSON of a command, or why there is none."""
-    words = [sys.executable, "-m", "scaletrain.main", *command, "--json"]
-    words += [f"--config={EXPERIMENT}", "--config.accumulate_steps=1"]
-    words += [f"--config.{each}" for each in overrides]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+def told(words, row):
+    """Returns the output of a command, or why there is none."""
+    visible = ",".join(map(str, range(row.devices)))
+    line = [sys.executable, "-m", "scaletrain.main", *words, f"--config={EXPERIMENT}"]
+    line += [f"--config.{each}" for each in row.overrides]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": visible}
+    done = subprocess.run(
+        line, cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         return None, (done.stderr.strip().splitlines() or ["no word"])[-1]
-    return json.loads(done.stdout), ""
+    return done.stdout, ""
+
+
+def measured(row):
+    """Returns what bench says of a row, or why nothing."""
+    data = ["--data"] if row.how == "data" else []
+    out, why = told(["bench", "--json", "--steps=10", *data], row)
+    return (json.loads(out), "") if out else (None, why)
+
+
+def trained(row, like):
+    """Returns the record of `like` with the speed of a run that saves checkpoints.
+
+    The mean of its steps after the first ten, with the time its saves hold it up.
+    """
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="scaletrain-performance-"))
+    cadence = (
+        f"num_steps={STEPS}", "optim.warmup_steps=0", "log_every_steps=10",
+        "eval_every_steps=0", "eval.num_batches=1", "checkpoint.keep_every_steps=0",
+        f"checkpoint.every_steps={SAVES}", "checkpoint.keep=1",
+    )  # fmt: skip
+    run = dataclasses.replace(row, overrides=(*row.overrides, *cadence))
+    _, why = told(["train", f"--workdir={folder}/run"], run)
+    if why:
+        return None, why
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    shutil.rmtree(folder)
+    records = [json.loads(line) for line in lines]
+    times = [r["step_time_s"] for r in records if r.get("step_time_s")][1:]
+    slower = statistics.fmean(times) / like["step_time_s"]
+    return like | {
+        "step_time_s": like["step_time_s"] * slower,
+        "tokens_per_s_per_device": like["tokens_per_s_per_device"] / slower,
+        "mfu": like["mfu"] and like["mfu"] / slower,
+        "achieved_over_ideal": like["achieved_over_ideal"] / slower,
+    }, ""
+
+
+def planned(row, found):
+    """Returns what plan says of the same step, with the CUDA compiler alone."""
+    topology = f"{TOPOLOGIES[found['device']['kind']]}:{row.devices}"
+    out, why = told(["plan", "--json", f"--topology={topology}"], row)
+    return json.loads(out) if out else {"problem": why}
+
+
+def measure(keys, folder):
+    """Measures rows one after another; plans each while the next is measured."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for key in keys:
+            row = ROWS[key]
+            if row.how == "train":
+                like = known(folder).get(row.base)
+                found, why = (
+                    trained(row, like["found"])
+                    if like
+                    else (None, f"measure {row.base} first")
+                )
+            else:
+                found, why = measured(row)
+            if found is None:
+                print(key, why, flush=True)
+                continue
+            print(key, f"{found['tokens_per_s_per_device']:,.0f}", flush=True)
+            today = datetime.date.today().isoformat()
+            result = {"found": found, "date": today, "plan": {}}
+            write(folder, key, result)
+            if row.how != "train":
+                pool.submit(_plan_later, folder, key, result)
+
+
+def _plan_later(folder, key, result):
+    write(folder, key, result | {"plan": planned(ROWS[key], result["found"])})
+
+
+def write(folder, key, result):
+    (folder / f"{key}.json").write_text(json.dumps(result), encoding="utf-8")
+
+
+def known(folder):
+    """Returns the results that lie in a folder, in the order of the table."""
+    paths = {key: folder / f"{key}.json" for key in ROWS}
+    return {
+        key: json.loads(path.read_text(encoding="utf-8"))
+        for key, path in paths.items()
+        if path.is_file()
+    }
+
+
+def cells(key, results):
+    """Returns the cells of a row."""
+    row, found, plan = ROWS[key], results[key]["found"], results[key]["plan"]
+    speed, ratio = found["tokens_per_s_per_device"], ""
+    if row.base in results:
+        base = results[row.base]["found"]["tokens_per_s_per_device"]
+        ratio = f"{speed / base:.3f} of `{row.base}`"
+    off = ["", ""]
+    if plan.get("tokens_per_s_per_chip"):
+        off = [
+            f"{speed / plan['tokens_per_s_per_chip'] - 1:+.0%}",
+            f"{plan['hbm_peak_bytes'] / found['peak_memory_bytes'] - 1:+.0%}",
+        ]
+    wait = f", data wait {found['data_wait']:.2%}" if "data_wait" in found else ""
+    return [
+        f"`{key}`", row.name, f"{speed:,.0f}", f"{found['mfu']:.1%}", ratio, row.peer,
+        f"{found['achieved_over_ideal']:.2f}", f"{found['step_time_spread']:.1%}",
+        f"{found['peak_memory_bytes'] / 1e9:.1f}", f"{found['compile_time_s']:.0f} s",
+        *off, f"`{' '.join(row.overrides)}`{wait}",
+    ]  # fmt: skip
+
+
+def table(results):
+    """Returns docs/performance.md."""
+    first = next(iter(results.values()))
+    found, dates = first["found"], sorted({each["date"] for each in results.values()})
+    kinds = sorted({each["found"]["device"]["kind"] for each in results.values()})
+    heads = [
+        "row", "", "tokens/s a GPU", "mfu", "speed", "best peer", "of ideal", "spread",
+        "GB", "compile", "plan s", "plan GB", "overrides",
+    ]  # fmt: skip
+    lines = [heads, ["---"] * len(heads), *(cells(key, results) for key in results)]
+    return f"""# Speed of the step
+
+Made by `make performance` on {", ".join(kinds)} with jax {found["device"]["jax"]}
+({", ".join(dates)}), from `{EXPERIMENT}` with the overrides of each row. `mfu` counts
+causal attention and what is not recomputed, against {found["peak_flops"] / 1e12:.0f}
+TFLOP/s of bf16. "speed" is tokens/s a GPU over another row's; "best peer" is tokens/s
+of the fastest other system that was run on an H100 at this shape. "of ideal" is the
+time of the step's matmuls, attention and optimizer alone, each measured in the same
+process, over the step's; "spread" is from the 10th to the 90th percentile over the
+median. "plan" is how far `scaletrain plan` is from the step's time and memory. `train`
+has its speed from a run's records, and the rest from `packed`.
+
+""" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main():
-    """Measures every row and writes the table."""
-    rows = []
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for name, overrides in ROWS:
-            found, why = measured(overrides)
-            # Planned on the host's cores while the next row is measured.
-            kind = found["device"]["kind"] if found else ""
-            plan = pool.submit(planned, kind, overrides) if found else None
-            rows.append((name, overrides, found, plan))
-            print(name, why or f"{found['mfu']:.1%}", flush=True)
-    lines, first, sources = [], None, set()
-    for name, overrides, found, future in rows:
-        if found is None or future is None:
-            lines.append(f"| {name} | failed | | | | | | | |")
-            continue
-        first = first or found
-        plan, why = future.result()
-        assert plan is not None, why
-        sources.add(plan["source"])
-        speed = plan["tokens_per_s_per_chip"] / found["tokens_per_s_per_device"]
-        memory = plan["hbm_peak_bytes"] / found["peak_memory_bytes"]
-        wait = f", data wait {found['data_wait']:.2%}" if "data_wait" in found else ""
-        lines.append(
-            f"| {name} | {found['tokens_per_s_per_device']:,.0f} | "
-            f"{found['mfu']:.1%} | {found['achieved_over_ideal']:.2f} | "
-            f"{found['peak_memory_bytes'] / 1e9:.1f} | "
-            f"{found['compile_time_s']:.0f} s | {1 / speed - 1:+.0%} | "
-            f"{memory - 1:+.0%} | `{' '.join(overrides)}`{wait} |"
-        )
-    assert first is not None, lines
-    device = first["device"]
-    text = f"""# Speed of the step
-
-Made by `make performance` on one {device["kind"]} with jax {device["jax"]}, from
-`{EXPERIMENT}` with `accumulate_steps=1` and the overrides of each row. `mfu` counts
-causal attention and what is not recomputed, against {first["peak_flops"] / 1e12:.0f}
-TFLOP/s; "ideal" is the time of the step's matmuls, attention and optimizer alone, each
-measured in the same process. The last two figures are how far the step time and the
-memory of `scaletrain plan` ({", ".join(sorted(sources))}) are from these.
-
-| row | tokens/s | mfu | of ideal | GB | compile | plan s | plan GB | overrides |
-|---|---|---|---|---|---|---|---|---|
-""" + "\n".join(lines)
-    (ROOT / "docs" / "performance.md").write_text(text + "\n", encoding="utf-8")
+    """Measures what is asked for and writes the table of all that is known."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    one = [key for key, row in ROWS.items() if row.devices == 1]
+    parser.add_argument("--rows", default=",".join(one), help="of " + ",".join(ROWS))
+    parser.add_argument("--results", default=str(ROOT / "runs" / "performance"))
+    parser.add_argument("--table", action="store_true", help="measure nothing")
+    args = parser.parse_args()
+    folder = pathlib.Path(args.results)
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = args.rows.split(",")
+    if unknown := set(keys) - ROWS.keys():
+        parser.error(f"--rows={','.join(sorted(unknown))}; pick from {','.join(ROWS)}")
+    if not args.table:
+        measure(keys, folder)
+    if results := known(folder):
+        path = ROOT / "docs" / "performance.md"
+        path.write_text(table(results) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

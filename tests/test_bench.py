@@ -201,7 +201,7 @@ def test_steps_are_those_of_training():
     grid = mesh.build(run.mesh, jax.devices()[:1])
     program = step.build(run, grid)
     with jax.set_mesh(grid):
-        steps = timing.Steps(program, timing.synthetic(program))
+        steps = timing.Steps(program, run, timing.synthetic)
         times, waits = steps.take(3)
         state = timing.initial_state(program)
         feed = timing.synthetic(program)

@@ -6,15 +6,19 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 import small
 
 from scaletrain import workdir
 from scaletrain.checkpoint import Checkpoints
 from scaletrain.errors import CheckpointError
+from scaletrain.manifest import Manifest
 from scaletrain.retention import Retention
 from scaletrain.step import TrainState
 
@@ -34,6 +38,7 @@ def state(value, size=1000):
         frozen={},
         opt_state={"m": noise},
         key=jnp.zeros(2, jnp.uint32),
+        amax={},
     )
 
 
@@ -197,8 +202,35 @@ def test_too_many_failed_saves_end_a_run(tmp_path, told):
                 subprocess.run([*words[:2], "remount,rw", str(disk)], check=True)
         assert raised.value.exit_code == 1
         assert "newest whole step: 1" in str(raised.value)
+        # None that the process would wait for at its end.
+        kinds = {type(thread).__name__ for thread in threading.enumerate()}
+        assert "_SignalingThread" not in kinds
         with opened(disk, told) as checkpoints:
             assert checkpoints.sound() == 1
+
+
+def test_a_failed_save_removes_no_step(tmp_path, told, monkeypatch):
+    """Also where the loop hears of the failure before Orbax's own thread does."""
+    saved(tmp_path, 1)
+    heard = ocp.AsyncCheckpointer.wait_until_finished
+
+    def fail(self, folder):
+        raise OSError(5, "Input/output error")
+
+    def hears_late(self):
+        time.sleep(0.2)
+        heard(self)
+
+    monkeypatch.setattr(Manifest, "write", fail)
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", hears_late)
+    settings = {"checkpoint__keep": 1, "checkpoint__max_failed_saves": 1}
+    with opened(tmp_path, told, **settings) as checkpoints:
+        checkpoints.save(2, state(2), "text", [])
+        while not told:
+            checkpoints.check()
+            time.sleep(0.01)
+        assert checkpoints.latest() == 1
+    assert (tmp_path / "checkpoints" / "1").is_dir()
 
 
 def test_a_needed_save_must_not_fail(tmp_path, told):

@@ -84,3 +84,15 @@ def test_progress_tells_speed_and_time_left(tmp_path, capsys):
     recorder.close()
     line = "step 5/20  loss 1.2346  12,346 tokens/s  MFU {}  ETA 1m30s\n"
     assert capsys.readouterr().err == line.format("45.6%") + line.format("n/a")
+
+
+def test_a_run_goes_on_without_tensorboard(tmp_path, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(metrics, "SummaryWriter", refuse)
+    recorder = metrics.Recorder(tmp_path, small.RUN, 0)
+    recorder.write({"step": 1, "loss": 2.0})
+    recorder.close()
+    assert "no TensorBoard events (Read-only file system)" in capsys.readouterr().err
+    assert '"loss": 2.0' in (tmp_path / "metrics.jsonl").read_text()

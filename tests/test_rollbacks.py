@@ -76,7 +76,7 @@ def poisoned(monkeypatch, taken):
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     monkeypatch.setattr(train.mesh, "build", lambda settings: taken.mesh)
     monkeypatch.setattr(step, "build", lambda *args: taken.program)
-    monkeypatch.setattr(train, "_initial", initial)
+    monkeypatch.setattr(train, "initial", initial)
     monkeypatch.setattr(step, "compiled", lambda program: taken.execute)
     monkeypatch.setattr(evaluate, "evaluate", lambda *args: {})
     whole = data.sequences

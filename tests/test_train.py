@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,8 @@ def command(run, workdir, tmp_path, devices=1):
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as in this process
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # these steps are small
+        "JAX_DEBUG_LOG_MODULES": "jax._src.compiler",  # tells what was in the cache
     }
     return [*line, f"--config={path}", f"--workdir={workdir}"], env
 
@@ -139,9 +142,22 @@ def test_killed_and_resumed_equals_straight_to_the_last_bit(
     line, env = command(text_run, workdir, tmp_path)
     done = subprocess.run(line, env=env, capture_output=True, text=True, check=True)
     assert "resuming from step " in done.stderr
+    assert "compilation cache hit for 'jit_train_step'" in done.stderr
     assert steps(workdir, "loss") == steps(straight, "loss")
     assert steps(workdir, "batch_hash") == steps(straight, "batch_hash")
     assert steps(workdir, "grad_norm") == steps(straight, "grad_norm")
+
+
+def test_a_spoilt_executable_is_compiled_again(straight, text_run, tmp_path):
+    workdir = tmp_path / "spoilt"
+    shutil.copytree(straight, workdir)
+    (kept,) = (workdir / "compiled").glob("jit_train_step-*-cache")
+    kept.write_bytes(kept.read_bytes()[: kept.stat().st_size // 2])
+    line, env = command(text_run, workdir, tmp_path)
+    done = subprocess.run(line, env=env, capture_output=True, text=True, check=True)
+    assert "Error reading persistent compilation cache entry" in done.stderr
+    assert "compilation cache hit for 'jit_train_step'" not in done.stderr
+    assert done.stdout.startswith("step 30: validation")
 
 
 def test_resumed_on_eight_devices_equals_one(straight, text_run, tmp_path, monkeypatch):
@@ -249,12 +265,12 @@ def test_a_half_written_step_is_not_there(straight, text_run, tmp_path):
 
 
 def test_a_failed_save_fails_the_run(text_run, tmp_path, monkeypatch):
-    import orbax.checkpoint as ocp
+    from scaletrain import checkpoint
 
-    def fail(*args, **kwargs):
-        raise OSError("no space left on device")
+    def fail(self):
+        self._fail(OSError("no space left on device"))
 
-    monkeypatch.setattr(ocp.CheckpointManager, "check_for_errors", fail)
+    monkeypatch.setattr(checkpoint.Checkpoints, "check", fail)
     run = small.changed(text_run, checkpoint__max_failed_saves=2)
     with pytest.raises(CheckpointError, match="no space left on device") as caught:
         train.run(run, str(tmp_path))

@@ -9,10 +9,11 @@ import jax
 
 from scaletrain import config, mesh, metrics, step, workdir
 from scaletrain.bench import profile, roofline, timing
-from scaletrain.bench.sweep import OUT_OF_MEMORY, Sweep
+from scaletrain.bench.sweep import Sweep
 from scaletrain.bench.timing import Timed
 from scaletrain.config import RunConfig
 from scaletrain.errors import BenchError, ConfigError
+from scaletrain.remat import OUT_OF_MEMORY
 from scaletrain.step import Program
 
 
@@ -80,11 +81,12 @@ def _timed(run: RunConfig, request: Request) -> tuple[Program, Timed, dict[str, 
     program = step.build(run, grid)
     with jax.set_mesh(grid):
         feed = timing.from_data if request.data else timing.synthetic
-        steps = timing.Steps(program, feed(program))
+        steps = timing.Steps(program, run, feed)
         timed = steps.measure(request.steps)
-        if not request.profile:
-            return program, timed, {}
-        return program, timed, {"profile": profile.of(steps, request.workdir)}
+        traced = {}
+        if request.profile:
+            traced = {"profile": profile.of(steps, request.workdir)}
+        return steps.program, timed, traced
 
 
 def _too_large(run: RunConfig) -> BenchError:

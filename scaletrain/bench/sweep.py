@@ -13,20 +13,13 @@ import jax
 
 from scaletrain import config, metrics
 from scaletrain.bench.timing import Timed
-from scaletrain.config import REMAT_NAMES, RunConfig
+from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError
 from scaletrain.plan import search
+from scaletrain.remat import CANDIDATES, OUT_OF_MEMORY
 
 Overrides = dict[str, Any]
-OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # what XLA says of what does not fit
 _BATCHES = (0.5, 1, 1.5, 2)
-# What a layer keeps for the backward pass, from all to nothing.
-_REMATS = (
-    {"model.remat": "none", "model.remat_save": ()},
-    {"model.remat": "save", "model.remat_save": REMAT_NAMES},
-    {"model.remat": "save", "model.remat_save": ("attention",)},
-    {"model.remat": "full", "model.remat_save": ()},
-)
 
 
 class Sweep:
@@ -78,7 +71,7 @@ class Sweep:
             [{"model.attention": kind} for kind in _choices("model.attention")],
             [{"model.layers": way} for way in _choices("model.layers")],
         ]
-        rest = len(batches) + len(_REMATS) - 1
+        rest = len(batches) + len(CANDIDATES) - 1
         self._left = rest + sum(map(len, switches)) - 1
         chosen: Overrides = {}
         for values in switches:
@@ -86,9 +79,9 @@ class Sweep:
             chosen = max(tried, key=self._speed)
         level, self._left = 0, rest
         for batch in batches:
-            while not self._speed(chosen | batch | _keeping(level)):
+            while not self._speed(chosen | batch | CANDIDATES[level]):
                 level += 1
-                if level == len(_REMATS):
+                if level == len(CANDIDATES):
                     return
 
     def _is_possible(self, overrides: Overrides) -> bool:
@@ -141,7 +134,3 @@ def _choices(path: str) -> list[str]:
     """Returns the values a setting may have, but that which decides on one."""
     fields = {name: field for name, field, _ in config.leaves(RunConfig())}
     return [each for each in fields[path].metadata["choices"] if each != "auto"]
-
-
-def _keeping(level: int) -> Overrides:
-    return {"model.remat_offload": (), **_REMATS[level]}

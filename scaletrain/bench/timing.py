@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scaletrain import data, feed, metrics, sharding, step
+from scaletrain import data, feed, loop, metrics, remat, sharding, step
+from scaletrain.config import RunConfig
 from scaletrain.step import Batch, Program
 
 WARM_UP = 3  # steps: a first one loads kernels, and a second may record graphs of them
@@ -42,13 +43,13 @@ class Timed:
 class Steps:
     """The compiled step with a state and a feed, ready to go on and on."""
 
-    def __init__(self, program: Program, feed: Feed):
-        self.program, self._feed = program, feed
+    def __init__(self, program: Program, asked: RunConfig, feed: Callable):
         self._peak_before = metrics.peak_memory_bytes(jax.local_devices())
         began = time.perf_counter()
-        self.compiled = step.compiled(program)
+        self.program, self.compiled = remat.compiled(program, asked)
         self.compile_time_s = time.perf_counter() - began
-        self.state = initial_state(program)
+        self._feed: Feed = feed(self.program)
+        self.state = initial_state(self.program)
 
     def measure(self, count: int) -> Timed:
         """Warms up and goes straight on to `count` steps that are timed."""
@@ -71,6 +72,7 @@ class Steps:
         began = time.perf_counter()
         with (
             concurrent.futures.ThreadPoolExecutor(1) as watch,
+            loop.garbage_kept(),
             jax.transfer_guard("disallow"),
         ):
             for _ in range(count * calls):
@@ -98,16 +100,7 @@ class Steps:
         counted = metrics.peak_memory_bytes(jax.local_devices())
         if counted is not None and counted > (self._peak_before or 0):
             return counted
-        planned = self.compiled.memory_analysis()
-        if planned is None:
-            return None
-        return (
-            planned.argument_size_in_bytes
-            + planned.output_size_in_bytes
-            - planned.alias_size_in_bytes
-            + planned.temp_size_in_bytes
-            + planned.generated_code_size_in_bytes
-        )
+        return remat.peak_bytes(self.compiled)
 
 
 def _ready_at(numbers: dict[str, Any]) -> float:

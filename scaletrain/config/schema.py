@@ -65,7 +65,7 @@ class ModelConfig:
     logit_soft_cap: float = setting(0.0, least=0.0)  # cap * tanh(x / cap); 0 = off
     dropout: float = setting(0.0, least=0.0, most=0.95)  # of each residual branch
     layers: str = setting("scan", choices=("scan", "unroll"))
-    remat: str = setting("none", choices=("none", "full", "dots", "save"))
+    remat: str = setting("none", choices=("none", "full", "dots", "save", "auto"))
     remat_save: tuple[str, ...] = ()  # names kept when remat is "save"
     remat_offload: tuple[str, ...] = ()  # names kept in the host's memory instead
     attention: str = setting("auto", choices=("auto", "xla", "splash", "cudnn"))

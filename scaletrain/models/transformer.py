@@ -140,7 +140,7 @@ def _with_cudnn(policy: Callable) -> Callable:
 def _rematerialised(model: ModelConfig, function: Callable) -> Callable:
     """Returns `function` with what it keeps for the backward pass set by name."""
     policies = jax.checkpoint_policies
-    if model.remat == "none":
+    if model.remat in ("none", "auto"):  # where nothing is differentiated, see remat
         return function
     policy = {
         "full": policies.nothing_saveable,

@@ -17,6 +17,7 @@ from scaletrain.plan.progress import Progress
 from scaletrain.plan.record import Record, Wanted
 from scaletrain.plan.search import Overrides
 from scaletrain.plan.slices import Slice
+from scaletrain.remat import CANDIDATES
 
 _TRIED = 3  # remedies that are shown
 
@@ -87,17 +88,20 @@ def _planned(
     run: RunConfig, slice_: Slice, request: Request, chosen: Overrides
 ) -> Record:
     """Returns the plan of resolved settings as they are, with remedies if need be."""
-    full = request.full
-    said = compiler.compile(run, slice_, full=full) if compiler.knows(slice_) else None
-    found = record.of(run, slice_, said, chosen, request.wanted)
-    if not found["fits"]:
-        remedies = search.remedies(run, slice_)
-        tried, _ = _compiled(run, slice_, remedies, request, chosen)
-        fitting = [each for each in tried if each["fits"]]
-        found["remedies"] = record.best_first(fitting)[:_TRIED]
-        if not fitting:
-            nearest = sorted(tried, key=lambda each: each["hbm_peak_bytes"])
-            found["tried"] = nearest[:_TRIED]
+    full, found = request.full, {}
+    known = compiler.knows(slice_)
+    for remat in CANDIDATES if run.model.remat == "auto" else ({},):
+        run = search.applied(run, remat, slice_)
+        said = compiler.compile(run, slice_, full=full) if known else None
+        found = record.of(run, slice_, said, {**chosen, **remat}, request.wanted)
+        if found["fits"]:
+            return found
+    tried, _ = _compiled(run, slice_, search.remedies(run, slice_), request, chosen)
+    fitting = [each for each in tried if each["fits"]]
+    found["remedies"] = record.best_first(fitting)[:_TRIED]
+    if not fitting:
+        nearest = sorted(tried, key=lambda each: each["hbm_peak_bytes"])
+        found["tried"] = nearest[:_TRIED]
     return found
 
 

@@ -1,0 +1,121 @@
+"""`model.remat=auto`: the step with the least recomputation that fits the memory here.
+
+Candidates are compiled one after another, and the one that is taken is not compiled
+again. Whether it fits is the compiler's word for what a step holds at its peak, against
+what a device may allocate; where that is not known, as on CPUs, everything fits.
+"""
+
+import dataclasses
+import time
+from typing import Any, cast
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from scaletrain import step
+from scaletrain.config import REMAT_NAMES, RunConfig
+from scaletrain.errors import ConfigError
+from scaletrain.metrics import say
+from scaletrain.step import Program
+
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # what XLA says of what does not fit
+_KEPT = (  # of a layer for the backward pass, from all to nothing
+    ("none", ()),
+    ("save", REMAT_NAMES),
+    ("save", tuple(name for name in REMAT_NAMES if not name.startswith("mlp_"))),
+    ("save", ("attention",)),
+    ("full", ()),
+)
+CANDIDATES: tuple[dict[str, Any], ...] = tuple(
+    {"model.remat": remat, "model.remat_save": names, "model.remat_offload": ()}
+    for remat, names in _KEPT
+)
+# The rest of the memory is for what lies beside a step: the next batch, what an
+# evaluation makes, gaps.
+_SHARE = 0.95
+
+
+def compiled(program: Program, asked: RunConfig) -> tuple[Program, Any]:
+    """Returns a program with what `asked` leaves open decided and told, and its step.
+
+    Raises:
+      ConfigError: model.remat=auto, and no candidate fits.
+    """
+    if asked.model.attention == "auto":
+        say(f"attention: {program.run.model.attention} (auto)")
+    began = time.perf_counter()
+    if asked.model.remat == "auto":
+        program, execute = _first_that_fits(program)
+    else:
+        execute = step.compiled(program)
+    say(f"compiled in {time.perf_counter() - began:.1f} s")
+    return program, execute
+
+
+def _first_that_fits(program: Program) -> tuple[Program, Any]:
+    limit, others = _limit_bytes(cast(Mesh, program.mesh)), []
+    for remat, names in _KEPT:
+        run = _keeping(program.run, remat, names)
+        chosen = step.build(run, program.mesh)
+        execute = _compiled_if_possible(chosen)
+        needed = None if execute is None else peak_bytes(execute)
+        words = " ".join([remat, ",".join(names)]).strip()
+        if _everywhere(needed is not None and (limit is None or needed <= limit)):
+            say(f"remat: {words} {_why(needed, limit)}" + "".join(others))
+            return chosen, execute
+        others.append(f"; {words} needs {_gb(needed)}")
+    raise ConfigError(
+        [
+            f"model.remat=auto; nothing fits into {_gb(limit)} GB a device"
+            f"{''.join(others)}; lower batch_size, or raise accumulate_steps."
+        ]
+    )
+
+
+def peak_bytes(execute: Any) -> int:
+    """Returns what a device holds at most while it takes the compiled step."""
+    found = execute.memory_analysis()
+    return found.peak_memory_in_bytes - found.host_temp_size_in_bytes
+
+
+def _keeping(run: RunConfig, remat: str, names: tuple[str, ...]) -> RunConfig:
+    model = dataclasses.replace(
+        run.model, remat=remat, remat_save=names, remat_offload=()
+    )
+    return dataclasses.replace(run, model=model)
+
+
+def _compiled_if_possible(program: Program) -> Any:
+    """Returns the compiled step, or None where even compiling finds no room for it."""
+    try:
+        return step.compiled(program)
+    except jax.errors.JaxRuntimeError as err:
+        if OUT_OF_MEMORY not in str(err):
+            raise
+        return None
+
+
+def _limit_bytes(mesh: Mesh) -> int | None:
+    """Returns what a step may hold on the devices of this process."""
+    stats = [device.memory_stats() or {} for device in mesh.local_devices]
+    limits = [each["bytes_limit"] for each in stats if "bytes_limit" in each]
+    return int(_SHARE * min(limits)) if limits else None
+
+
+def _everywhere(here: bool) -> bool:
+    """Returns whether it holds in every process: all must take the same candidate."""
+    if jax.process_count() == 1:
+        return here
+    return bool(np.all(multihost_utils.process_allgather(np.array(here))))
+
+
+def _why(needed: int | None, limit: int | None) -> str:
+    if limit is None:
+        return "(auto: these devices tell of no limit)"
+    return f"fits in {_gb(needed)} of {_gb(limit)} GB"
+
+
+def _gb(size: int | None) -> str:
+    return "more than there is" if size is None else f"{size / 1e9:.1f}"

@@ -1,0 +1,108 @@
+"""`model.remat=auto`: the least recomputation that fits, compiled once."""
+
+import types
+
+import jax
+import pytest
+import small
+
+from scaletrain import config, mesh, remat, step
+from scaletrain.errors import ConfigError
+from scaletrain.plan import command, slices
+
+RUN = config.resolve(small.changed(small.RUN, model__remat="auto"), 1)
+NEEDS = (80, 60, 50, 40, 30)  # GB, of the candidates in turn
+
+
+@pytest.fixture
+def devices(monkeypatch):
+    """Gives a limit to the devices and a size to each step, which is not compiled."""
+    asked = []
+
+    def prepare(limit, refused=0):
+        def compiled(program):
+            model = program.run.model
+            asked.append(model.remat)
+            assert [model.remat, model.remat_save] in [
+                [each["model.remat"], each["model.remat_save"]]
+                for each in remat.CANDIDATES
+            ]
+            if len(asked) <= refused:
+                raise jax.errors.JaxRuntimeError(f"{remat.OUT_OF_MEMORY}: no room")
+            size = NEEDS[len(asked) - 1] * 10**9
+            return types.SimpleNamespace(
+                memory_analysis=lambda: types.SimpleNamespace(
+                    peak_memory_in_bytes=size, host_temp_size_in_bytes=0
+                )
+            )
+
+        monkeypatch.setattr(step, "compiled", compiled)
+        monkeypatch.setattr(remat, "_limit_bytes", lambda mesh: limit)
+        return asked
+
+    return prepare
+
+
+def decide(capsys):
+    program = step.build(RUN, mesh.build(RUN.mesh, jax.devices()[:1]))
+    with jax.set_mesh(program.mesh):
+        chosen, _ = remat.compiled(program, RUN)
+    said = capsys.readouterr().err.splitlines()
+    return chosen.run.model, [line for line in said if line.startswith("remat")]
+
+
+def test_the_first_that_fits_is_taken_and_told(devices, capsys):
+    asked = devices(55 * 10**9)
+    model, said = decide(capsys)
+    assert (model.remat, model.remat_save) == (
+        "save", ("residual", "query", "key", "value", "attention")
+    )  # fmt: skip
+    assert asked == ["none", "save", "save"]
+    assert said == [
+        "remat: save residual,query,key,value,attention fits in 50.0 of 55.0 GB; "
+        "none needs 80.0; save residual,query,key,value,attention,mlp_gate,mlp_up "
+        "needs 60.0"
+    ]
+
+
+def test_what_does_not_even_compile_does_not_fit(devices, capsys):
+    devices(90 * 10**9, refused=4)
+    model, said = decide(capsys)
+    assert model.remat == "full"
+    assert "none needs more than there is" in said[0]
+
+
+def test_nothing_fits(devices, capsys):
+    devices(10**9)
+    with pytest.raises(ConfigError, match="nothing fits into 1.0 GB.*lower batch_size"):
+        decide(capsys)
+
+
+def test_a_cpu_has_no_limit(capsys):
+    model, said = decide(capsys)
+    assert model.remat == "none"
+    assert said == ["remat: none (auto: these devices tell of no limit)"]
+
+
+def test_every_candidate_is_a_run():
+    for each in remat.CANDIDATES:
+        run = RUN
+        for path, value in each.items():
+            run = config.replaced(run, path, value)
+        config.check(run)
+
+
+def test_plan_tries_the_same(monkeypatch):
+    sizes = iter((9, 8, 3))
+    monkeypatch.setattr(command.compiler, "knows", lambda slice_: False)
+
+    def of(run, slice_, said, overrides, wanted):
+        remat = run.model.remat
+        return {"remat": remat, "fits": next(sizes) < 5, "overrides": overrides}
+
+    monkeypatch.setattr(command.record, "of", of)
+    slice_ = slices.parse("h100:1", 1)
+    request = command.Request(slices=(slice_,))
+    found = command._planned(RUN, slice_, request, {"seed": 1})
+    assert found["overrides"] == {"seed": 1, **remat.CANDIDATES[2]}
+    assert found["remat"] == "save"
