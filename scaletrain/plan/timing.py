@@ -156,14 +156,14 @@ class _Walk:
         else:
             self._clock.spend("attention" if attention else "elementwise", traffic)
 
-    def _flops(self, each: Instruction, computation: Computation) -> tuple[int, str]:
+    def _flops(self, each: Instruction, computation: Computation) -> tuple[float, str]:
         """Returns the FLOPs of an operation and the names of what is in it."""
         called = each.called("calls") if each.opcode == "fusion" else None
         if called is None:
             return self._slowness(each, computation) * hlo.flops(
                 each, computation
             ), each.op_name
-        total, names = 0, each.op_name
+        total, names = 0.0, each.op_name
         inner = self._module.computations[called]
         for instruction in inner.instructions:
             more, words = self._flops(instruction, inner)
@@ -171,12 +171,15 @@ class _Walk:
             names += words if more else ""
         return total, names
 
-    def _slowness(self, each: Instruction, computation: Computation) -> int:
+    def _slowness(self, each: Instruction, computation: Computation) -> float:
         """Returns how much longer than in bfloat16 a product takes.
 
         A GPU multiplies float32 as TF32, at half the rate; a TPU rounds it to bfloat16.
+        The chips that train with 8-bit numbers multiply them at twice the rate.
         """
         first = _shape(computation, each.operands[0]) if each.operands else None
+        if first is not None and first.kind.startswith(("f8", "s8")):
+            return 0.5
         gpu = not self._slice.is_tpu
         return 2 if gpu and first is not None and first.kind == "f32" else 1
 
