@@ -186,8 +186,10 @@ def compare(
         if exact or not np.issubdtype(value.dtype, np.floating):
             np.testing.assert_array_equal(found[name], value, err_msg=name)
             continue
-        size = float(np.linalg.norm(value)) or 1.0
-        apart = float(np.linalg.norm(found[name] - value)) / size
+        whole = np.isfinite(value)  # limits of spikes that are not known yet are not
+        np.testing.assert_array_equal(found[name][~whole], value[~whole], err_msg=name)
+        size = float(np.linalg.norm(value[whole])) or 1.0
+        apart = float(np.linalg.norm(found[name][whole] - value[whole])) / size
         assert apart <= CLOSE, f"{name}: {apart:.2g} of its norm apart"
         worst = max(worst, apart)
     return worst
