@@ -3,7 +3,9 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
+import time
 
 import numpy as np
 import small
@@ -12,11 +14,12 @@ from scaletrain import config
 from scaletrain.config import DataConfig, MeshConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
+LOCAL = ["bash", str(ROOT / "launch" / "local.sh")]
 
 
 def launch(*args, **env):
     return subprocess.run(
-        ["bash", str(ROOT / "launch" / "local.sh"), *args],
+        [*LOCAL, *args],
         env=os.environ | env,
         capture_output=True,
         text=True,
@@ -25,14 +28,38 @@ def launch(*args, **env):
     )
 
 
-def test_two_processes_train_like_one(tmp_path):
-    """2 processes x 4 devices read and learn what 1 process x 1 device does."""
+def records(workdir, name):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    found = map(json.loads, lines)
+    return {r["step"]: r[name] for r in found if name in r}
+
+
+def kill_one(launched, workdir, at):
+    """Kills the second process of a launch once step `at` is saved."""
+    deadline = time.monotonic() + 240
+    while not (workdir / "checkpoints" / str(at)).is_dir():
+        assert time.monotonic() < deadline
+        assert launched.poll() is None
+        time.sleep(0.02)
+    found = subprocess.run(
+        ["ps", "-ww", "--ppid", str(launched.pid), "-o", "pid=,args="],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    [line] = [x for x in found.stdout.splitlines() if "--process_id=1" in x]
+    os.kill(int(line.split()[0]), signal.SIGKILL)
+
+
+def test_two_processes_and_then_one_train_like_one(tmp_path):
+    """2 processes x 4 devices, killed, then 1 x 4, learn what 1 x 1 does."""
     run = small.changed(
         small.RUN,
-        num_steps=6,
+        num_steps=100_000,
         log_every_steps=1,
+        eval_every_steps=3,
         model__vocab_size=272,
+        optim__schedule="constant",
         checkpoint__every_steps=4,
+        checkpoint__keep_every_steps=4,
         data=DataConfig(
             source="files",
             path=str(ROOT / "tests" / "*.py"),
@@ -40,32 +67,40 @@ def test_two_processes_train_like_one(tmp_path):
             cache_dir=str(tmp_path / "cache"),
         ),
     )
-    found = {}
-    for name, mesh, words in (
-        ("two", MeshConfig(data=-1, tensor=2), ("--processes=2", "--devices=4")),
-        ("one", MeshConfig(data=-1), ("--processes=1", "--devices=1")),
-    ):
+    meshes = {"two": MeshConfig(data=-1, tensor=2), "one": MeshConfig(data=-1)}
+    words = {}
+    for name, mesh in meshes.items():
         path = tmp_path / f"{name}.json"
         path.write_text(config.to_json(small.changed(run, mesh=mesh)))
         workdir = tmp_path / f"work dir's {name}"  # quoting matters
+        words[name] = [f"--config={path}", f"--workdir={workdir}", "--json"]
+    two, one = (tmp_path / f"work dir's {name}" for name in ("two", "one"))
+    with subprocess.Popen(
+        [*LOCAL, "--processes=2", "--devices=4", "--", *words["two"]],
+        stderr=subprocess.PIPE, text=True,
+    ) as launched:  # fmt: skip
+        kill_one(launched, two, at=4)
+        _, said = launched.communicate(timeout=60)
+    # Whichever end the shell sees first: of the one killed, or of the one that says so.
+    assert launched.returncode in (75, 128 + signal.SIGKILL)
+    assert "process 1 on " in said
+    assert "ended without a word" in said
+    saved = [int(p.name) for p in (two / "checkpoints").iterdir() if p.name.isdigit()]
+    steps = max(saved) + 2
+    for name, devices in (("two", 4), ("one", 1)):
         done = launch(
-            *words, "--", f"--config={path}", f"--workdir={workdir}", "--json"
-        )
+            "--processes=1", f"--devices={devices}", "--", *words[name],
+            f"--config.num_steps={steps}",
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        lines = (workdir / "metrics.jsonl").read_text().splitlines()
-        found[name] = [json.loads(line) for line in lines]
-        # Gloo, in C++, greets on standard output before the result comes.
-        result = done.stdout[done.stdout.index("{") :]
-        assert json.loads(result)["step"] == 6
-    one, two = ([r["loss"] for r in found[n] if "loss" in r] for n in ("one", "two"))
-    np.testing.assert_allclose(two, one, rtol=1e-5)
-    one, two = (
-        [r["batch_hash"] for r in found[n] if "loss" in r] for n in ("one", "two")
-    )
-    assert one == two
-    np.testing.assert_allclose(
-        found["two"][-1]["eval_loss"], found["one"][-1]["eval_loss"], rtol=1e-5
-    )
+        assert json.loads(done.stdout[done.stdout.index("{") :])["step"] == steps
+    assert records(two, "batch_hash") == records(one, "batch_hash")
+    for name in ("loss", "eval_loss"):
+        found, straight = records(two, name), records(one, name)
+        assert found.keys() == straight.keys()
+        np.testing.assert_allclose(
+            [found[s] for s in straight], list(straight.values()), rtol=1e-5
+        )
 
 
 def test_a_failing_process_ends_the_launch(tmp_path):
