@@ -14,7 +14,7 @@ import zlib
 from typing import Any
 
 NAME = "manifest.json"
-_CHUNK_BYTES = 2**24
+_BLOCK_BYTES = 2**24  # few files are large: their blocks are read side by side
 _THREADS = min(16, 2 * (os.cpu_count() or 1))  # crc32 lets go of the interpreter
 # Written by Orbax when it gives the folder its name, after the manifest.
 _LATER = ("_CHECKPOINT_METADATA",)
@@ -26,20 +26,17 @@ class Manifest:
 
     config: str  # digest of the settings
     leaves: dict[str, dict[str, Any]]  # item -> path -> {"shape", "dtype"}
-    files: dict[str, dict[str, int]]  # path in the folder -> {"bytes", "crc32"}
+    files: dict[str, dict[str, Any]]  # path -> {"bytes", "crc32" of each block}
 
     @classmethod
     def of(
         cls, folder: pathlib.Path, config: str, leaves: dict[str, Any]
     ) -> "Manifest":
         """Returns the manifest of a folder as it is now."""
-        paths = _paths(folder)
-        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-            sums = pool.map(_crc32, [folder / path for path in paths])
-            files = {
-                path: {"bytes": (folder / path).stat().st_size, "crc32": crc32}
-                for path, crc32 in zip(paths, sums, strict=True)
-            }
+        files = {
+            path: {"bytes": (folder / path).stat().st_size, "crc32": crc32}
+            for path, crc32 in _sums(folder, _paths(folder)).items()
+        }
         return cls(config, leaves, files)
 
     @classmethod
@@ -75,11 +72,13 @@ class Manifest:
                 right.append(path)
             else:
                 found.append(f"{path}: {size:,} bytes instead of {wanted:,}")
-        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-            sums = pool.map(_crc32, [folder / path for path in right])
-            for path, crc32 in zip(right, sums, strict=True):
-                if crc32 != self.files[path]["crc32"]:
-                    found.append(f"{path}: its bytes have changed")
+        for path, crc32 in _sums(folder, right).items():
+            both = zip(crc32, self.files[path]["crc32"], strict=True)
+            found += [
+                f"{path}: its bytes have changed, from {i * _BLOCK_BYTES:,} on"
+                for i, (is_now, was) in enumerate(both)
+                if is_now != was
+            ]
         return found
 
 
@@ -102,9 +101,22 @@ def _paths(folder: pathlib.Path) -> list[str]:
     )
 
 
-def _crc32(path: pathlib.Path) -> int:
-    crc32 = 0
+def _sums(folder: pathlib.Path, paths: list[str]) -> dict[str, list[int]]:
+    """Returns the checksum of each block of each file, read side by side."""
+    blocks = [
+        (path, start)
+        for path in paths
+        for start in range(0, (folder / path).stat().st_size, _BLOCK_BYTES)
+    ]
+    found: dict[str, list[int]] = {path: [] for path in paths}
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        sums = pool.map(lambda block: _crc32(folder / block[0], block[1]), blocks)
+        for (path, _), crc32 in zip(blocks, sums, strict=True):
+            found[path].append(crc32)
+    return found
+
+
+def _crc32(path: pathlib.Path, start: int) -> int:
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            crc32 = zlib.crc32(chunk, crc32)
-    return crc32
+        file.seek(start)
+        return zlib.crc32(file.read(_BLOCK_BYTES))
