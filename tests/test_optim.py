@@ -107,7 +107,7 @@ def gradient(taken, batch):
 
     def mean(params):
         objective, sums = step._objective(
-            params, batch, frozen={}, program=taken.program
+            params, {}, batch, frozen={}, program=taken.program
         )
         return objective / sums.weight
 
