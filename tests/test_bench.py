@@ -286,6 +286,20 @@ def test_sweep_finds_the_fastest_that_fits(capfd):
     assert left[-1] >= 0
 
 
+def test_a_sweep_tries_the_units_that_the_device_has(monkeypatch):
+    def speed(run):
+        return {"compute": 3, "fp8": 1, "int8": 2}[run.precision.matmul]
+
+    def matmuls():
+        found = swept(speed)[1]
+        return [each["overrides"].get("precision.matmul", "") for each in found]
+
+    assert not any(matmuls())  # a CPU emulates both
+    monkeypatch.setitem(sweep.LOW_PRECISION, "cpu", {"fp8": 2, "int8": 2})
+    assert matmuls()[0] == "fp8"
+    assert {"fp8", "int8", ""} == set(matmuls())
+
+
 def test_an_interrupted_sweep_keeps_what_it_knows():
     def speed(run):
         if run.model.layers == "unroll":

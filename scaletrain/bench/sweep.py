@@ -1,9 +1,9 @@
 """Settings tried one after another in this process: a few, in an order that pays.
 
-Attention and the walk over layers are chosen first, each on its own. Then batches grow
-from half to twice what was asked for, each with the least recomputation that fits it:
-what does not fit a batch does not fit a larger one, and at one batch computing less
-again is never slower.
+Attention, the walk over layers and 8-bit matmuls, where the devices have units for
+them, are chosen first, each on its own. Then batches grow from half to twice what was
+asked for, each with the least recomputation that fits it: what does not fit a batch
+does not fit a larger one, and at one batch computing less again is never slower.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import jax
 
 from scaletrain import config, metrics
 from scaletrain.bench.timing import Timed
+from scaletrain.chips import LOW_PRECISION
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError
 from scaletrain.plan import search
@@ -70,9 +71,11 @@ class Sweep:
         switches = [
             [{"model.attention": kind} for kind in _choices("model.attention")],
             [{"model.layers": way} for way in _choices("model.layers")],
+            _matmuls(jax.devices()[0].device_kind),
         ]
         rest = len(batches) + len(CANDIDATES) - 1
-        self._left = rest + sum(map(len, switches)) - 1
+        # Each switch begins with what is known of the one before.
+        self._left = rest + sum(len(values) - 1 for values in switches) + 1
         chosen: Overrides = {}
         for values in switches:
             tried = [chosen | value for value in values]
@@ -128,6 +131,19 @@ class Sweep:
         verdict = problem or f"{speed:,.0f} tokens/s a device"
         metrics.say(f"{words}: {verdict}; {self._left} more at most")
         return speed
+
+
+def _matmuls(kind: str) -> list[Overrides]:
+    """Returns the 8-bit matmuls to try on devices of a kind, after what is configured.
+
+    Each with the scaling that costs least; what is only emulated is left out.
+    """
+    low = {
+        "fp8": {"precision.matmul": "fp8", "precision.scaling": "delayed"},
+        "int8": {"precision.matmul": "int8", "precision.scaling": "current"},
+    }
+    units = LOW_PRECISION.get(kind, {})
+    return [{}, *(low[each] for each in units if units[each] > 1)]
 
 
 def _choices(path: str) -> list[str]:
