@@ -70,7 +70,7 @@ def gradients(**settings):
         small.RUN, precision__compute="bfloat16", seq_len=128, **settings
     )
     program = step.build(run, mesh.build(run.mesh, jax.devices()[:1]))
-    state = step.initial_state(run, program.tx)
+    state = jax.jit(functools.partial(step.initial_state, run, program.tx))()
     expected = jax.tree.map(lambda history: history[0], state.amax)
     objective = functools.partial(step._objective, frozen={}, program=program)
     batch = jax.tree.map(jnp.asarray, text(run))
@@ -151,6 +151,29 @@ def test_what_is_not_finite_never_reaches_the_history(alone):
         np.testing.assert_array_equal(new, np.roll(old, 1, axis=0) * (new != 0))
         assert np.isfinite(new).all()
     assert np.isfinite(taken.step(small.random_batch(DELAYED, 4))["loss"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({}, config.LINEARS),
+        ({"precision__targets": ("mlp/*",)}, config.LINEARS[4:]),
+        ({"precision__targets": ("attention/[qk]",)}, config.LINEARS[:2]),
+        ({"lora__rank": 2, "init_from": "base"}, config.LINEARS),
+        ({"precision__scaling": "current"}, ()),
+        ({"precision__matmul": "compute", "precision__scaling": "current"}, ()),
+    ],
+)
+def test_what_is_named_has_a_history(settings, names):
+    """All but the head and the embeddings unless told otherwise; adapters have none."""
+    run = small.changed(DELAYED, **settings)
+    program = step.build(run, mesh.build(run.mesh, jax.devices()[:1]))
+    wanted = {f"blocks/{name}/amax" for name in names}
+    assert set(checkpoint.flat(program.state.amax)) == wanted
+    with jax.set_mesh(program.mesh):
+        traced = str(step.jitted(program).trace(program.state, program.batch).jaxpr)
+    low = run.precision.matmul == "fp8"
+    assert ("f8_e4m3fn" in traced, "f8_e5m2" in traced) == (low, low)
 
 
 def test_units_that_a_device_lacks_are_refused(monkeypatch):
