@@ -93,7 +93,7 @@ class Loop:
                     raise self._interrupted(now)
                 if last or _due(now, run.eval_every_steps):
                     found = self._evaluate(now, state)
-        with self.phases("save"):
+        with self.phases("last save"):
             self.checkpoints.finish()
         return found or self._evaluate(start, state)
 
@@ -191,7 +191,8 @@ class Loop:
         if now == self.checkpoints.latest():
             return
         self._saved = time.monotonic()
-        with self.phases("save"):
+        # What waits until all is written has nothing to do with the usual save.
+        with self.phases("last save" if needed else "save"):
             self.checkpoints.save(
                 now,
                 state,
