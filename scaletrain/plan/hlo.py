@@ -90,6 +90,15 @@ class Computation:
         """What it returns."""
         return next(each for each in self.instructions if each.is_root)
 
+    def shape(self, operand: str) -> Shape | None:
+        """Returns the shape of an operand, `name` or `name#part`; None if unknown."""
+        name, _, part = operand.partition("#")
+        found = self.by_name.get(name)
+        index = int(part) if part.isdigit() else 0
+        if found is None or index >= len(found.shapes):
+            return None
+        return found.shapes[index]
+
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
         """What reads each instruction."""
@@ -233,10 +242,9 @@ def flops(instruction: Instruction, computation: Computation) -> int:
     called = "__cublas" in instruction.attributes  # a dot, as a GPU's library has it
     if instruction.opcode not in ("convolution", "dot") and not called:
         return 0
-    lhs, rhs = (
-        computation.by_name[name.split("#")[0]].shapes[0]
-        for name in instruction.operands[:2]
-    )
+    lhs, rhs = map(computation.shape, instruction.operands[:2])
+    if lhs is None or rhs is None:
+        raise ValueError(f"{instruction.name} multiplies what is not there")
     out = instruction.shapes[0]
     if instruction.opcode == "dot" or called:
         dims = _CONTRACTED.search(instruction.attributes)
