@@ -22,6 +22,10 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _END = re.compile(r"^\}($|, )")  # the thread it runs on may follow
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _CONTRACTED = re.compile(r"lhs_contracting_dim(?:s=|ensions\":)[{\[]([^}\]]*)")
+_CALLED = re.compile(
+    r"\b(calls|body|condition|to_apply|true_computation|branch_computations|"
+    r"called_computations)=\{?%?([\w.\-]+)"
+)
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
     "ragged-all-to-all", "collective-broadcast",
@@ -69,8 +73,12 @@ class Instruction:
 
     def called(self, what: str) -> str | None:
         """Returns the computation an attribute such as `body` names."""
-        found = re.search(rf"\b{what}=\{{?%?([\w.\-]+)", self.attributes)
-        return found[1] if found else None
+        return self._called.get(what)
+
+    @functools.cached_property
+    def _called(self) -> dict[str, str]:
+        found = _CALLED.findall(self.attributes)
+        return dict(reversed(found))  # the first of a name counts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,6 +96,7 @@ class _Walk:
     ):
         self._module, self._axes, self._slice = module, axes, slice_
         self._chip, self._clock = slice_.chip, clock
+        self._costs: dict[int, tuple[str, float]] = {}  # a loop meets each again
 
     def computation(self, name: str) -> None:
         """Takes every instruction of a computation in turn."""
@@ -141,20 +142,21 @@ class _Walk:
                 return
 
     def _compute(self, each: Instruction, computation: Computation) -> None:
+        if id(each) not in self._costs:
+            self._costs[id(each)] = self._cost(each, computation)
+        self._clock.spend(*self._costs[id(each)])
+
+    def _cost(self, each: Instruction, computation: Computation) -> tuple[str, float]:
+        """Returns what an operation counts as, and its seconds."""
         flops, inside = self._flops(each, computation)
         traffic = self._traffic(each, computation) / self._memory()
-        attention = "bkgts" in inside or "splash" in inside or "flash" in inside
         if _is_attention(each):
             peak = self._chip.attention_efficiency * self._chip.peak_flops
-            seconds = max(_kernel_flops(each, computation) / peak, traffic)
-            self._clock.spend("attention", seconds)
-        elif flops:
-            seconds = max(
-                flops / (self._chip.matmul_efficiency * self._chip.peak_flops), traffic
-            )
-            self._clock.spend("attention" if attention else "matmul", seconds)
-        else:
-            self._clock.spend("attention" if attention else "elementwise", traffic)
+            return "attention", max(_kernel_flops(each, computation) / peak, traffic)
+        attention = "bkgts" in inside or "splash" in inside or "flash" in inside
+        peak = self._chip.matmul_efficiency * self._chip.peak_flops
+        what = "matmul" if flops else "elementwise"
+        return "attention" if attention else what, max(flops / peak, traffic)
 
     def _flops(self, each: Instruction, computation: Computation) -> tuple[float, str]:
         """Returns the FLOPs of an operation and the names of what is in it."""
