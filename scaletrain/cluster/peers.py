@@ -7,6 +7,7 @@ collective waits for it. Each process says who it was and ends with the code tha
 "start me again", from the thread: its main thread may be inside a collective for good.
 """
 
+import collections
 import json
 import os
 import selectors
@@ -49,7 +50,7 @@ class Peers:
         self._changed = threading.Condition()
         self._said: dict[str, dict[int, str]] = {}  # process 0: what has come so far
         self._gathered: dict[str, list[str]] = {}
-        self._count = 0
+        self._counts = collections.Counter[str]()
         self._failed: tuple[float, str, int] | None = None  # when to end, why, code
         self._over = False
         for link in links:
@@ -59,11 +60,12 @@ class Peers:
     def gather(self, name: str, value: str) -> list[str]:
         """Returns what each process says under `name`, in order, once all have.
 
-        All processes gather the same names in the same order. However long the slowest
-        takes, the others wait; if one is lost they end.
+        All processes gather each name as often, from any thread. However long the
+        slowest takes, the others wait; if one is lost they end.
         """
-        self._count += 1
-        key = f"{self._count} {name}"
+        with self._changed:
+            self._counts[name] += 1
+            key = f"{self._counts[name]} {name}"
         if self.process_id:
             self._tell({"say": key, "value": value})
         else:
