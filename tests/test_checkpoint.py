@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ import pytest
 import small
 import tensorstore
 
-from scaletrain import manifest, workdir
+from scaletrain import config, manifest, workdir
 from scaletrain.checkpoint import Checkpoints
 from scaletrain.errors import CheckpointError
 from scaletrain.manifest import Manifest
@@ -30,6 +31,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
 ]
+FULL = "No space left on device"
 RUN = small.changed(small.RUN, num_steps=100, checkpoint__every_steps=1)
 
 
@@ -382,6 +384,102 @@ def test_killed_at_any_moment_the_newest_whole_step_is_found(tmp_path, monkeypat
             assert left == set(map(str, checkpoints.steps()))
     assert newest == sorted(newest)
     assert set(newest) == {2, 3}
+
+
+# One of two processes; the parameters are spread over both.
+PROCESS = """\
+import argparse, errno, os, pathlib, sys
+from scaletrain import checkpoint, cluster, config, manifest, writer
+folder, number, port = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+cluster.join(argparse.Namespace(
+    coordinator=f"127.0.0.1:{port}", num_processes=2, process_id=number, heartbeat=30.0
+))
+import jax, jax.numpy as jnp
+from scaletrain.errors import CheckpointError
+from scaletrain.step import TrainState
+
+mesh = jax.make_mesh((2,), ("data",))
+def state(value):
+    whole = TrainState(
+        step=jnp.int32(value), params={"one": jnp.full(4000, value, jnp.float32)},
+        frozen={}, opt_state={}, key=jnp.zeros(2, jnp.uint32), amax={},
+    )
+    layout = jax.tree.map(
+        lambda x: jax.NamedSharding(mesh, jax.P("data") if x.size == 4000 else jax.P()),
+        whole,
+    )
+    return jax.jit(lambda: whole, out_shardings=layout)()
+
+def full(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+fails = {  # step -> process, and what of it fails
+    2: (1, manifest, "leave_sums"),
+    3: (0, manifest.Manifest, "seal"),
+    4: (1, pathlib.Path, "write_bytes"),
+    6: (1, writer._Sealing, "async_save"),
+}
+run = config.from_json((folder / "run.json").read_text())
+checkpoints = checkpoint.Checkpoints(folder, run, say=print)
+try:
+    for step in range(1, 7):
+        who, owner, name = fails.get(step, (None, manifest, "leave_sums"))
+        works = getattr(owner, name)
+        if who == number:
+            setattr(owner, name, full)
+        checkpoints.save(step, state(step), "text", [])
+        checkpoints._settle()
+        setattr(owner, name, works)
+        print("whole:", checkpoints.steps(), checkpoints.sound())
+except CheckpointError as err:
+    print(err, flush=True)
+    cluster.leave(err.exit_code)
+"""
+
+
+def test_what_fails_in_one_process_fails_in_all_at_once(tmp_path, told):
+    run = small.changed(RUN, checkpoint__max_failed_saves=3)
+    (tmp_path / "run.json").write_text(config.to_json(run))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    environ = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    words = [sys.executable, "-c", PROCESS, str(tmp_path)]
+    processes = [
+        subprocess.Popen(
+            [*words, str(number), str(port)],
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=60)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for number, lines in enumerate(said):
+        reasons = re.findall(
+            r"could not be written \((.*?)\); .* goes on \((.*)\)", lines
+        )
+        whole = re.findall("whole: (.*)", lines)
+        assert reasons == [
+            (
+                f"{'' if who == number else f'process {who}: '}{FULL}",
+                f"{n} of 3 failures",
+            )
+            for n, who in enumerate((1, 0, 1), start=1)
+        ], said
+        assert whole == [*["[1] 1"] * 4, "[1, 5] 5"]
+    # What could not be agreed on: the other is inside Orbax.
+    assert f"process 1 could not begin a checkpoint ({FULL}); start all" in said[1]
+    assert [process.returncode for process in processes] == [75, 75]
+    with opened(tmp_path, told) as checkpoints:
+        assert checkpoints.sound() == 5
+        files = Manifest.read(tmp_path / "checkpoints" / "5").files
+        wrote = {path.split("/")[1] for path in files if "ocdbt.process" in path}
+        assert wrote == {"ocdbt.process_0", "ocdbt.process_1"}
 
 
 def test_temporary_steps_go_when_a_newer_one_is_whole():
