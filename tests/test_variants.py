@@ -10,7 +10,7 @@ from scaletrain.kernels.norm import add_norm
 from scaletrain.models import attention, layers
 
 RUN = small.changed(small.RUN, seq_len=128, batch_size=8)  # 128: what splash takes
-EXACT, ROUNDED = 1e-4, 1e-2  # of a loss; 8 bits keep three of its digits
+EXACT, ROUNDED = 2e-6, 1e-2  # of a loss; 8-bit numbers are coarser
 VARIANTS = {
     "splash": ({"model__attention": "xla"}, EXACT),
     "norm kernel": ({}, EXACT),
@@ -35,12 +35,19 @@ VARIANTS = {
 }
 
 
+def learned(run):
+    """Returns the losses of a batch of text that is taken again and again."""
+    taken = small.Taken(run)
+    batch = small.text_batch(run)
+    return [taken.step(batch)["loss"] for _ in range(12)]
+
+
 @pytest.fixture(scope="module")
 def alone():
     """Returns the losses of one device whose whole logits exist at once."""
     patch = pytest.MonkeyPatch()
     patch.setattr(losses, "CHUNK", RUN.batch_size * RUN.seq_len)
-    found = small.Taken(RUN).losses(4)
+    found = learned(RUN)
     patch.undo()
     return found
 
@@ -64,8 +71,8 @@ def test_every_variant_reaches_the_losses_of_the_plain_step(name, alone, monkeyp
     if "chunks" in name:
         monkeypatch.setattr(losses, "CHUNK", 100)
     run = small.changed(RUN, **({"mesh": MeshConfig(fsdp=4)} | settings))
-    found = small.Taken(run).losses(4)
+    found = learned(run)
     np.testing.assert_allclose(found, alone, rtol=tolerance)
     assert bool(used) == (name in ("splash", "norm kernel"))
     if tolerance == ROUNDED:  # a variant that is not taken is exact
-        assert np.abs(np.array(found) / alone - 1).max() > EXACT / 10
+        assert np.abs(np.array(found) / alone - 1).max() > EXACT
