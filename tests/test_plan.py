@@ -542,16 +542,19 @@ def test_attention_is_a_kernel_on_tpus(name):
     assert kernel.step.by_class["attention"] > 0
 
 
-@pytest.mark.parametrize(
-    ("experiment", "name", "overrides"),
-    [each for each in plans.SLICES if "tpu7x" not in each[1]],
-)
+@pytest.mark.parametrize(("experiment", "name", "overrides"), plans.SLICES)
 def test_experiments_fit_their_slices(experiment, name, overrides):
-    """Those of `make plan-all`, but for a compiler that takes minutes."""
+    """Those of `make plan-all`: compiled if that is quick, or else lowered."""
     run, slice_ = plans.resolved(experiment, name, overrides)
-    said = compiler.compile(run, slice_)
-    assert said.fits
-    assert said.peak_bytes <= slice_.hbm_bytes
+    if slice_.devices > 64:
+        program = step.build(run, mesh.build(run.mesh, _devices(name)))
+        with jax.set_mesh(program.mesh):
+            step.jitted(program).lower(program.state, program.batch)
+        assert sharding.nbytes(program.state) < slice_.hbm_bytes
+    else:
+        said = compiler.compile(run, slice_)
+        assert said.fits
+        assert said.peak_bytes <= slice_.hbm_bytes
 
 
 def _layers(module, layers):
