@@ -1,18 +1,15 @@
 """Checkpoints: parameters, optimizer state, step, key, data identity and settings.
 
-One directory a step, written in the background by Orbax under a temporary name and
-renamed when whole, with a manifest of what it holds; what has no final name does not
-exist. Arrays are stored under their paths, so a checkpoint does not depend on the
-classes that held them, and are restored straight onto whatever mesh there is now.
+One directory a step, written in the background under a temporary name and renamed when
+whole, with a manifest of what it holds; what has no final name does not exist. Arrays
+are stored under their paths, so a checkpoint does not depend on the classes that held
+them, and are restored straight onto whatever mesh there is now.
 """
 
 import contextlib
 import dataclasses
-import hashlib
 import json
-import os
 import pathlib
-import shutil
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,17 +19,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from scaletrain import cluster, config, manifest
+from scaletrain import cluster, config, manifest, retention, writer
 from scaletrain.config import RunConfig
 from scaletrain.errors import CheckpointError
 from scaletrain.manifest import Manifest
-from scaletrain.retention import Retention
 from scaletrain.step import TrainState
+from scaletrain.writer import FAILURES, Writer
 
 Tree = Any
 _REST = ("step", "key", "opt_state", "amax")  # of a state, beside its parameters
 _CHUNK_BYTES = 2**24  # of an import's arrays
-_FAILURES = (OSError, ValueError, RuntimeError)  # of a save
 
 
 def flat(tree: Tree) -> dict[str, Any]:
@@ -42,7 +38,10 @@ def flat(tree: Tree) -> dict[str, Any]:
 
 
 class Checkpoints:
-    """The checkpoints of one workdir."""
+    """The checkpoints of one workdir.
+
+    One save runs at a time, and all processes learn at the same step what came of it.
+    """
 
     def __init__(
         self,
@@ -53,61 +52,30 @@ class Checkpoints:
         say: Callable[[str], None] = lambda line: None,
     ):
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
-        self.run, self._say, self._read_only = run, say, read_only
-        # The newest step there was, and the saves that have failed since.
-        self._failed: tuple[int | None, int] = (None, 0)
-        self._saving: tuple[int, dict[str, Any]] | None = None  # step, leaves
-        self._manager = self._opened()
-
-    def _opened(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=Retention(self.run),
-            enable_async_checkpointing=True,
-            # Called when all is written and the folder has no name yet.
-            # Folders are made while the loop waits: a disk that refuses them says so at
-            # once, and leaves no threads that wait for them when the process ends.
-            async_options=ocp.options.AsyncOptions(
-                post_finalization_callback=self._complete,
-                create_directories_asynchronously=False,
-            ),
-            # A reader must not clear away what a trainer is writing.
-            cleanup_tmp_directories=not self._read_only,
-            read_only=self._read_only,
-        )
-        return ocp.CheckpointManager(
-            self.folder,
-            options=options,
-            item_handlers={
-                "params": ocp.PyTreeCheckpointHandler(),
-                "rest": ocp.PyTreeCheckpointHandler(),
-                "about": ocp.JsonCheckpointHandler(),
-            },
-        )
-
-    def _complete(self) -> None:
-        """Writes the manifest of the step that is being saved."""
-        assert self._saving is not None
-        step, leaves = self._saving
-        (folder,) = self.folder.glob(f"{step}.orbax-checkpoint-tmp*")
-        settings = hashlib.sha256(config.to_json(self.run).encode()).hexdigest()
-        Manifest.of(folder, settings, leaves).write(folder)
+        self.run, self._say = run, say
+        self._writer = Writer(self.folder)
+        # A reader must not clear away what a trainer is writing.
+        if not read_only:
+            self._writer.prepare()
+        names = [path.name for path in self.folder.glob("*")]
+        self._steps = sorted(int(name) for name in names if name.isdigit())
+        self._after: list[int] = []  # the steps there are once the save that runs is
+        self._failures = 0  # of saves, in a row
 
     def latest(self) -> int | None:
         """Returns the newest whole step, None when there is none."""
-        return self._manager.latest_step()
+        return max(self._steps, default=None)
 
     def steps(self) -> list[int]:
         """Returns every whole step, in order."""
-        return sorted(self._manager.all_steps())
+        return list(self._steps)
 
     def remove(self, step: int) -> None:
         """Removes a step, which has no name while it is half removed."""
         if cluster.lead():
-            nameless = self.folder / f"{step}.orbax-checkpoint-tmp"
-            (self.folder / str(step)).rename(nameless)
-            shutil.rmtree(nameless)
+            writer.remove(self.folder, step)
         cluster.wait("removal")
-        self._manager.reload()
+        self._steps.remove(step)
 
     def sound(self) -> int | None:
         """Returns the newest whole step, its files compared with its manifest.
@@ -135,7 +103,8 @@ class Checkpoints:
         return None
 
     def verify(self, step: int) -> None:
-        """Raises CheckpointError if `step` is not as it was written."""
+        """Raises CheckpointError if `step` is not there, or not as it was written."""
+        self._folder_of(step)
         if (problem := self._damage(step)) is not None:
             raise problem
 
@@ -147,20 +116,16 @@ class Checkpoints:
             counts = multihost_utils.process_allgather(np.int32(len(found)))
             if not found and np.any(counts):
                 found = [f"process {int(np.argmax(counts))} tells what is wrong"]
-        if not found:
-            return None
-        listed = "\n".join(f"  {line}" for line in found[:20])
-        return CheckpointError(
-            f"{folder} is damaged:\n{listed}\nput these files back, or go on from the "
-            "step before it with checkpoint.on_damage=previous."
-        )
+        return _damaged(folder, found) if found else None
 
     def _set_aside(self, step: int) -> None:
         """Gives a step a name that is no step's; nothing of it is lost."""
         if cluster.lead():
-            (self.folder / str(step)).rename(self.folder / f"{step}.damaged")
+            names = (f"{step}.damaged{n}" for n in ("", *range(2, 1000)))
+            free = next(n for n in names if not (self.folder / n).exists())
+            (self.folder / str(step)).rename(self.folder / free)
         cluster.wait("set aside")
-        self._manager.reload()
+        self._steps.remove(step)
 
     def save(
         self,
@@ -171,7 +136,7 @@ class Checkpoints:
         *,
         needed: bool = False,
     ) -> None:
-        """Starts saving; returns once the arrays are off the device.
+        """Starts saving a step, once; returns when the arrays are off the device.
 
         A save that fails is told of, and so is one that failed since; training goes on
         until `checkpoint.max_failed_saves` in a row have.
@@ -183,21 +148,21 @@ class Checkpoints:
         Raises:
           CheckpointError: too many saves failed, or one that is needed.
         """
+        self._settle()
+        if step in self._steps:
+            return
         rest = {name: getattr(state, name) for name in _REST}
+        items = {"params": flat(state.params), "rest": flat(rest)}
         data = {
             "fingerprint": data_fingerprint,
             "next_step": step,
             "rollbacks": list(rollbacks),
         }
         try:
-            self._manager.wait_until_finished()
-        except _FAILURES as err:
-            self._fail(err)
-        try:
-            self._save(step, data, params=flat(state.params), rest=flat(rest))
+            self._begin(step, data, items)
             if needed:
-                self._manager.wait_until_finished()
-        except _FAILURES as err:
+                self._wait()
+        except FAILURES as err:
             if needed:
                 raise self._unsaved(err) from err
             self._fail(err)
@@ -216,59 +181,61 @@ class Checkpoints:
             "ocdbt_target_data_file_size": 4 * _CHUNK_BYTES,
         }
         try:
-            self._save(0, None, small, params=dict(weights))
-        except _FAILURES as err:
+            self._begin(0, None, {"params": dict(weights)}, small)
+        except FAILURES as err:
             raise self._unsaved(err) from err
         self.finish()
 
-    def _save(
+    def _begin(
         self,
         step: int,
-        data: Mapping[str, Any] | None,
+        data: dict[str, Any] | None,
+        items: Mapping[str, dict[str, Any]],
         how: Mapping[str, Any] = types.MappingProxyType({}),
-        **items: dict[str, Any],
     ) -> None:
-        about = {"config": json.loads(config.to_json(self.run)), "data": data}
-        self._saving = (
-            step,
-            {
-                item: {
-                    path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-                    for path, leaf in leaves.items()
-                }
-                for item, leaves in items.items()
-            },
-        )
-        arguments: dict[str, Any] = {
-            item: ocp.args.PyTreeSave(leaves, **how) for item, leaves in items.items()
+        leaves = {
+            item: {
+                path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+                for path, leaf in tree.items()
+            }
+            for item, tree in items.items()
         }
-        arguments["about"] = ocp.args.JsonSave(about)
-        self._manager.save(step, args=ocp.args.Composite(**arguments))
+        whole = Manifest(json.loads(config.to_json(self.run)), data, leaves)
+        args = {item: ocp.args.PyTreeSave(tree, **how) for item, tree in items.items()}
+        after = retention.kept(self.run, [*self._steps, step])
+        gone = [old for old in self._steps if old not in after]
+        self._writer.begin(step, whole, args, gone)
+        self._after = after
+
+    def _wait(self) -> None:
+        """Waits for the save that runs; from then on its step counts."""
+        after, self._after = self._after, []
+        self._writer.wait()
+        if after:
+            self._steps, self._failures = after, 0
 
     def check(self) -> None:
-        """Tells of a save that has failed since; raises what `save` does."""
+        """Tells of a save that has failed since; raises what `save` does.
+
+        Several processes cannot know at which step they all can tell. They hear of it
+        from the next save.
+        """
+        if jax.process_count() == 1 and self._writer.ended():
+            self._settle()
+
+    def _settle(self) -> None:
         try:
-            # Asking earlier would take the error from Orbax's thread, which would then
-            # remove the steps that the failed one was to replace.
-            if not self._manager.is_saving_in_progress():
-                self._manager.wait_until_finished()
-        except _FAILURES as err:
+            self._wait()
+        except FAILURES as err:
             self._fail(err)
 
     def _fail(self, err: Exception) -> None:
         """Goes on without a save that failed, unless too many have."""
-        newest, most = self._on_disk(), self.run.checkpoint.max_failed_saves
-        before, count = self._failed
-        count = count + 1 if before == newest else 1
-        self._failed = newest, count
-        problem = self._unsaved(err)
-        if count > most:
+        self._failures += 1
+        problem, most = self._unsaved(err), self.run.checkpoint.max_failed_saves
+        if self._failures > most:
             raise problem from err
-        self._say(f"{problem} Training goes on ({count} of {most} failures).")
-        # The manager counts a step from the moment it begins to save it.
-        with contextlib.suppress(*_FAILURES):
-            self._manager.close()
-        self._manager = self._opened()
+        self._say(f"{problem} Training goes on ({self._failures} of {most} failures).")
 
     def finish(self) -> None:
         """Waits until every save is durable.
@@ -277,49 +244,53 @@ class Checkpoints:
           CheckpointError: one has failed.
         """
         try:
-            self._manager.wait_until_finished()
-        except _FAILURES as err:
+            self._wait()
+        except FAILURES as err:
             raise self._unsaved(err) from err
 
     def close(self) -> None:
         """Lets go of the background threads."""
-        self._manager.close()
+        self._writer.close()
 
     def _unsaved(self, err: Exception) -> CheckpointError:
-        reason = str(err).strip().splitlines()[0] if str(err).strip() else repr(err)
         failure = CheckpointError(
-            f"{self.folder}; a checkpoint could not be written ({reason}); "
-            f"make room or mend it; newest whole step: {self._on_disk()}."
+            f"{self.folder}; a checkpoint could not be written ({writer.reason(err)}); "
+            "see that the folder is there, writable and has room; newest whole step: "
+            f"{self.latest()}."
         )
         failure.exit_code = 1
         return failure
 
-    def _on_disk(self) -> int | None:
-        """Returns the newest step that has its name."""
-        names = [path.name for path in self.folder.glob("*")]
-        return max((int(name) for name in names if name.isdigit()), default=None)
-
-    def about(self, step: int) -> Mapping[str, Any]:
-        """Returns the settings and the data identity stored with `step`.
+    def data(self, step: int) -> Mapping[str, Any] | None:
+        """Returns where the data stood at `step`, None for an import.
 
         Raises:
-          CheckpointError: there is no such step.
+          CheckpointError: there is no such step, or it is damaged.
         """
-        if step not in self._manager.all_steps():
-            have = ", ".join(map(str, self._manager.all_steps())) or "none"
-            raise CheckpointError(
-                f"--step={step}; {self.folder} has no such checkpoint; it has {have}."
-            )
-        args = ocp.args.Composite(about=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)["about"]
+        return self._manifest(step).data
 
     def settings(self, step: int) -> RunConfig:
         """Returns the settings stored with `step`."""
-        return config.from_json(json.dumps(self.about(step)["config"]))
+        return config.from_json(json.dumps(self._manifest(step).config))
+
+    def _manifest(self, step: int) -> Manifest:
+        folder = self._folder_of(step)
+        try:
+            return Manifest.read(folder)
+        except (OSError, ValueError, TypeError) as err:
+            raise _damaged(folder, [f"{manifest.NAME}: {err}"]) from err
+
+    def _folder_of(self, step: int) -> pathlib.Path:
+        if step not in self._steps:
+            have = ", ".join(map(str, self._steps)) or "none"
+            raise CheckpointError(
+                f"--step={step}; {self.folder} has no such checkpoint; it has {have}."
+            )
+        return self.folder / str(step)
 
     def is_import(self, step: int) -> bool:
         """Returns whether `step` holds weights alone, brought from elsewhere."""
-        return self.about(step)["data"] is None
+        return self.data(step) is None
 
     def agree(self, step: int, data_fingerprint: str) -> list[str]:
         """Returns the harmless differences between the settings of `step` and now.
@@ -327,7 +298,7 @@ class Checkpoints:
         Raises:
           CheckpointError: a difference that changes the model or the data.
         """
-        data = self.about(step)["data"]
+        data = self.data(step)
         held, free = config.differences(self.settings(step), self.run)
         if data is None:  # an import has seen no data and has no optimizer
             held = [line for line in held if line.startswith(("model.", "lora."))]
@@ -368,11 +339,11 @@ class Checkpoints:
         wanted = flat(tree)
         self._compare(step, item, wanted)
         layout = ocp.checkpoint_utils.construct_restore_args(wanted)
-        args = ocp.args.Composite(
-            **{item: ocp.args.PyTreeRestore(wanted, restore_args=layout)}
-        )
+        args = ocp.args.PyTreeRestore(wanted, restore_args=layout)
+        reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
         try:
-            found = self._manager.restore(step, args=args)[item]
+            with contextlib.closing(reader):
+                found = reader.restore(self.folder / str(step) / item, args=args)
         except (OSError, ValueError) as err:
             reason = str(err).strip().splitlines()[0]
             raise CheckpointError(
@@ -399,26 +370,19 @@ class Checkpoints:
 
     def _stored(self, step: int, item: str) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns shape and format of what `item` of `step` holds, by path."""
-        leaves = Manifest.read(self.folder / str(step)).leaves.get(item, {})
+        leaves = self._manifest(step).leaves.get(item, {})
         return {
             path: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"])
             for path, leaf in leaves.items()
         }
 
 
-def check_room(setting: str, folder: pathlib.Path, nbytes: int) -> None:
-    """Refuses to begin what would fill the disk that `folder` is or will be on.
-
-    Raises:
-      CheckpointError: it has less than `nbytes`; `setting` is what the user gave.
-    """
-    there = next(p for p in (folder, *folder.parents) if p.exists())
-    free = shutil.disk_usage(there).free
-    if free < nbytes:
-        raise CheckpointError(
-            f"{setting}; {nbytes:,} bytes are to be written there and {free:,} are "
-            "free; make room, or give a folder on another disk."
-        )
+def _damaged(folder: pathlib.Path, found: Sequence[str]) -> CheckpointError:
+    listed = "\n".join(f"  {line}" for line in found[:20])
+    return CheckpointError(
+        f"{folder} is damaged:\n{listed}\nput these files back, or go on from the step "
+        "before it with checkpoint.on_damage=previous."
+    )
 
 
 @contextlib.contextmanager
@@ -438,72 +402,5 @@ def reading(
         step = checkpoints.latest() if step is None else step
         if step is None:
             raise CheckpointError(missing)
-        checkpoints.about(step)
         checkpoints.verify(step)
         yield checkpoints, step
-
-
-def weights_of(
-    workdir: str, run: RunConfig, step: int | None, state: TrainState
-) -> tuple[int, Tree]:
-    """Returns a step (default: the newest) and its weights laid out like `state`.
-
-    Raises:
-      CheckpointError: the workdir holds no such checkpoint, or one of another model.
-    """
-    with reading(workdir, run, step) as (checkpoints, step):
-        params = checkpoints.restore_params(step, state.params)
-        begun_from = checkpoints.settings(step).init_from
-    run = dataclasses.replace(run, init_from=begun_from)
-    frozen = initial_weights(run, state.frozen) if state.frozen else {}
-    return step, dataclasses.replace(state, params=params, frozen=frozen).weights
-
-
-def initial_weights(run: RunConfig, weights: Tree) -> Tree:
-    """Returns the weights of `init_from`, laid out like `weights`.
-
-    Raises:
-      CheckpointError: they are not where init_from says.
-    """
-    with _reading_origin(run) as (checkpoints, step):
-        return checkpoints.restore_params(step, weights)
-
-
-@contextlib.contextmanager
-def _reading_origin(run: RunConfig) -> Iterator[tuple[Checkpoints, int]]:
-    """Yields what `reading` yields of `init_from`, and names it in what is raised."""
-    workdir, step = origin(run.init_from)
-    if not (pathlib.Path(workdir) / "checkpoints").is_dir():
-        raise CheckpointError(
-            f"init_from={run.init_from}; no checkpoint there; "
-            "give the workdir of an import or of a run."
-        )
-    try:
-        with reading(workdir, run, step) as found:
-            yield found
-    except CheckpointError as err:
-        raise CheckpointError(f"init_from={run.init_from}; {err}") from err
-
-
-def origin(init_from: str) -> tuple[str, int | None]:
-    """Returns the workdir and the step, if it has one, of WORKDIR or WORKDIR@STEP."""
-    workdir, at, step = init_from.rpartition("@")
-    return (workdir, int(step)) if at and step.isdigit() else (init_from, None)
-
-
-def pinned(run: RunConfig) -> RunConfig:
-    """Returns `run` with the step in `init_from`, so that it means one thing for good.
-
-    Raises:
-      CheckpointError: there is no checkpoint, or none of whole weights.
-    """
-    if not run.init_from:
-        return run
-    with _reading_origin(run) as (checkpoints, step):
-        if checkpoints.settings(step).lora.rank:
-            raise CheckpointError(
-                "it holds adapters without the weights beside them; export it with "
-                "--merge, import that and start from there."
-            )
-    workdir = os.path.abspath(origin(run.init_from)[0])
-    return dataclasses.replace(run, init_from=f"{workdir}@{step}")

@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from scaletrain import checkpoint, config, data, mesh, sharding, step
+from scaletrain import config, data, mesh, origin, sharding, step
 from scaletrain.config import PrecisionConfig, RunConfig
 from scaletrain.errors import DataError
 from scaletrain.step import Program
+from scaletrain.workdir import check_room
 
 
 def evaluate(
@@ -83,7 +84,7 @@ def run(run: RunConfig, workdir: str, at: int | None, split: str) -> dict[str, A
     grid = mesh.build(run.mesh)
     program = step.build(run, grid)
     with jax.set_mesh(grid):
-        at, weights = checkpoint.weights_of(workdir, run, at, program.state)
+        at, weights = origin.weights_of(workdir, run, at, program.state)
         corpus = data.prepare(run, lambda line: print(line, file=sys.stderr))
         sequences = data.sequences(corpus, split, run)
         found = evaluate(program, weights, corpus, sequences)
@@ -124,7 +125,7 @@ def score(
     nats = 0.0
     # TPUs and GPUs multiply float32 in shorter formats unless told otherwise.
     with jax.set_mesh(grid), jax.default_matmul_precision("highest"):
-        at, weights = checkpoint.weights_of(workdir, run, at, program.state)
+        at, weights = origin.weights_of(workdir, run, at, program.state)
         with _logits_file(save_logits, (B, T, run.model.vocab_size)) as write:
             for first in range(0, B, ways):
                 rows_BT = np.zeros((ways, T), np.int32)
@@ -174,7 +175,7 @@ def _logits_file(
         return
     header = {"descr": "<f4", "fortran_order": False, "shape": shape}
     folder, partial = pathlib.Path(path).parent, pathlib.Path(f"{path}.partial")
-    checkpoint.check_room(f"--save_logits={path}", folder, 4 * math.prod(shape))
+    check_room(f"--save_logits={path}", folder, 4 * math.prod(shape))
     try:
         with partial.open("wb") as file:
             np.lib.format.write_array_header_1_0(file, header)

@@ -13,7 +13,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from scaletrain import checkpoint, config, data, families, mesh, safetensors, step
+from scaletrain import (
+    checkpoint,
+    config,
+    data,
+    families,
+    mesh,
+    origin,
+    safetensors,
+    step,
+)
 from scaletrain.config import PrecisionConfig, RunConfig
 from scaletrain.errors import CheckpointError, ConfigError
 from scaletrain.families import Entry, Family, Piece, adapters
@@ -54,7 +63,7 @@ def run(
     with checkpoint.reading(workdir, run, at) as (checkpoints, at):
         stored = checkpoints.dtypes(at)
     with jax.set_mesh(grid):
-        _, weights = checkpoint.weights_of(workdir, run, at, program.state)
+        _, weights = origin.weights_of(workdir, run, at, program.state)
     weights = checkpoint.flat(weights)
     partial = target.parent / f".{target.name}.exporting"
     shutil.rmtree(partial, ignore_errors=True)
@@ -154,7 +163,7 @@ def _adapter(
     safetensors.write_file(
         folder / "adapter_model.safetensors", list(tensors), tensors, read
     )
-    base = checkpoint.origin(run.init_from)[0]
+    base = origin.parsed(run.init_from)[0]
     settings = adapters.config(family, run.lora, pieces, base)
     _json(folder / "adapter_config.json", settings)
     return tensors

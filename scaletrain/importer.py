@@ -31,6 +31,7 @@ from scaletrain.config import (
 from scaletrain.errors import CheckpointError, ConfigError
 from scaletrain.families import Entry, Family
 from scaletrain.safetensors import Stored
+from scaletrain.workdir import check_room
 
 _GENERATION = "generation_config.json"
 _SEQ_LEN = 2048  # of the settings an import leaves; training may set another
@@ -58,7 +59,7 @@ def run(
     entries = list(families.entries(family, model, shapes))
     stored = _matched(folder, family, model, entries)
     needed = sum(safetensors.nbytes(t.shape, t.dtype) for t in stored.values())
-    checkpoint.check_room(f"--workdir={workdir}", target, needed)
+    check_room(f"--workdir={workdir}", target, needed)
     partial = target.parent / f".{target.name}.importing"
     shutil.rmtree(partial, ignore_errors=True)
     try:

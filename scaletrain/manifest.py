@@ -1,8 +1,9 @@
-"""What a checkpoint consists of: its leaves and its files, with their checksums.
+"""What a checkpoint consists of: settings, leaves, and files with their checksums.
 
 The manifest is written into a step's folder before the folder gets its name, so that
-every step has one. It is compared with the files before anything of a step is used:
-what a disk or a network changed since is named instead of trained on.
+every step has one. Each process sums what it alone wrote, process 0 adds the rest. It
+is compared with the files before anything of a step is used: what a disk or a network
+changed since is named, with the leaves it hit, instead of trained on.
 """
 
 import concurrent.futures
@@ -11,33 +12,28 @@ import json
 import os
 import pathlib
 import zlib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from scaletrain import ocdbt
+
 NAME = "manifest.json"
+UNFINISHED = ".orbax-checkpoint-tmp"  # how the names of folders end that are not whole
+_SUMS = ".sums"
 _BLOCK_BYTES = 2**24  # few files are large: their blocks are read side by side
 _THREADS = min(16, 2 * (os.cpu_count() or 1))  # crc32 lets go of the interpreter
-# Written by Orbax when it gives the folder its name, after the manifest.
-_LATER = ("_CHECKPOINT_METADATA",)
+_LEAVES = 8  # of a damage that are listed
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
     """What a step's folder holds."""
 
-    config: str  # digest of the settings
+    config: dict[str, Any]  # the settings
+    data: dict[str, Any] | None  # where the data stands, None for an import
     leaves: dict[str, dict[str, Any]]  # item -> path -> {"shape", "dtype"}
-    files: dict[str, dict[str, Any]]  # path -> {"bytes", "crc32" of each block}
-
-    @classmethod
-    def of(
-        cls, folder: pathlib.Path, config: str, leaves: dict[str, Any]
-    ) -> "Manifest":
-        """Returns the manifest of a folder as it is now."""
-        files = {
-            path: {"bytes": (folder / path).stat().st_size, "crc32": crc32}
-            for path, crc32 in _sums(folder, _paths(folder)).items()
-        }
-        return cls(config, leaves, files)
+    files: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    # path -> {"bytes", "crc32" of each block}
 
     @classmethod
     def read(cls, folder: pathlib.Path) -> "Manifest":
@@ -53,33 +49,53 @@ class Manifest:
             raise ValueError("its own checksum differs")
         return cls(**json.loads(body))
 
-    def write(self, folder: pathlib.Path) -> None:
-        """Writes it into the folder, durably; its last line is its own checksum."""
-        body = json.dumps(dataclasses.asdict(self), indent=1)
+    def seal(self, folder: pathlib.Path) -> None:
+        """Writes it, durably, into a folder that misses only its name.
+
+        Its last line is its own checksum.
+        """
+        files: dict[str, Any] = {}
+        for sums in sorted(folder.glob(f"*{_SUMS}")):
+            files |= json.loads(sums.read_text(encoding="utf-8"))
+            sums.unlink()
+        # What lies in the folder itself is Orbax's, partly written later, and not read.
+        rest = (p for p in folder.glob("*/**/*") if _name(folder, p) not in files)
+        whole = dataclasses.replace(self, files=files | _sums(folder, rest))
+        body = json.dumps(dataclasses.asdict(whole), indent=1)
         with (folder / NAME).open("w", encoding="utf-8") as file:
             file.write(f"{body}\n{zlib.crc32(body.encode())}\n")
             file.flush()
             os.fsync(file.fileno())
 
     def damage(self, folder: pathlib.Path, part: int, parts: int) -> list[str]:
-        """Returns what of every `parts`-th file is not as it was written."""
-        mine, now = sorted(self.files)[part::parts], set(_paths(folder))
-        found = [f"{path}: missing" for path in mine if path not in now]
-        right = []
-        for path in (path for path in mine if path in now):
-            size, wanted = (folder / path).stat().st_size, self.files[path]["bytes"]
-            if size == wanted:
-                right.append(path)
+        """Returns what of every `parts`-th file is not as it was written.
+
+        Raises:
+          OSError: a file cannot be read.
+        """
+        found, right = [], []
+        for path in sorted(self.files)[part::parts]:
+            size = self.files[path]["bytes"]
+            if not (folder / path).exists():
+                found.append((path, "missing", 0, size))
+            elif (now := (folder / path).stat().st_size) != size:
+                words = f"{now:,} bytes instead of {size:,}"
+                found.append((path, words, min(now, size), size))
             else:
-                found.append(f"{path}: {size:,} bytes instead of {wanted:,}")
-        for path, crc32 in _sums(folder, right).items():
-            both = zip(crc32, self.files[path]["crc32"], strict=True)
-            found += [
-                f"{path}: its bytes have changed, from {i * _BLOCK_BYTES:,} on"
-                for i, (is_now, was) in enumerate(both)
-                if is_now != was
-            ]
-        return found
+                right.append(path)
+        for path, sums in _sums(folder, [folder / path for path in right]).items():
+            both = zip(sums["crc32"], self.files[path]["crc32"], strict=True)
+            for i, (is_now, was) in enumerate(both):
+                start, end = i * _BLOCK_BYTES, (i + 1) * _BLOCK_BYTES
+                words = f"its bytes have changed, from {start:,} on"
+                if is_now != was:
+                    found.append((path, words, start, end))
+        items = {path.partition("/")[0] for path, *_ in found}
+        places = {item: ocdbt.places(folder / item) for item in items}
+        return [
+            f"{path}: {words}{_of_leaves(places, path, start, end)}"
+            for path, words, start, end in found
+        ]
 
 
 def damage(folder: pathlib.Path, part: int = 0, parts: int = 1) -> list[str]:
@@ -88,35 +104,72 @@ def damage(folder: pathlib.Path, part: int = 0, parts: int = 1) -> list[str]:
     Of its files every `parts`-th is read, from `part` on.
     """
     try:
-        return Manifest.read(folder).damage(folder, part, parts)
+        manifest = Manifest.read(folder)
     except (OSError, ValueError, TypeError) as err:
         return [f"{NAME}: {err}"]
+    try:
+        return manifest.damage(folder, part, parts)
+    except OSError as err:
+        return [f"{err.filename}: {err.strerror}"]
 
 
-def _paths(folder: pathlib.Path) -> list[str]:
-    return sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name not in (NAME, *_LATER)
+def leave_sums(folder: pathlib.Path, process: int) -> None:
+    """Writes the sums of what a process alone has written, for `Manifest.seal`.
+
+    Orbax merges the indices of what the processes wrote, and leaves their files as they
+    are.
+    """
+    sums = _sums(folder, folder.glob(f"*/ocdbt.process_{process}/**/*"))
+    (folder / f"{process}{_SUMS}").write_text(json.dumps(sums), encoding="utf-8")
+
+
+def _of_leaves(
+    places: Mapping[str, list[ocdbt.Place]], path: str, start: int, end: int
+) -> str:
+    """Returns words for the leaves that have values between two bytes of a file."""
+    item, _, file = path.partition("/")
+    leaves = sorted(
+        {
+            place.leaf
+            for place in places[item]
+            if place.file == file and place.start < end and place.end > start
+        }
     )
+    more = ", ..." if leaves[_LEAVES:] else ""
+    return f"; of {', '.join(leaves[:_LEAVES])}{more}" if leaves else ""
 
 
-def _sums(folder: pathlib.Path, paths: list[str]) -> dict[str, list[int]]:
-    """Returns the checksum of each block of each file, read side by side."""
+def _name(folder: pathlib.Path, path: pathlib.Path) -> str:
+    """Returns the path that a file of a step will have once all have their names."""
+    return path.relative_to(folder).as_posix().replace(UNFINISHED, "")
+
+
+def _sums(
+    folder: pathlib.Path, paths: Iterable[pathlib.Path]
+) -> dict[str, dict[str, Any]]:
+    """Returns size and checksums of files, whose blocks are read side by side."""
+    sizes = {path: path.stat().st_size for path in sorted(paths) if path.is_file()}
     blocks = [
         (path, start)
-        for path in paths
-        for start in range(0, (folder / path).stat().st_size, _BLOCK_BYTES)
+        for path, size in sizes.items()
+        for start in range(0, size, _BLOCK_BYTES)
     ]
-    found: dict[str, list[int]] = {path: [] for path in paths}
+    found = {
+        _name(folder, path): {"bytes": size, "crc32": []}
+        for path, size in sizes.items()
+    }
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        sums = pool.map(lambda block: _crc32(folder / block[0], block[1]), blocks)
+        sums = pool.map(_crc32, blocks)
         for (path, _), crc32 in zip(blocks, sums, strict=True):
-            found[path].append(crc32)
+            found[_name(folder, path)]["crc32"].append(crc32)
     return found
 
 
-def _crc32(path: pathlib.Path, start: int) -> int:
-    with path.open("rb") as file:
-        file.seek(start)
-        return zlib.crc32(file.read(_BLOCK_BYTES))
+def _crc32(block: tuple[pathlib.Path, int]) -> int:
+    path, start = block
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            return zlib.crc32(file.read(_BLOCK_BYTES))
+    except OSError as err:
+        raise OSError(err.errno, err.strerror, str(path)) from err

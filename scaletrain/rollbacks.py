@@ -90,9 +90,9 @@ class Rollbacks:
         self._checkpoints, self._say = checkpoints, say
         self.records = self._read()
         newest = checkpoints.latest()
-        about = newest is not None and checkpoints.about(newest)["data"]
+        data = None if newest is None else checkpoints.data(newest)
         # A checkpoint that was moved elsewhere alone knows what came before it.
-        stored = about["rollbacks"] if about else []
+        stored = data["rollbacks"] if data else []
         self.records = max(self.records, stored, key=len)
 
     def _read(self) -> list[dict[str, Any]]:
@@ -190,7 +190,9 @@ class Rollbacks:
 
     def _known(self, step: int) -> int:
         """Returns how often the run had gone back when it saved `step`."""
-        return len(self._checkpoints.about(step)["data"]["rollbacks"])
+        data = self._checkpoints.data(step)
+        assert data is not None, "an import is older than any rollback"
+        return len(data["rollbacks"])
 
     def _story(self, why: Diverged, has_checkpoint: bool) -> str:
         """Returns all that a person needs to decide what to do now."""

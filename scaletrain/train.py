@@ -17,6 +17,7 @@ from scaletrain import (
     goodput,
     mesh,
     metrics,
+    origin,
     remat,
     rollbacks,
     sharding,
@@ -51,7 +52,7 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
     run = config.resolve(run, jax.device_count())
     grid = mesh.build(run.mesh)
     folder = workdirs.prepare(workdir)
-    run = checkpoint.pinned(_as_begun(run, folder))
+    run = origin.pinned(_as_begun(run, folder))
     # 2. What: the corpus as tokens, the step as a program.
     with stops.at_once(), phases("data"):
         corpus = feed.prepare(run)
@@ -60,7 +61,7 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
     with contextlib.ExitStack() as held:
         held.enter_context(jax.set_mesh(grid))
         if jax.process_index() == 0:
-            held.enter_context(workdirs.held(folder))
+            held.enter_context(workdirs.held(folder, say))
             phases.tell(folder)
         held.enter_context(Watchdog(phases, folder, run.watchdog_s))
         # 3. From where: the newest checkpoint, other weights, or the seed.
@@ -128,7 +129,7 @@ def _as_begun(run: RunConfig, folder: pathlib.Path) -> RunConfig:
         return run
     then = config.from_json(path.read_text(encoding="utf-8")).init_from
     workdir = os.path.abspath(run.init_from)
-    same = checkpoint.origin(then)[0] == workdir
+    same = origin.parsed(then)[0] == workdir
     return dataclasses.replace(run, init_from=then) if same else run
 
 
@@ -137,7 +138,7 @@ def _first(
 ) -> TrainState:
     """Returns the state that the first step of this attempt takes."""
     run, wanted = program.run, program.state
-    frozen = checkpoint.initial_weights(run, wanted.frozen) if wanted.frozen else {}
+    frozen = origin.initial_weights(run, wanted.frozen) if wanted.frozen else {}
     if start is not None and not checkpoints.is_import(start):
         say(f"resuming from step {start} of {checkpoints.folder}")
         return checkpoints.restore(start, dataclasses.replace(wanted, frozen=frozen))
@@ -147,7 +148,7 @@ def _first(
         params = checkpoints.restore_params(start, wanted.params)
     elif run.init_from and not wanted.frozen:
         say(f"starting from the weights of {run.init_from}")
-        params = checkpoint.initial_weights(run, wanted.params)
+        params = origin.initial_weights(run, wanted.params)
     else:
         return state
     return dataclasses.replace(state, params=params)

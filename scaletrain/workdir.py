@@ -1,15 +1,20 @@
 """The folder of a run: made, checked, and held by one run at a time."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import pathlib
+import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from scaletrain.errors import CheckpointError
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 def prepare(workdir: str) -> pathlib.Path:
@@ -32,37 +37,66 @@ def prepare(workdir: str) -> pathlib.Path:
     return path
 
 
+def check_room(setting: str, folder: pathlib.Path, nbytes: int) -> None:
+    """Refuses to begin what would fill the disk that `folder` is or will be on.
+
+    Raises:
+      CheckpointError: it has less than `nbytes`; `setting` is what the user gave.
+    """
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < nbytes:
+        raise CheckpointError(
+            f"{setting}; {nbytes:,} bytes are to be written there and {free:,} are "
+            "free; make room, or give a folder on another disk."
+        )
+
+
 @contextlib.contextmanager
-def held(path: pathlib.Path) -> Iterator[None]:
+def held(path: pathlib.Path, say: Callable[[str], None]) -> Iterator[None]:
     """Keeps other runs out of a workdir; readers do not ask.
 
     The kernel lets go when the process dies, however it does. Where a network file
-    system does not carry locks between hosts, two hosts are not kept apart.
+    system does not carry locks between hosts, two hosts are not kept apart; one that
+    has no locks at all is told of.
 
     Raises:
-      CheckpointError: another run is in it.
+      CheckpointError: another run is in it, or it cannot be written.
     """
-    with (path / "lock").open("a+", encoding="utf-8") as file:
+    with contextlib.ExitStack() as stack:
         try:
+            # Without a buffer nothing is left to be written when it closes.
+            file = stack.enter_context((path / "lock").open("a+b", buffering=0))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as err:
-            file.seek(0)
+        except BlockingIOError as err:
             raise CheckpointError(
-                f"--workdir={path}; {_holder(file.read())} trains there; wait for it, "
-                "end it, or give another folder."
+                f"--workdir={path}; {_holder(path / 'lock')} trains there; wait for "
+                "it, end it, or give another folder."
             ) from err
-        file.seek(0)
-        file.truncate()
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
-        json.dump(holder, file)
-        file.flush()
+        except OSError as err:
+            if err.errno not in _NO_LOCKS:
+                raise CheckpointError(
+                    f"--workdir={path}; {err.strerror}; give a folder you may write to."
+                ) from err
+            say(
+                f"--workdir={path}; its file system has no locks ({err.strerror}), so "
+                "a second run would not be refused; start none there."
+            )
+        else:
+            with contextlib.suppress(OSError):  # the lock holds on a full disk too
+                file.truncate(0)
+                file.write(json.dumps(_self()).encode())
         yield
 
 
-def _holder(text: str) -> str:
+def _self() -> dict[str, Any]:
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+
+
+def _holder(lock: pathlib.Path) -> str:
     try:
-        said = json.loads(text)
+        said = json.loads(lock.read_text(encoding="utf-8"))
         return f"process {said['pid']} on {said['host']}, since {said['since']},"
-    except (ValueError, KeyError):
+    except (OSError, ValueError, KeyError):
         return "another process"

@@ -12,6 +12,11 @@ jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tests compile for longer than they run: a third of the time without LLVM's passes.
 jax.config.update("jax_disable_most_optimizations", True)
+# Many compile the same program: kept for the other worker and the next run.
+compiled = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "compiled"
+jax.config.update("jax_compilation_cache_dir", str(compiled))
+jax.config.update("jax_compilation_cache_max_size", 2**30)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def pytest_addoption(parser):

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small
 
 from scaletrain import mesh
 from scaletrain.config import MeshConfig
@@ -78,22 +77,3 @@ def test_norm_on_a_mesh_is_that_of_one_device():
         many = jax.jit(both)(*inputs)
     for ours, theirs in zip(many, one, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
-
-
-def test_models_use_the_kernel_on_gpus(monkeypatch):
-    """A small model with the kernel has the losses of one without."""
-    from scaletrain.models import layers
-
-    plain_losses = small.Taken(small.RUN).losses(3)
-    calls = []
-
-    def interpreted(*given):
-        calls.append(given)
-        return add_norm(*given, True)
-
-    monkeypatch.setattr(layers, "add_norm", interpreted)
-    monkeypatch.setattr(layers.sharding, "platform", lambda: "gpu")
-    np.testing.assert_allclose(
-        small.Taken(small.RUN).losses(3), plain_losses, rtol=1e-5
-    )
-    assert len(calls) == 2  # a scanned layer is traced once

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -46,23 +45,6 @@ def test_what_is_too_large_becomes_the_largest_and_raises_the_next_scale():
     assert not np.isfinite(lowbits.met(hurt))
 
 
-def text(run):
-    """Returns a batch of a source file: its gradient is not mostly noise."""
-    B, T = run.batch_size, run.seq_len
-    raw = pathlib.Path(functools.__file__).read_bytes()[: B * (T + 1)]
-    rows = np.frombuffer(raw, np.uint8).reshape(B, T + 1).astype(np.int32)
-    rows %= run.model.vocab_size
-    positions = np.tile(np.arange(T, dtype=np.int32), (B, 1))
-    weights = np.ones((B, T), np.float32)
-    return {
-        "tokens": rows[:, :-1],
-        "targets": rows[:, 1:],
-        "segments": np.ones_like(positions),
-        "positions": positions,
-        "weights": weights,
-    }
-
-
 @functools.cache
 def gradients(**settings):
     """Returns the gradient of a batch, of a model in bfloat16."""
@@ -73,7 +55,7 @@ def gradients(**settings):
     state = jax.jit(functools.partial(step.initial_state, run, program.tx))()
     expected = jax.tree.map(lambda history: history[0], state.amax)
     objective = functools.partial(step._objective, frozen={}, program=program)
-    batch = jax.tree.map(jnp.asarray, text(run))
+    batch = jax.tree.map(jnp.asarray, small.text_batch(run))
     return jax.jit(jax.grad(objective, has_aux=True))(state.params, expected, batch)[0]
 
 

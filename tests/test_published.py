@@ -32,6 +32,7 @@ from scaletrain import (
     generate,
     importer,
     mesh,
+    origin,
     safetensors,
     step,
     train,
@@ -153,7 +154,7 @@ def checkpoint_weights(workdir):
     grid = mesh.build(run.mesh)
     with jax.set_mesh(grid):
         program = step.build(run, grid)
-        _, weights = checkpoint.weights_of(workdir, run, None, program.state)
+        _, weights = origin.weights_of(workdir, run, None, program.state)
     return jax.device_get(checkpoint.flat(weights))
 
 
@@ -172,7 +173,7 @@ def test_gradients_equal_torch_autograd(imported):
     batch = {name: jnp.asarray(rows) for name, rows in batch.items()}
     batch["key"] = jax.random.split(jax.random.key(0), B)
     with jax.set_mesh(grid):
-        _, params = checkpoint.weights_of(workdir, run, None, program.state)
+        _, params = origin.weights_of(workdir, run, None, program.state)
     # One device: a batch of two does not divide over eight.
     params = jax.tree.map(np.asarray, jax.device_get(params))
 
@@ -209,7 +210,7 @@ def test_training_from_an_import_is_the_same_on_any_mesh(imported):
         )
         taken = small.Taken(run)
         with jax.set_mesh(taken.mesh):
-            _, params = checkpoint.weights_of(workdir, run, None, taken.program.state)
+            _, params = origin.weights_of(workdir, run, None, taken.program.state)
         taken.state = dataclasses.replace(taken.state, params=params)
         return taken.losses(10)
 

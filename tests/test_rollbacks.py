@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import checkpoint, data, evaluate, rollbacks, train
+from scaletrain import checkpoint, data, evaluate, rollbacks, train, writer
 from scaletrain.config import MeshConfig
 from scaletrain.data.sequences import RandomSequences
 from scaletrain.errors import DivergedError
@@ -149,7 +149,7 @@ def test_killed_while_going_back_ends_as_if_it_had_not(
     owner, name, after = {
         "record": (rollbacks.Rollbacks, "_keep", 0),
         "removal": (checkpoint.Checkpoints, "remove", 0),
-        "half removed": (checkpoint.shutil, "rmtree", 0),
+        "half removed": (writer.shutil, "rmtree", 0),
         "save": (checkpoint.Checkpoints, "save", 3),
     }[moment]
     whole, calls = getattr(owner, name), itertools.count()
@@ -157,7 +157,7 @@ def test_killed_while_going_back_ends_as_if_it_had_not(
     def killed(*args, **kwargs):
         if next(calls) == after:
             if moment == "half removed":
-                whole(args[0] / "about")
+                whole(args[0] / "rest")
             raise Killed
         return whole(*args, **kwargs)
 
@@ -184,7 +184,7 @@ class Listed:
         self.remove, self.finish = known.pop, lambda: None
         self.latest, self.steps = lambda: max(known), lambda: sorted(known)
         self.sound = self.latest
-        self.about = lambda at: {"data": {"rollbacks": [{}] * known[at]}}
+        self.data = lambda at: {"rollbacks": [{}] * known[at]}
 
 
 def test_what_did_not_help_once_is_not_gone_back_to_again(tmp_path):

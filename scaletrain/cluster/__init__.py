@@ -28,8 +28,8 @@ from scaletrain.cluster.place import ask_metadata, find
 from scaletrain.errors import ConfigError
 
 __all__ = [
-    "agree", "code_version", "first", "join", "lead", "leave", "stopped_since", "turn",
-    "wait",
+    "agree", "code_version", "first", "gather", "join", "lead", "leave",
+    "stopped_since", "turn", "wait",
 ]  # fmt: skip
 
 _JOIN_S = 300.0  # for all to come
@@ -97,13 +97,17 @@ def turn() -> int:
 
 def wait(name: str) -> None:
     """Waits until all processes wait for `name`, for as long as that takes."""
-    if _peers is not None:
-        _peers.gather(name, "")
+    gather(name, "")
 
 
 def first(name: str, value: str) -> str:
     """Returns what process 0 says under `name`, once all have asked."""
-    return value if _peers is None else _peers.gather(name, value)[0]
+    return gather(name, value)[0]
+
+
+def gather(name: str, value: str) -> list[str]:
+    """Returns what each process says under `name`, in order, once all have."""
+    return [value] if _peers is None else _peers.gather(name, value)
 
 
 def agree(facts: Mapping[str, object]) -> None:

@@ -9,6 +9,7 @@ Time in which the thread itself did not run, on a machine that was paused, is no
 silence.
 """
 
+import collections
 import json
 import os
 import selectors
@@ -51,7 +52,7 @@ class Peers:
         self._changed = threading.Condition()
         self._said: dict[str, dict[int, str]] = {}  # process 0: what has come so far
         self._gathered: dict[str, list[str]] = {}
-        self._count = 0
+        self._counts = collections.Counter[str]()
         self._failed: tuple[float, str, int] | None = None  # when to end, why, code
         self._over = False
         self._looked = time.monotonic()  # when the thread last ran
@@ -62,11 +63,12 @@ class Peers:
     def gather(self, name: str, value: str) -> list[str]:
         """Returns what each process says under `name`, in order, once all have.
 
-        All processes gather the same names in the same order. However long the slowest
-        takes, the others wait; if one is lost they end.
+        All processes gather each name as often, from any thread. However long the
+        slowest takes, the others wait; if one is lost they end.
         """
-        self._count += 1
-        key = f"{self._count} {name}"
+        with self._changed:
+            self._counts[name] += 1
+            key = f"{self._counts[name]} {name}"
         if self.process_id:
             self._tell({"say": key, "value": value})
         else:

@@ -251,9 +251,10 @@ def _layout(run: RunConfig) -> Iterator[str]:
     for axis, path in splits:
         size, whole = sizes[axis], _get(run, path)
         if size > 1 and whole % size:
+            near = _nearest(size, [_get(run, p) for a, p in splits if a == axis])
             yield (
                 f"mesh.{axis}={size}; does not divide {path}={whole}; "
-                f"pick a mesh.{axis} that does."
+                f"the nearest that can is {near}."
             )
     ways = sizes["data"] * sizes["fsdp"]
     part = run.batch_size // run.accumulate_steps
@@ -264,6 +265,14 @@ def _layout(run: RunConfig) -> Iterator[str]:
             f"mesh.data x mesh.fsdp = {ways}; make batch_size a multiple of "
             f"{run.accumulate_steps * ways}."
         )
+
+
+def _nearest(size: int, wholes: list[int]) -> int:
+    """Returns the number nearest to `size` that divides all of `wholes`."""
+    most = math.gcd(*wholes)
+    return min(
+        (d for d in range(1, most + 1) if most % d == 0), key=lambda d: abs(d - size)
+    )
 
 
 def mesh_size(mesh: MeshConfig) -> int | None:

@@ -17,7 +17,6 @@ from scaletrain.plan.progress import Progress
 from scaletrain.plan.record import Record, Wanted
 from scaletrain.plan.search import Overrides
 from scaletrain.plan.slices import Slice
-from scaletrain.remat import CANDIDATES
 
 _TRIED = 3  # remedies that are shown
 
@@ -90,7 +89,7 @@ def _planned(
     """Returns the plan of resolved settings as they are, with remedies if need be."""
     full, found = request.full, {}
     known = compiler.knows(slice_)
-    for remat in CANDIDATES if run.model.remat == "auto" else ({},):
+    for remat in _candidates(run):
         run = search.applied(run, remat, slice_)
         said = compiler.compile(run, slice_, full=full) if known else None
         found = record.of(run, slice_, said, {**chosen, **remat}, request.wanted)
@@ -103,6 +102,15 @@ def _planned(
         nearest = sorted(tried, key=lambda each: each["hbm_peak_bytes"])
         found["tried"] = nearest[:_TRIED]
     return found
+
+
+def _candidates(run: RunConfig) -> tuple[Overrides, ...]:
+    """Returns what model.remat=auto tries in turn, or no change."""
+    if run.model.remat != "auto":
+        return ({},)
+    from scaletrain import remat  # with the model; an error is told without
+
+    return remat.CANDIDATES
 
 
 def resolved(run: RunConfig, slice_: Slice) -> RunConfig:

@@ -22,6 +22,10 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _END = re.compile(r"^\}($|, )")  # the thread it runs on may follow
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _CONTRACTED = re.compile(r"lhs_contracting_dim(?:s=|ensions\":)[{\[]([^}\]]*)")
+_CALLED = re.compile(
+    r"\b(calls|body|condition|to_apply|true_computation|branch_computations|"
+    r"called_computations)=\{?%?([\w.\-]+)"
+)
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
     "ragged-all-to-all", "collective-broadcast",
@@ -69,8 +73,12 @@ class Instruction:
 
     def called(self, what: str) -> str | None:
         """Returns the computation an attribute such as `body` names."""
-        found = re.search(rf"\b{what}=\{{?%?([\w.\-]+)", self.attributes)
-        return found[1] if found else None
+        return self._called.get(what)
+
+    @functools.cached_property
+    def _called(self) -> dict[str, str]:
+        found = _CALLED.findall(self.attributes)
+        return dict(reversed(found))  # the first of a name counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +97,15 @@ class Computation:
     def root(self) -> Instruction:
         """What it returns."""
         return next(each for each in self.instructions if each.is_root)
+
+    def shape(self, operand: str) -> Shape | None:
+        """Returns the shape of an operand, `name` or `name#part`; None if unknown."""
+        name, _, part = operand.partition("#")
+        found = self.by_name.get(name)
+        index = int(part) if part.isdigit() else 0
+        if found is None or index >= len(found.shapes):
+            return None
+        return found.shapes[index]
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
@@ -233,10 +250,9 @@ def flops(instruction: Instruction, computation: Computation) -> int:
     called = "__cublas" in instruction.attributes  # a dot, as a GPU's library has it
     if instruction.opcode not in ("convolution", "dot") and not called:
         return 0
-    lhs, rhs = (
-        computation.by_name[name.split("#")[0]].shapes[0]
-        for name in instruction.operands[:2]
-    )
+    lhs, rhs = map(computation.shape, instruction.operands[:2])
+    if lhs is None or rhs is None:
+        raise ValueError(f"{instruction.name} multiplies what is not there")
     out = instruction.shapes[0]
     if instruction.opcode == "dot" or called:
         dims = _CONTRACTED.search(instruction.attributes)

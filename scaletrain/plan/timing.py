@@ -96,6 +96,7 @@ class _Walk:
     ):
         self._module, self._axes, self._slice = module, axes, slice_
         self._chip, self._clock = slice_.chip, clock
+        self._costs: dict[int, tuple[str, float]] = {}  # a loop meets each again
 
     def computation(self, name: str) -> None:
         """Takes every instruction of a computation in turn."""
@@ -141,20 +142,21 @@ class _Walk:
                 return
 
     def _compute(self, each: Instruction, computation: Computation) -> None:
+        if id(each) not in self._costs:
+            self._costs[id(each)] = self._cost(each, computation)
+        self._clock.spend(*self._costs[id(each)])
+
+    def _cost(self, each: Instruction, computation: Computation) -> tuple[str, float]:
+        """Returns what an operation counts as, and its seconds."""
         flops, inside = self._flops(each, computation)
         traffic = self._traffic(each, computation) / self._memory()
-        attention = "bkgts" in inside or "splash" in inside or "flash" in inside
         if _is_attention(each):
             peak = self._chip.attention_efficiency * self._chip.peak_flops
-            seconds = max(_kernel_flops(each, computation) / peak, traffic)
-            self._clock.spend("attention", seconds)
-        elif flops:
-            seconds = max(
-                flops / (self._chip.matmul_efficiency * self._chip.peak_flops), traffic
-            )
-            self._clock.spend("attention" if attention else "matmul", seconds)
-        else:
-            self._clock.spend("attention" if attention else "elementwise", traffic)
+            return "attention", max(_kernel_flops(each, computation) / peak, traffic)
+        attention = "bkgts" in inside or "splash" in inside or "flash" in inside
+        peak = self._chip.matmul_efficiency * self._chip.peak_flops
+        what = "matmul" if flops else "elementwise"
+        return "attention" if attention else what, max(flops / peak, traffic)
 
     def _flops(self, each: Instruction, computation: Computation) -> tuple[float, str]:
         """Returns the FLOPs of an operation and the names of what is in it."""
@@ -177,7 +179,7 @@ class _Walk:
         A GPU multiplies float32 as TF32, at half the rate; a TPU rounds it to bfloat16.
         The chips that train with 8-bit numbers multiply them at twice the rate.
         """
-        first = _shape(computation, each.operands[0]) if each.operands else None
+        first = computation.shape(each.operands[0]) if each.operands else None
         if first is not None and first.kind.startswith(("f8", "s8")):
             return 0.5
         gpu = not self._slice.is_tpu
@@ -191,7 +193,7 @@ class _Walk:
         inner = self._module.computations.get(called or "")
         total = _written(each, inner)
         for i, operand in enumerate(each.operands):
-            shape = _shape(computation, operand)
+            shape = computation.shape(operand)
             if shape is not None and shape.space == 0:
                 total += _read(shape.nbytes, i, inner)
         return total
@@ -288,12 +290,12 @@ class _Walk:
         """Returns to or from which memory a computation moves how many bytes."""
         inner = self._module.computations[name]
         for each in inner.instructions:
-            source = _shape(inner, each.operands[0]) if each.operands else None
+            source = inner.shape(each.operands[0]) if each.operands else None
             if source is None or source.space != _HOST:
                 continue
             if each.opcode == "dynamic-slice":
                 return "from host", each.nbytes
-            update = _shape(inner, each.operands[1]) if len(each.operands) > 1 else None
+            update = inner.shape(each.operands[1]) if len(each.operands) > 1 else None
             if each.opcode == "dynamic-update-slice" and update is not None:
                 return "to host", update.nbytes
         return None
@@ -315,16 +317,6 @@ class _Walk:
                 self._clock.wait(*found)
 
 
-def _shape(computation: Computation, operand: str) -> hlo.Shape | None:
-    """Returns the shape of an operand, `name` or `name#part`."""
-    name, _, part = operand.partition("#")
-    found = computation.by_name.get(name)
-    if found is None or not found.shapes:
-        return None
-    index = int(part) if part.isdigit() else 0
-    return found.shapes[index] if index < len(found.shapes) else None
-
-
 def _held(each: Instruction) -> int:
     """Returns the bytes of the results that lie in the large memory."""
     return sum(shape.nbytes for shape in each.shapes if shape.space == 0)
@@ -341,7 +333,7 @@ def _written(each: Instruction, inner: Computation | None) -> int:
     for part, shape in zip(parts, each.shapes, strict=False):
         if shape.space == 0:
             update = part.opcode == "dynamic-update-slice"
-            inside = _shape(inner, part.operands[1]) if update else None
+            inside = inner.shape(part.operands[1]) if update else None
             total += inside.nbytes if inside else shape.nbytes
     return total
 
@@ -397,7 +389,7 @@ def _kernel_flops(each: Instruction, computation: Computation) -> float:
     kernel for the queries alone, four for keys and values and three for queries. A
     block on the diagonal counts whole. Windows are not seen.
     """
-    shapes = [_shape(computation, operand) for operand in each.operands]
+    shapes = [computation.shape(operand) for operand in each.operands]
     floats = [s.dims for s in shapes if s and s.kind in ("bf16", "f32", "f16")]
     if len(floats) < 2:
         return 0.0

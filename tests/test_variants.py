@@ -1,0 +1,78 @@
+"""Every way to take a step, on four devices, reaches the losses of the plain one."""
+
+import numpy as np
+import pytest
+import small
+
+from scaletrain import losses
+from scaletrain.config import MeshConfig
+from scaletrain.kernels.norm import add_norm
+from scaletrain.models import attention, layers
+
+RUN = small.changed(small.RUN, seq_len=128, batch_size=8)  # 128: what splash takes
+EXACT, ROUNDED = 2e-6, 1e-2  # of a loss; 8-bit numbers are coarser
+VARIANTS = {
+    "splash": ({"model__attention": "xla"}, EXACT),
+    "norm kernel": ({}, EXACT),
+    "unrolled": ({"model__layers": "unroll"}, EXACT),
+    "remat full": ({"model__remat": "full"}, EXACT),
+    "remat dots": ({"model__remat": "dots"}, EXACT),
+    "remat save": (
+        {"model__remat": "save", "model__remat_save": ("query", "attention")},
+        EXACT,
+    ),
+    "small chunks of a cut vocabulary": ({"mesh": MeshConfig(fsdp=2, tensor=2)}, EXACT),
+    "fp8": ({"precision__matmul": "fp8"}, ROUNDED),
+    "fp8 delayed": (
+        {"precision__matmul": "fp8", "precision__scaling": "delayed"},
+        ROUNDED,
+    ),
+    "fp8 remat": (
+        {"precision__matmul": "fp8", "model__remat": "full", "accumulate_steps": 2},
+        ROUNDED,
+    ),
+    "int8": ({"precision__matmul": "int8"}, ROUNDED),
+}
+
+
+def learned(run):
+    """Returns the losses of a batch of text that is taken again and again."""
+    taken = small.Taken(run)
+    batch = small.text_batch(run)
+    return [taken.step(batch)["loss"] for _ in range(12)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Returns the losses of one device whose whole logits exist at once."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(losses, "CHUNK", RUN.batch_size * RUN.seq_len)
+    found = learned(RUN)
+    patch.undo()
+    return found
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_reaches_the_losses_of_the_plain_step(name, alone, monkeypatch):
+    settings, tolerance = VARIANTS[name]
+    used = []
+
+    def interpreted(*given):
+        used.append(name)
+        if name == "splash":
+            return attention._splash(*given, interpret=True)
+        return add_norm(*given, True)
+
+    if name == "splash":
+        monkeypatch.setitem(attention.IMPLEMENTATIONS, "xla", interpreted)
+    if name == "norm kernel":
+        monkeypatch.setattr(layers, "add_norm", interpreted)
+        monkeypatch.setattr(layers.sharding, "platform", lambda: "gpu")
+    if "chunks" in name:
+        monkeypatch.setattr(losses, "CHUNK", 100)
+    run = small.changed(RUN, **({"mesh": MeshConfig(fsdp=4)} | settings))
+    found = learned(run)
+    np.testing.assert_allclose(found, alone, rtol=tolerance)
+    assert bool(used) == (name in ("splash", "norm kernel"))
+    if tolerance == ROUNDED:  # a variant that is not taken is exact
+        assert np.abs(np.array(found) / alone - 1).max() > EXACT
