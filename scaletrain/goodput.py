@@ -1,71 +1,110 @@
 """Goodput: the share of a run's wall time that moved it forward, over all attempts.
 
 `attempts.json` in the workdir has an entry for each attempt. An attempt that is killed
-cannot say goodbye, so its entry is written again whenever a step is logged.
+cannot say goodbye, so its entry is written again every few seconds; what it lost shows
+once a later one goes on from an earlier step.
 """
 
+import contextlib
 import json
+import math
 import pathlib
+import threading
 import time
-from typing import Any
+from typing import Any, Self
 
 import jax
 
 from scaletrain.phases import STEP, Phases
 
+_EVERY_S = 2.0
+_BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")  # of Linux
+
 
 class Account:
-    """What became of the time of a run's attempts."""
+    """What became of the time of a run's attempts; kept up to date inside a `with`."""
 
     def __init__(self, workdir: pathlib.Path, phases: Phases):
         self._path, self._phases = workdir / "attempts.json", phases
-        self._attempts = self._read()
-        # Time of day: only the gaps between attempts are measured with it.
-        began = time.time() - phases.elapsed()
-        self._attempts.append({"began": began, "from": 0, "to": 0})
+        self._over, self._writing = threading.Event(), threading.Lock()
+        self._attempts, elapsed = self._read(), phases.elapsed()
+        self._now: dict[str, Any] = {
+            "began": time.time() - elapsed,
+            # The time of day may jump, this clock does not while its machine is up.
+            "up": time.monotonic() - elapsed,
+            "boot": _BOOT.read_text().strip() if _BOOT.exists() else "",
+            "from": None,  # the earliest step it went on from
+            "to": None,  # the step it is at
+            "taken": 0,  # steps
+        }
+        self._attempts.append(self._now)
+        self._measure()
+
+    def __enter__(self) -> Self:
+        """Starts to write."""
+        if jax.process_index() == 0:
+            self._write()
+            threading.Thread(target=self._keep, name="goodput", daemon=True).start()
+        return self
+
+    def __exit__(self, *why: object) -> None:
+        """Writes for the last time."""
+        self._over.set()
+        if jax.process_index() == 0:
+            self._write()
 
     def _read(self) -> list[dict[str, Any]]:
         try:
-            return json.loads(self._path.read_text(encoding="utf-8"))
+            found = json.loads(self._path.read_text(encoding="utf-8"))
+            return [attempt for attempt in found if "taken" in attempt]
         except (OSError, ValueError):
             return []  # a lost account is no reason not to train
 
     def begin(self, step: int) -> None:
         """Says which step this attempt goes on from, or went back to."""
-        self.update(step, first=step)
+        first = self._now["from"]
+        self._now["from"] = step if first is None else min(first, step)
+        self._now["to"] = step
 
-    def update(self, step: int, first: int | None = None) -> None:
-        """Writes what is known after `step`."""
-        now = self._attempts[-1]
-        if first is not None:
-            # What was done beyond the step it went back to is done again.
-            now["again"] = now.get("again", 0) + max(0, now["to"] - first)
-            now["from"] = min(now["from"] or first, first)
-        now |= {
-            "to": step,
-            "seconds": self._phases.elapsed(),
-            "phases": self._phases.totals(),
-        }
-        if jax.process_index() == 0:
+    def took(self, step: int) -> None:
+        """Says that a step was taken."""
+        self._now["to"] = step
+        self._now["taken"] += 1
+
+    def _measure(self) -> None:
+        self._now["phases"] = self._phases.totals()
+        self._now["seconds"] = sum(self._now["phases"].values())
+
+    def _keep(self) -> None:
+        while not self._over.wait(_EVERY_S):
+            self._write()
+
+    def _write(self) -> None:
+        with self._writing, contextlib.suppress(OSError):  # as with a lost one
+            self._measure()
             partial = self._path.with_suffix(".partial")
             partial.write_text(json.dumps(self._attempts, indent=1), encoding="utf-8")
             partial.replace(self._path)
 
     def total(self) -> dict[str, Any]:
         """Returns the seconds of the run by cause; productive is what is not lost."""
-        causes: dict[str, float] = {}
-        for i, attempt in enumerate(self._attempts):
-            after = self._attempts[i + 1] if i + 1 < len(self._attempts) else None
-            for name, seconds in attempt.get("phases", {}).items():
+        self._measure()
+        causes = {STEP: 0.0, "lost": 0.0}
+        later, begun_again = (
+            None,
+            math.inf,
+        )  # the attempt after, the earliest step after
+        for attempt in reversed(self._attempts):
+            for name, seconds in attempt["phases"].items():
                 causes[name] = causes.get(name, 0.0) + seconds
-            lost = _lost_s(attempt, after)
-            causes[STEP] = causes.get(STEP, 0.0) - lost
-            causes["lost"] = causes.get("lost", 0.0) + lost
-            if after is not None:
-                ended = attempt["began"] + attempt.get("seconds", 0.0)
-                causes["down"] = causes.get("down", 0.0) + max(
-                    0.0, after["began"] - ended
-                )
+            lost = _lost_s(attempt, begun_again)
+            causes[STEP] -= lost
+            causes["lost"] += lost
+            if later is not None:
+                causes["down"] = causes.get("down", 0.0) + _between_s(attempt, later)
+            later = attempt
+            if attempt["from"] is not None:
+                begun_again = min(begun_again, attempt["from"])
         whole = sum(causes.values())
         return {
             "goodput": causes[STEP] / whole if whole else 0.0,
@@ -75,15 +114,20 @@ class Account:
         }
 
 
-def _lost_s(attempt: dict[str, Any], after: dict[str, Any] | None) -> float:
-    """Returns the seconds of an attempt's steps that were taken again."""
-    steps = attempt["to"] - attempt["from"] + attempt.get("again", 0)
-    again = attempt.get("again", 0)
-    if after is not None:
-        again += max(0, attempt["to"] - after["from"])
-    if not steps:
-        return 0.0
-    return attempt.get("phases", {}).get(STEP, 0.0) * min(1.0, again / steps)
+def _lost_s(attempt: dict[str, Any], begun_again: float) -> float:
+    """Returns the seconds of an attempt's steps that were taken again, or not ended."""
+    in_steps, taken = attempt["phases"].get(STEP, 0.0), attempt["taken"]
+    if not taken:
+        return in_steps
+    kept = min(attempt["to"], begun_again) - attempt["from"]
+    return in_steps * (1.0 - max(0.0, kept) / taken)
+
+
+def _between_s(attempt: dict[str, Any], later: dict[str, Any]) -> float:
+    """Returns the seconds from the last word of an attempt to the next one's begin."""
+    same = attempt["boot"] and attempt["boot"] == later["boot"]
+    clock = "up" if same else "began"
+    return max(0.0, later[clock] - attempt[clock] - attempt["seconds"])
 
 
 def in_words(total: dict[str, Any]) -> str:

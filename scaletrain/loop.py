@@ -53,7 +53,6 @@ class Loop:
         try:
             return self._run(state, start)
         finally:
-            self.account.update(self._counted)
             total = self.account.total()
             say(goodput.in_words(total))
             self.recorder.write({"step": self._counted, **total})
@@ -80,6 +79,7 @@ class Loop:
                 with self.phases(STEP):
                     with jax.profiler.StepTraceAnnotation("train", step_num=now):
                         state, numbers = self._step(state, batches)
+                    self.account.took(now)
                     # The device works on this step while the host reads the one before.
                     self._record()
                     self._pending = now, numbers, watch.submit(_ready_at, numbers)
@@ -171,7 +171,6 @@ class Loop:
             }
             self.recorder.write(record)
             self.recorder.progress(record)
-            self.account.update(now)
             gc.collect()  # every process at the same step, while the devices work
         self._judge(now, numbers)
 

@@ -46,7 +46,7 @@ def main() -> None:
 def _train(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     stops.catch()
     phases = Phases()
-    with stops.at_once():
+    with stops.at_once(), phases("start"):
         _join(run, args)
         _keep_compiled(args.workdir)
         from scaletrain import evaluate, train

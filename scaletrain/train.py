@@ -63,6 +63,7 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
         if jax.process_index() == 0:
             held.enter_context(workdirs.held(folder, say))
             phases.tell(folder)
+        account = held.enter_context(goodput.Account(folder, phases))
         held.enter_context(Watchdog(phases, folder, run.watchdog_s))
         # 3. From where: the newest checkpoint, other weights, or the seed.
         with stops.at_once():
@@ -78,7 +79,6 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
             with phases("compile"):
                 program, execute = remat.compiled(program, run)
         # 4. The loop, begun again where it goes back.
-        account = goodput.Account(folder, phases)
         while True:
             recorder = metrics.Recorder(folder, run, start or 0)
             with contextlib.closing(recorder):

@@ -1,6 +1,8 @@
 """Batches: a pure function of (seed, step), whoever reads which rows."""
 
 import itertools
+import pathlib
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -197,3 +199,16 @@ def test_what_goes_wrong_while_reading_ahead_is_told():
     batches = data.training_batches(Damaged(9), seed=0, batch_size=2, rows=[1])
     with pytest.raises(DataError, match="the cache is damaged"):
         next(batches)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for children")
+def test_reading_has_no_worker_processes_that_could_be_killed():
+    def children():
+        files = pathlib.Path("/proc/self/task").glob("*/children")
+        return {pid for path in files for pid in path.read_text().split()}
+
+    before = children()
+    batches = data.training_batches(Numbers(23), seed=0, batch_size=5, rows=range(5))
+    for _ in range(20):
+        next(batches)
+        assert children() == before
