@@ -5,10 +5,13 @@ import importlib.util
 import json
 import math
 import os
+import pathlib
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 import jax
 import jax.numpy as jnp
@@ -440,6 +443,35 @@ def test_an_interrupt_ends_the_compilers(tmp_path, monkeypatch):
     assert started
     assert all(each.returncode is not None for each in started)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_plan_leaves_nothing_behind(tmp_path, number):
+    """Neither the compiler's process nor its folder, which has the compiler's logs."""
+    planner = subprocess.Popen(
+        [
+            sys.executable, "-m", "scaletrain.main", "plan", "--topology=v5e:2x2",
+            "--config=experiments/gpt2_124m.py",
+        ],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+
+    def until(done):
+        deadline = time.monotonic() + 60
+        while not done():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    until(lambda: list(tmp_path.glob("scaletrain-plan-*/tpu_driver*")))
+    [line] = subprocess.run(
+        ["ps", "-ww", "--ppid", str(planner.pid), "-o", "pid="],
+        capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    worker = pathlib.Path("/proc", line.strip())
+    planner.send_signal(number)
+    assert planner.wait() == -number
+    until(lambda: not list(tmp_path.iterdir()))
+    until(lambda: not worker.exists())
 
 
 def test_layouts_cut_sequences_where_attention_can():

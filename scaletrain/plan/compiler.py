@@ -122,6 +122,7 @@ class _Compilation:
         self._folder = pathlib.Path(self._temporary.name)
         self._began = time.monotonic()
         request = {
+            "planner": os.getpid(),
             "config": config.to_json(run),
             "topology": slice_.topology,
             "platform": slice_.platform,
@@ -132,7 +133,11 @@ class _Compilation:
         # Set before the process begins: some are read as soon as jax is imported.
         dump = f"--xla_dump_to={self._folder} --xla_dump_hlo_as_text"
         environment = os.environ | WITHOUT_TPU
-        environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": dump}
+        environment |= {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": dump,
+            "TMPDIR": str(self._folder),  # of libtpu's logs, which nothing disables
+        }
         with (self._folder / "stderr").open("wb") as stderr:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "scaletrain.plan.worker", str(self._folder)],
