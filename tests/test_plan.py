@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from jax.sharding import NamedSharding
 
 from scaletrain import chips, config, mesh, metrics, sharding, step, train
 from scaletrain.config import MeshConfig
-from scaletrain.errors import ConfigError
+from scaletrain.errors import ConfigError, PlanError
 from scaletrain.models import attention
 from scaletrain.plan import (
     command,
@@ -472,6 +473,23 @@ def test_a_killed_plan_leaves_nothing_behind(tmp_path, number):
     assert planner.wait() == -number
     until(lambda: not list(tmp_path.iterdir()))
     until(lambda: not worker.exists())
+
+
+def test_a_full_disk_is_told_of(tmp_path, monkeypatch):
+    """The compiler writes on as if nothing were; at the start, and under way."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    run, slice_ = config.resolve(RUN, 4), slices.parse("v5e:2x2")
+    usage, sizes = shutil.disk_usage(tmp_path), [1000, 2**40, 1000]
+
+    def left(folder):
+        return usage._replace(free=sizes.pop(0))
+
+    monkeypatch.setattr(compiler.shutil, "disk_usage", left)
+    for still in (2, 0):
+        with pytest.raises(PlanError, match=f"{tmp_path} has 1,000 bytes left; set"):
+            compiler.compile(run, slice_)
+        assert len(sizes) == still
+        assert not list(tmp_path.iterdir())
 
 
 def test_layouts_cut_sequences_where_attention_can():
