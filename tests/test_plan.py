@@ -423,6 +423,52 @@ def test_an_interrupted_search_keeps_what_is_known(monkeypatch, capsys):
     assert "stopped; this is what is known" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), PlanError("no room")])
+def test_a_search_outlives_the_whole_compilation(end, monkeypatch, capsys):
+    """Of the best one, which takes minutes."""
+
+    def reports(runs, slice_, *, full=False):
+        if full:
+            raise end
+        for index in range(2):
+            yield index, _said(3.0 - index)
+
+    monkeypatch.setattr(search.layouts, "__defaults__", (2,))
+    monkeypatch.setattr(compiler, "compile_all", reports)
+    request = command.Request((slices.parse("v5e:2x2"),), search=True, wanted=WANTED)
+    found = command.run(RUN, request)
+    assert [each["step_time_s"] for each in found["candidates"]] == [2.0, 3.0]
+    assert found["source"] == "compiled to buffers"
+    assert ("stopped" if not str(end) else "no room") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("searched", [True, False])
+def test_interrupted_comparisons_keep_what_is_known(searched, monkeypatch):
+    """The slices that are done, and of a search also the one under way."""
+    names = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1")
+
+    def reports(runs, slice_, *, full=False):
+        yield 0, _said(2.0)
+        if slice_.name == names[1]:
+            raise KeyboardInterrupt
+
+    def compile_(run, slice_, *, full=False):
+        if slice_.name == names[1]:
+            raise KeyboardInterrupt
+        return _said(2.0)
+
+    monkeypatch.setattr(search.layouts, "__defaults__", (1,))
+    monkeypatch.setattr(compiler, "compile_all", reports)
+    monkeypatch.setattr(compiler, "compile", compile_)
+    request = command.Request(
+        tuple(map(slices.parse, names)), search=searched, wanted=WANTED
+    )
+    known = names[: 1 + searched]
+    found = command.run(RUN, request)
+    told = [each["topology"] for each in found.get("slices", [found])]
+    assert sorted(told) == sorted(known)
+
+
 def test_an_interrupt_ends_the_compilers(tmp_path, monkeypatch):
     """Whoever stops asking for reports leaves no process and no file behind."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
