@@ -577,6 +577,13 @@ def test_slices_are_compared():
     [
         ("v5p:4x4x4", 1, "launch/tpu_vm.sh --topology=v5p:4x4x4 -- --config=x.py"),
         ("v5e:2x2", 2, "launch/tpu_vm.sh --topology=v5e:2x2 --num_slices=2 --"),
+        (
+            "tpu7x:4x4x4",
+            2,
+            "launch/gke/jobset.sh --topology=tpu7x:4x4x4"
+            " --num_slices=2 --image=IMAGE --claim=CLAIM -- --config=x.py",
+        ),
+        ("v5p:4x4x16", 1, "launch/gke/jobset.sh --topology=v5p:4x4x16 --image=IMAGE"),
         ("h100:8", 1, "scaletrain train --config=x.py --workdir=WORKDIR"),
         ("h100:32", 1, "sbatch --nodes=4 launch/slurm.sbatch --config=x.py"),
     ],

@@ -159,6 +159,13 @@ class Slice:
         return f"{name}-{self.cloud.cores * math.prod(self.shape)}"
 
     @property
+    def on_vms(self) -> bool:
+        """Whether it is to be had as Cloud TPU VMs; GKE has every slice."""
+        return bool(self.cloud.runtime) and (
+            parse(self.accelerator_type).shape == self.shape
+        )
+
+    @property
     def kwargs(self) -> dict[str, Any]:
         """What the compiler is told beside the topology's name."""
         if not self.is_tpu:
