@@ -24,7 +24,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from scaletrain import chips, config, mesh, metrics, sharding, step, train
-from scaletrain.config import MeshConfig
+from scaletrain.config import AxesConfig, MeshConfig
 from scaletrain.errors import ConfigError, PlanError
 from scaletrain.models import attention
 from scaletrain.plan import (
@@ -551,6 +551,34 @@ def test_layouts_cut_sequences_where_attention_can():
     found = search.layouts(kernel, slice_, 24)
     assert found
     assert {each["mesh.context"] for each in found} == {1}
+
+
+def test_a_search_replaces_what_crosses_slices():
+    """Whatever the settings had for another number of slices."""
+    run = small.changed(RUN, mesh=MeshConfig(fsdp=8, dcn=AxesConfig(fsdp=2)))
+    found = search.layouts(run, slices.parse("v5e:2x2", 2))
+    assert found
+    assert {(o["mesh.dcn.data"], o["mesh.dcn.fsdp"]) for o in found} == {(2, 1)}
+
+
+def test_a_comparison_leaves_out_what_can_hold_nothing(monkeypatch, capsys):
+    """If it is not all there is."""
+
+    def layouts(run, slice_):
+        return [] if slice_.name == "v5e:1x1" else [{"mesh.fsdp": 4}]
+
+    monkeypatch.setattr(search, "layouts", layouts)
+    monkeypatch.setattr(
+        compiler, "compile_all", lambda *_, full=False: iter([(0, _said(1.0))])
+    )
+    names = ("v5e:2x2", "v5e:1x1")
+    request = command.Request(
+        tuple(map(slices.parse, names)), search=True, wanted=WANTED
+    )
+    assert command.run(RUN, request)["topology"] == "v5e:2x2"
+    assert "v5e:1x1 is left out" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="no layout of v5e:1x1"):
+        command.run(RUN, command.Request(request.slices[1:], search=True))
 
 
 def test_slices_are_compared():

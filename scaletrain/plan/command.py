@@ -72,6 +72,18 @@ def run(run: RunConfig, request: Request) -> Record:
     """
     for slice_ in request.slices:
         compiler.knows(slice_)
+    records, interrupted = _each(run, request)
+    if len(records) == 1:
+        return records[0] | {"interrupted": interrupted}
+    best = record.best_first(records)[0]
+    return best | record.compared(records) | {"interrupted": interrupted}
+
+
+def _each(run: RunConfig, request: Request) -> tuple[list[Record], bool]:
+    """Returns the plans of the slices, and whether an interrupt left some out.
+
+    A slice among others that cannot be planned for is told of and left out.
+    """
     runs = [run if request.search else resolved(run, s) for s in request.slices]
     records: list[Record] = []
     interrupted = False
@@ -83,6 +95,10 @@ def run(run: RunConfig, request: Request) -> Record:
                 chosen = _chosen(run, whole)
                 found, interrupted = _planned(whole, slice_, request, chosen)
             records.append(found)
+        except (ConfigError, PlanError) as err:
+            if not records and slice_ is request.slices[-1]:
+                raise
+            print(f"plan: {slice_.name} is left out; {err}", file=sys.stderr)
         except KeyboardInterrupt:
             if not records:
                 raise
@@ -90,10 +106,7 @@ def run(run: RunConfig, request: Request) -> Record:
         if interrupted:
             print("plan: stopped; this is what is known", file=sys.stderr)
             break
-    if len(records) == 1:
-        return records[0] | {"interrupted": interrupted}
-    best = record.best_first(records)[0]
-    return best | record.compared(records) | {"interrupted": interrupted}
+    return records, interrupted
 
 
 def _planned(

@@ -11,6 +11,7 @@ from typing import Any
 from scaletrain import config
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError
+from scaletrain.mesh import AXES
 from scaletrain.plan.estimate import estimate, factors
 from scaletrain.plan.slices import Slice
 
@@ -85,6 +86,7 @@ def _all(run: RunConfig, slice_: Slice) -> Iterator[Overrides]:
                     "mesh.fsdp": fsdp,
                     "mesh.tensor": tensor,
                     "mesh.context": context,
+                    **{f"mesh.dcn.{axis}": 1 for axis in AXES},
                     "mesh.dcn.data": slice_.num_slices,
                     "accumulate_steps": parts,
                     "model.remat": policy[0],
