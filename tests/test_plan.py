@@ -89,6 +89,7 @@ def test_slices_have_their_names(text, name, chips, devices):
     [
         ("v5p:4x4x5", "the nearest is v5p:4x4x4"),
         ("v5p:4x4", "the nearest is v5p:2x2x4"),
+        ("v5p:16x16", "the nearest is v5p:4x8x8"),
         ("v6e-100", "the nearest is v6e-"),
         ("v9:2x2", "unknown; write GENERATION:SHAPE"),
         ("h100:12", "hosts of 8, as h100:16"),

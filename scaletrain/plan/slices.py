@@ -314,11 +314,12 @@ def _chips(shape: str) -> int:
 
 
 def _nearest(size: str, shapes: tuple[str, ...]) -> str:
-    """Returns the shape with the nearest number of chips, of the same rank at best."""
+    """Returns the shape with the nearest number of chips, the squarest of those."""
     asked = [int(word) for word in size.split("x") if word]
     count = math.prod(asked)
 
-    def distance(shape: str) -> tuple[float, str]:
-        return abs(math.log(max(count, 1) / _chips(shape))), shape
+    def distance(shape: str) -> tuple[float, int]:
+        dims = map(int, shape.split("x"))
+        return abs(math.log(max(count, 1) / _chips(shape))), sum(dims)
 
     return min(shapes, key=distance)
