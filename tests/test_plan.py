@@ -23,7 +23,7 @@ import small
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from scaletrain import chips, config, mesh, metrics, sharding, step, train
+from scaletrain import chips, config, main, mesh, metrics, sharding, step, train
 from scaletrain.config import AxesConfig, MeshConfig
 from scaletrain.errors import ConfigError, PlanError
 from scaletrain.models import attention
@@ -110,6 +110,18 @@ def test_rings_are_told_to_the_compiler():
         (True,) * 3, (False,) * 3, (True, True, False), (False, True, False),
         (False,) * 3,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", slices.GPUS)
+def test_of_a_gpu_counts_what_a_run_may_allocate(name, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["scaletrain", "--version"])
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    with pytest.raises(SystemExit):
+        main.main()
+    share = float(os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION"))
+    sold = {"a100": 80, "h100": 80, "h200": 141, "b200": 180}[name] * 1e9
+    whole = slices.parse(f"{name}:1").hbm_bytes / share
+    assert sold <= whole <= 1.07 * sold  # 80 GB are somewhat more
 
 
 def test_a_bill_adds_up():
