@@ -392,11 +392,17 @@ def test_a_plan_holds_what_it_promises():
 
 
 def test_a_search_keeps_what_fits_first(monkeypatch, capsys):
-    monkeypatch.setattr(search.layouts, "__defaults__", (3,))
+    monkeypatch.setattr(search.layouts, "__defaults__", (2,))
     monkeypatch.setenv("JAX_OPTIMIZATION_LEVEL", "O0")  # machine code in a third
     request = command.Request((slices.parse("v5e:2x2"),), search=True, wanted=WANTED)
     found = command.run(RUN, request)
-    assert len(found["candidates"]) == 3
+    assert len(found["candidates"]) == 4
+    twins = [c for c in found["candidates"] if "model.layers" in c["overrides"]]
+    assert len(twins) == 2
+    for twin in twins:
+        scanned = {**twin["overrides"]}
+        assert scanned.pop("model.layers") == "unroll"
+        assert scanned in [c["overrides"] for c in found["candidates"]]
     seconds = [c["step_time_s"] for c in found["candidates"] if c["fits"]]
     assert seconds == sorted(seconds)
     assert all(each.keys() >= KEYS for each in found["candidates"])
@@ -404,7 +410,7 @@ def test_a_search_keeps_what_fits_first(monkeypatch, capsys):
     assert found["overrides"] == best
     assert found["source"] == "compiled"  # the best one, to machine code
     assert all(f"--config.{path}=" in found["command"] for path in best)
-    assert "3/3 layouts of v5e:2x2" in capsys.readouterr().err
+    assert "2/2 layouts of v5e:2x2" in capsys.readouterr().err
 
 
 def _said(seconds, peak_bytes=2**30):
@@ -447,6 +453,7 @@ def test_a_search_outlives_the_whole_compilation(end, monkeypatch, capsys):
             yield index, _said(3.0 - index)
 
     monkeypatch.setattr(search.layouts, "__defaults__", (2,))
+    monkeypatch.setattr(search, "unrolled", lambda run, found: [])
     monkeypatch.setattr(compiler, "compile_all", reports)
     request = command.Request((slices.parse("v5e:2x2"),), search=True, wanted=WANTED)
     found = command.run(RUN, request)
@@ -471,6 +478,7 @@ def test_interrupted_comparisons_keep_what_is_known(searched, monkeypatch):
         return _said(2.0)
 
     monkeypatch.setattr(search.layouts, "__defaults__", (1,))
+    monkeypatch.setattr(search, "unrolled", lambda run, found: [])
     monkeypatch.setattr(compiler, "compile_all", reports)
     monkeypatch.setattr(compiler, "compile", compile_)
     request = command.Request(
@@ -557,7 +565,7 @@ def test_layouts_cut_sequences_where_attention_can():
     run = small.changed(RUN, seq_len=8192, model__attention="xla", batch_size=1)
     found = search.layouts(run, slice_, 24)
     assert all(each["mesh.context"] > 1 for each in found[:1])
-    assert {"scan", "unroll"} == {each["model.layers"] for each in found}
+    assert {each["model.layers"] for each in found} == {"scan"}
     for each in found:
         search.applied(run, each, slice_)
     kernel = small.changed(run, model__attention="splash", batch_size=8)
@@ -581,6 +589,7 @@ def test_a_comparison_leaves_out_what_can_hold_nothing(monkeypatch, capsys):
         return [] if slice_.name == "v5e:1x1" else [{"mesh.fsdp": 4}]
 
     monkeypatch.setattr(search, "layouts", layouts)
+    monkeypatch.setattr(search, "unrolled", lambda run, found: [])
     monkeypatch.setattr(
         compiler, "compile_all", lambda *_, full=False: iter([(0, _said(1.0))])
     )

@@ -193,6 +193,16 @@ def _searched(run: RunConfig, slice_: Slice, request: Request) -> tuple[Record, 
         if interrupted:
             raise KeyboardInterrupt
         raise PlanError("no layout was compiled; there is nothing to propose.")
+    if not interrupted:
+        roomy = [
+            (each["overrides"], each["hbm_peak_bytes"] / slice_.hbm_bytes)
+            for each in record.best_first(found)
+            if each["fits"]
+        ]
+        twins, interrupted = _compiled(
+            run, slice_, search.unrolled(run, roomy), request
+        )
+        found += twins
     candidates = record.best_first(found)
     best = candidates[0]
     if best["fits"] and slice_.is_tpu and not interrupted:
@@ -217,6 +227,8 @@ def _compiled(
     chosen: Overrides | None = None,
 ) -> tuple[list[Record], bool]:
     """Returns the plans of `layouts`, and whether an interrupt left some out."""
+    if not layouts:
+        return [], False
     runs = [search.applied(run, overrides, slice_) for overrides in layouts]
     found: list[Record] = []
     progress = Progress(f"layouts of {slice_.name}", len(runs))
