@@ -243,13 +243,36 @@ def test_names_of_asynchronous_operands_take_no_memory():
         "allocation 4: size 100, page 0, parameter 0, shape |f32[25]| at ShapeIndex:\n"
     )
     module = hlo.parse(HLO)
-    usage = memory.usage(report, assignment, module)
+    usage = memory.usage(report, assignment, module, {})
     assert (usage.total_bytes, usage.temporary_bytes) == (1100, 1000)
     known = {"parameters": 40, "optimizer": 50, "gradients": 40}
     assert memory.by_class(usage, known) == {
         "parameters": 40, "optimizer": 50, "gradients": 40,
         "activations_and_temporaries": 960, "other": 10,
     }  # fmt: skip
+
+
+def test_a_buffer_of_no_origin_is_told_of_by_its_shape():
+    """As sums of gradients are; whole or as a device holds it."""
+    assignment = (
+        "allocation 3: size 300, preallocated-temp:\n"
+        " value: <1 fusion.7 @0> (size=200,offset=0): f32[16,8]{1,0}\n"
+        " value: <2 fusion.8 @0> (size=100,offset=200): f32[5]{0}\n"
+    )
+    shapes = {"16,8": "blocks/mlp/down/weight"}
+    usage = memory.usage("", assignment, hlo.parse(HLO), shapes)
+    assert usage.largest == [
+        (200, "f32[16,8] fusion.7, of the shape of blocks/mlp/down/weight"),
+        (100, "f32[5] fusion.8"),
+    ]
+    run = config.resolve(config.check(RUN), 4)
+    weights = step.build(run, mesh.build(run.mesh, jax.devices()[:4])).state.weights
+    shapes = worker.shapes(weights)
+    rows, model = run.model.vocab_size, run.model
+    assert "embedding" in shapes[f"{rows},{model.d_model}"]
+    assert "embedding" in shapes[f"{rows},{model.d_model // 4}"]
+    down = f"{model.num_layers},{model.d_ff},{model.d_model}"
+    assert "blocks/mlp/down/weight" in shapes[down]
 
 
 _SLICED = """HloModule sliced, is_scheduled=true

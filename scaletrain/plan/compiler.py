@@ -215,7 +215,10 @@ def _report(
 
     module = hlo.parse(dumped(""))
     usage = memory.usage(
-        dumped("-memory-usage-report"), dumped("-buffer-assignment"), module
+        dumped("-memory-usage-report"),
+        dumped("-buffer-assignment"),
+        module,
+        answer["shapes"],
     )
     return Report(
         parameters=answer["parameters"],

@@ -72,8 +72,22 @@ def described(request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             "optimizer": sharding.nbytes(state.opt_state),
             "gradients": sharding.nbytes(state.params),
         },
+        "shapes": shapes(state.weights),
     }
     return program, facts
+
+
+def shapes(weights: Any) -> dict[str, str]:
+    """Returns which matrices have a shape, such as 2048,8192, whole or on a device."""
+    import jax
+
+    found: dict[str, set[str]] = {}
+    for path, leaf in jax.tree.leaves_with_path(weights):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for shape in (leaf.shape, leaf.sharding.shard_shape(leaf.shape)):
+            if len(shape) > 1:
+                found.setdefault(",".join(map(str, shape)), set()).add(name)
+    return {shape: " or ".join(sorted(names)) for shape, names in found.items()}
 
 
 def _follow(folder: pathlib.Path, planner: int) -> None:
