@@ -6,7 +6,8 @@
 #       --config=experiments/quickstart.py --workdir=runs/local --config.mesh.data=-1
 #
 # Everything after -- goes to `scaletrain train` unchanged. If one process fails, the
-# others are ended and its exit code is returned.
+# others are ended. The exit code is 75 if any of them ended with it, so that whoever
+# started this starts it again; otherwise that of the one that failed first.
 set -euo pipefail
 
 processes=2
@@ -51,8 +52,16 @@ while ((left > 0 && code == 0)); do
   fi
 done
 # The others save, or say who is lost, and end by themselves.
-for ((tenths = 0; tenths < 100 && code != 0; tenths++)); do
+for ((tenths = 0; tenths < 300 && code != 0; tenths++)); do
   [[ -n "$(jobs -rp)" ]] || break
   sleep 0.1
+done
+# One that was killed is seen before those that say that it is lost.
+running=" $(jobs -rp | tr '\n' ' ')"
+for child in "${children[@]}"; do
+  [[ "$running" == *" $child "* ]] && continue
+  ended=0
+  wait "$child" || ended=$?
+  if ((ended == 75)); then code=75; fi
 done
 exit "$code"

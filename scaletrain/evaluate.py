@@ -20,13 +20,20 @@ from scaletrain.workdir import check_room
 
 
 def evaluate(
-    program: Program, weights: Any, corpus: Any, sequences: Any
+    program: Program,
+    weights: Any,
+    corpus: Any,
+    sequences: Any,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Returns the numbers of a split, empty when it has no sequences.
 
     `loss` is in nats per token. `bits_per_byte` spreads the loss of all predicted
     tokens, end-of-text among them, over the UTF-8 bytes of the split's documents; with
     eval.num_batches it assumes the split's own ratio of tokens to bytes.
+
+    Args:
+      between: called before each batch; what it raises ends the evaluation.
     """
     run = program.run
     rows = run.batch_size // run.accumulate_steps
@@ -45,6 +52,7 @@ def evaluate(
     sums = np.zeros(2)
     execute = _jitted(program)
     for batch in batches:
+        between()
         out = execute(weights, sharding.place(batch, shapes))
         sums += [float(v) for v in jax.device_get((out.loss, out.weight))]
     loss = sums[0] / sums[1]

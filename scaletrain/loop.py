@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from scaletrain import (
     checkpoint,
@@ -21,7 +20,6 @@ from scaletrain import (
     metrics,
     rollbacks,
     sharding,
-    stops,
 )
 from scaletrain.errors import Interrupted
 from scaletrain.metrics import say
@@ -47,7 +45,6 @@ class Loop:
     _clock: float = 0.0  # when the step that was counted last was ready
     _counted: int = 0
     _skips: list[rollbacks.Skip] = dataclasses.field(default_factory=list)  # in a row
-    _stopped: float | None = None  # since when, on the monotonic clock
     _saved: float = 0.0  # when the last save began, likewise
 
     def run(self, state: TrainState, start: int) -> dict[str, Any]:
@@ -76,6 +73,8 @@ class Loop:
         watch = concurrent.futures.ThreadPoolExecutor(1)
         found: dict[str, Any] = {}
         with watch, garbage_kept(), jax.transfer_guard("disallow"):
+            if self._owes_evaluation(start):
+                self._evaluate(start, state)
             for now in range(start + 1, run.num_steps + 1):
                 last = now == run.num_steps
                 with self.phases(STEP):
@@ -85,25 +84,43 @@ class Loop:
                     self._record()
                     self._pending = now, numbers, watch.submit(_ready_at, numbers)
                     self.checkpoints.check()
-                    stopped = self._is_stopped(now)
-                    if stopped or last or self._is_due(now):
+                    self._stop_if_asked(now, state)
+                    if last or self._is_due(now):
                         self._record()
-                        self._save(now, state, needed=stopped or last)
-                if stopped and not last:
-                    raise self._interrupted(now)
+                        self._save(now, state, needed=last)
                 if last or _due(now, run.eval_every_steps):
                     found = self._evaluate(now, state)
-        with self.phases("save"):
-            self.checkpoints.finish()
-        return found or self._evaluate(start, state)
+            return found or self._evaluate(start, state)
 
-    def _is_stopped(self, now: int) -> bool:
-        """Returns whether to stop after this step; the same in every process."""
-        if jax.process_count() == 1:
-            self._stopped = stops.since()
-        elif multihost_utils.reached_preemption_sync_point(now):
-            self._stopped = time.monotonic()
-        return self._stopped is not None
+    def _owes_evaluation(self, start: int) -> bool:
+        """Returns whether the attempt before ended after this step's evaluation began.
+
+        Or before it did, once its step was saved. The last one is nobody's to owe: it
+        is done anew whenever there is no step left.
+        """
+        run = self.program.run
+        if not 0 < start < run.num_steps or not _due(start, run.eval_every_steps):
+            return False
+        known = str(self.recorder.evaluated)
+        return cluster.first(f"evaluated at {start}", known) == str(False)
+
+    def _stop_if_asked(self, now: int, state: TrainState) -> None:
+        """Saves and ends the attempt if a process was asked to; in all at this place.
+
+        Raises:
+          Interrupted: once the state after step `now` is durable.
+        """
+        since = cluster.stopped_since()
+        if since is None:
+            return
+        self._record()
+        self._save(now, state, needed=True)
+        seconds = time.monotonic() - since
+        self.recorder.write({"step": now, "stop_to_saved_s": seconds})
+        raise Interrupted(
+            f"stopped by a signal at step {now}; saved {seconds:.1f} s after it; "
+            "the same command goes on from there."
+        )
 
     def _is_due(self, now: int) -> bool:
         """Returns whether a checkpoint is due, by the step or by the first clock."""
@@ -114,15 +131,6 @@ class Loop:
             return False
         late = time.monotonic() - self._saved >= 60 * c.every_minutes
         return cluster.first(f"save at {now}", str(late)) == str(True)
-
-    def _interrupted(self, now: int) -> Interrupted:
-        assert self._stopped is not None
-        seconds = time.monotonic() - self._stopped
-        self.recorder.write({"step": now, "stop_to_saved_s": seconds})
-        return Interrupted(
-            f"stopped by a signal at step {now}; saved {seconds:.1f} s after it; "
-            "the same command goes on from there."
-        )
 
     def _step(
         self, state: TrainState, batches: Iterator
@@ -188,26 +196,32 @@ class Loop:
 
     def _save(self, now: int, state: TrainState, *, needed: bool) -> None:
         """Saves; the loop waits for the arrays to leave the device, if not longer."""
-        if now == self.checkpoints.latest():
-            return
-        self._saved = time.monotonic()
-        with self.phases("save"):
-            self.checkpoints.save(
-                now,
-                state,
-                self.corpus.fingerprint,
-                self.back.brief(),
-                needed=needed,
-            )
-        stall_s = time.monotonic() - self._saved
-        self.recorder.write({"step": now, "save_stall_s": stall_s})
+        began = time.monotonic()
+        # What waits until all is written has nothing to do with the usual save.
+        with self.phases("last save" if needed else "save"):
+            if now != self.checkpoints.latest():
+                self.checkpoints.save(
+                    now,
+                    state,
+                    self.corpus.fingerprint,
+                    self.back.brief(),
+                    needed=needed,
+                )
+                self._saved = began
+            if needed:
+                self.checkpoints.finish()
+        self.recorder.write({"step": now, "save_stall_s": time.monotonic() - began})
 
     def _evaluate(self, now: int, state: TrainState) -> dict[str, Any]:
         """Returns the validation numbers; the time it takes is no step's."""
         self._record()
         with self.phases("eval"):
             found = evaluate.evaluate(
-                self.program, state.weights, self.corpus, self.sequences["validation"]
+                self.program,
+                state.weights,
+                self.corpus,
+                self.sequences["validation"],
+                lambda: self._stop_if_asked(now, state),
             )
         self.recorder.write({"step": now, **{f"eval_{k}": v for k, v in found.items()}})
         if found and now < self.program.run.num_steps:

@@ -7,6 +7,7 @@ weight with the output head and without the embedding lookup:
 A sliding window caps the keys a query sees in both.
 """
 
+import contextlib
 import json
 import math
 import pathlib
@@ -14,10 +15,10 @@ import sys
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
 
 from scaletrain.chips import BF16_PEAK_FLOPS
 from scaletrain.config import GATED, LINEARS, ModelConfig, RunConfig, adapted
+from scaletrain.tensorboard import Board
 
 
 def say(line: str) -> None:
@@ -86,32 +87,40 @@ def throughput(
 
 
 class Recorder:
-    """Writes records to `metrics.jsonl`, TensorBoard and, briefly, the terminal."""
+    """Writes records to `metrics.jsonl`, TensorBoard and, briefly, the terminal.
+
+    A disk that fails ends no run here: it is told of once. Records wait for it;
+    TensorBoard does without.
+    """
 
     def __init__(self, workdir: pathlib.Path, run: RunConfig, start_step: int):
         self.run, self.lead = run, jax.process_index() == 0
+        self.evaluated = False  # whether the last step of before was; in process 0
         if not self.lead:
             return
-        path = workdir / "metrics.jsonl"
-        self._keep(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._board = None
+        self._path = workdir / "metrics.jsonl"
+        self._keep(start_step)
+        self._file = self._path.open("ab", buffering=0)
+        self._waiting, self._told = b"", False
+        self._board: Board | None = None
         try:
-            self._board = SummaryWriter(str(workdir), purge_step=start_step + 1)
+            self._board = Board(workdir, start_step)
         except OSError as err:
-            say(f"warning: {workdir}; no TensorBoard events ({err.strerror})")
+            self._give_up_board(err)
 
-    @staticmethod
-    def _keep(path: pathlib.Path, start_step: int) -> None:
+    def _keep(self, start_step: int) -> None:
         """Drops records of steps that are about to be taken again, and half lines."""
-        if not path.exists():
+        if not self._path.exists():
             return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= start_step]
-        temporary = path.with_suffix(".partial")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(path)
+        lines = self._path.read_bytes().splitlines(keepends=True)
+        kept = [line for line in lines if _step_of(line) <= start_step]
+        self.evaluated = any(
+            _step_of(line) == start_step and "eval_loss" in json.loads(line)
+            for line in kept
+        )
+        temporary = self._path.with_suffix(".partial")
+        temporary.write_bytes(b"".join(kept))
+        temporary.replace(self._path)
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one record; it must hold "step"."""
@@ -122,13 +131,36 @@ class Recorder:
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in record.items()
         }
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        self._append(json.dumps(clean).encode() + b"\n")
         if self._board is None:
             return
-        for name, value in clean.items():
-            if isinstance(value, int | float) and name not in ("step", "batch_hash"):
-                self._board.add_scalar(name, value, record["step"])
+        scalars = {
+            name: value
+            for name, value in clean.items()
+            if isinstance(value, int | float) and name not in ("step", "batch_hash")
+        }
+        try:
+            self._board.write(record["step"], scalars)
+        except OSError as err:
+            self._give_up_board(err)
+
+    def _append(self, line: bytes) -> None:
+        self._waiting += line
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._told = False
+        except OSError as err:
+            if not self._told:
+                say(f"warning: {self._path}; {err.strerror}; make room; records wait")
+            self._told = True
+
+    def _give_up_board(self, err: OSError) -> None:
+        say(f"warning: {self._path.parent}; no TensorBoard events ({err.strerror})")
+        board, self._board = self._board, None
+        if board:
+            with contextlib.suppress(OSError):  # it tries what is left once more
+                board.close()
 
     def progress(self, record: dict[str, Any]) -> None:
         """Shows step, loss, speed, MFU and time left on standard error."""
@@ -150,11 +182,19 @@ class Recorder:
         )
 
     def close(self) -> None:
-        """Makes everything written durable."""
+        """Ends the files."""
         if self.lead:
             self._file.close()
             if self._board:
                 self._board.close()
+
+
+def _step_of(line: bytes) -> float:
+    """Returns the step a record is of; one that is cut off is of none."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except ValueError:
+        return math.inf
 
 
 def peak_memory_bytes(devices: list[Any]) -> int | None:

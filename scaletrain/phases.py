@@ -56,9 +56,9 @@ class Phases:
         self._since = now
 
     def now(self) -> tuple[str, float]:
-        """Returns the present phase and its seconds without interruption."""
+        """Returns the present phase and when it began, or went on, on the clock."""
         with self._lock:
-            return self._open[-1][0], self._clock() - self._since
+            return self._open[-1][0], self._since
 
     def usual(self, name: str) -> float | None:
         """Returns the median seconds of the phase; None before it was met twice."""
@@ -69,8 +69,9 @@ class Phases:
     def totals(self) -> dict[str, float]:
         """Returns the seconds of each phase until now."""
         with self._lock:
-            self._tick()
-            return dict(self._totals)
+            name, found = self._open[-1][0], dict(self._totals)
+            found[name] = found.get(name, 0.0) + self._clock() - self._since
+            return found
 
     def elapsed(self) -> float:
         """Returns the seconds since the attempt began."""

@@ -63,8 +63,7 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
         if jax.process_index() == 0:
             held.enter_context(workdirs.held(folder, say))
             phases.tell(folder)
-        watchdog = Watchdog(phases, folder, run.watchdog_s)
-        held.enter_context(contextlib.closing(watchdog))
+        held.enter_context(Watchdog(phases, folder, run.watchdog_s))
         # 3. From where: the newest checkpoint, other weights, or the seed.
         with stops.at_once():
             checkpoints = checkpoint.Checkpoints(folder, run, say=say)

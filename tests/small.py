@@ -7,7 +7,7 @@ import pathlib
 import jax
 import numpy as np
 
-from scaletrain import config, mesh, step
+from scaletrain import config, mesh, step, train
 from scaletrain.config import (
     DataConfig,
     MeshConfig,
@@ -93,11 +93,20 @@ class Taken:
         layout = jax.tree.map(lambda leaf: leaf.sharding, self.program.state)
         make = functools.partial(step.initial_state, self.run, self.program.tx)
         with jax.set_mesh(self.mesh):
-            self.state = jax.jit(make, out_shardings=layout)()
+            self.initial = jax.jit(make, out_shardings=layout)
+            self.state = self.initial()
             lowered = step.jitted(self.program).lower(
                 self.program.state, self.program.batch
             )
             self.execute = lowered.compile()
+
+    def stand_in(self, monkeypatch):
+        """Makes runs see these devices, start where this did and take this step."""
+        monkeypatch.setattr(jax, "device_count", lambda: self.mesh.size)
+        monkeypatch.setattr(mesh, "build", lambda settings: self.mesh)
+        monkeypatch.setattr(step, "build", lambda *args: self.program)
+        monkeypatch.setattr(step, "compiled", lambda program: self.execute)
+        monkeypatch.setattr(train, "initial", lambda program: self.initial())
 
     def step(self, batch):
         """Takes one optimizer step; returns its numbers as floats."""

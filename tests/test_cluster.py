@@ -271,6 +271,20 @@ def test_who_is_silent_is_named_by_all_others(company):
         assert "has not been heard for 1 s" in line
 
 
+def test_nobody_is_silent_while_all_are_paused(company, monkeypatch):
+    clock, paused_s = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + paused_s[0])
+    found = company(3, 1.0)
+    for _ in range(10):
+        paused_s[0] += 1000.0
+        time.sleep(0.05)
+    assert found.ends == [None] * 3
+    found.silence(1)
+    for line, code in found.wait_for_ends(0, 2):
+        assert "process 1 on " in line
+        assert code == 75
+
+
 def test_a_silent_process_0_is_named(company):
     found = company(2, 1.0)
     found.silence(0)

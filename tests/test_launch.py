@@ -1,10 +1,13 @@
 """The launch scripts, with real processes."""
 
+import contextlib
 import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -15,12 +18,13 @@ from scaletrain.config import DataConfig, MeshConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 LOCAL = ["bash", str(ROOT / "launch" / "local.sh")]
+ENV = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
-def launch(*args, **env):
+def launch(*args):
     return subprocess.run(
         [*LOCAL, *args],
-        env=os.environ | env,
+        env=ENV,
         capture_output=True,
         text=True,
         timeout=300,
@@ -77,12 +81,12 @@ def test_two_processes_and_then_one_train_like_one(tmp_path):
     two, one = (tmp_path / f"work dir's {name}" for name in ("two", "one"))
     with subprocess.Popen(
         [*LOCAL, "--processes=2", "--devices=4", "--", *words["two"]],
-        stderr=subprocess.PIPE, text=True,
+        env=ENV, stderr=subprocess.PIPE, text=True,
     ) as launched:  # fmt: skip
         kill_one(launched, two, at=4)
         _, said = launched.communicate(timeout=60)
-    # Whichever end the shell sees first: of the one killed, or of the one that says so.
-    assert launched.returncode in (75, 128 + signal.SIGKILL)
+    # Also where the shell sees the end of the one that was killed first.
+    assert launched.returncode == 75
     assert "process 1 on " in said
     assert "ended without a word" in said
     saved = [int(p.name) for p in (two / "checkpoints").iterdir() if p.name.isdigit()]
@@ -101,6 +105,73 @@ def test_two_processes_and_then_one_train_like_one(tmp_path):
         np.testing.assert_allclose(
             [found[s] for s in straight], list(straight.values()), rtol=1e-5
         )
+
+
+@contextlib.contextmanager
+def pair(*command):
+    """Starts a command as the two processes of a run, and ends what is left of them."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        where = f"127.0.0.1:{server.getsockname()[1]}"
+    env = ENV | {"JAX_NUM_CPU_DEVICES": "1"}
+    pipe = subprocess.PIPE
+    with contextlib.ExitStack() as stack:
+        found = []
+        for i in range(2):
+            words = [f"--coordinator={where}", "--num_processes=2", f"--process_id={i}"]
+            process = subprocess.Popen(
+                [sys.executable, *command, *words, f"--config.seed={i}"],
+                env=env, stdout=pipe, stderr=pipe, text=True,
+            )  # fmt: skip
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            found.append(process)
+        yield found
+
+
+def test_processes_that_differ_end_and_say_in_what(tmp_path):
+    (tmp_path / "run.json").write_text(config.to_json(small.RUN))
+    words = [f"--config={tmp_path / 'run.json'}", f"--workdir={tmp_path / 'run'}"]
+    with pair("-m", "scaletrain.main", "train", *words) as processes:
+        for process in processes:
+            _, said = process.communicate(timeout=120)
+            assert process.returncode == 2
+            assert "the processes do not agree:\n  process 1 on " in said
+            assert ": config.seed is 1, in process 0 0\nstart all of them" in said
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+# Asks whether to stop, as between steps, until it is so; then hangs.
+ASKING = """\
+import sys, time
+from scaletrain import cluster, flags, stops
+stops.catch()
+cluster.join(flags.read(["train", *sys.argv[1:-1]])[0])
+print("joined", flush=True)
+asked = 1
+while (since := cluster.stopped_since()) is None:
+    time.sleep(0.01)
+    asked += 1
+print(asked, since, flush=True)
+time.sleep(100)
+"""
+
+
+def test_a_signal_to_one_stops_all_at_one_step_and_a_second_at_once(tmp_path):
+    (tmp_path / "run.json").write_text(config.to_json(small.RUN))
+    words = [f"--config={tmp_path / 'run.json'}", f"--workdir={tmp_path / 'run'}"]
+    with pair("-c", ASKING, *words) as (first, second):
+        for process in (first, second):
+            assert process.stdout.readline() == "joined\n"
+        sent = time.monotonic()
+        second.send_signal(signal.SIGTERM)
+        answers = [p.stdout.readline().split() for p in (first, second)]
+        assert answers[0][0] == answers[1][0]
+        for _, since in answers:
+            assert abs(float(since) - sent) < 1
+        second.send_signal(signal.SIGTERM)
+        assert second.wait(20) == -signal.SIGTERM
+        assert first.wait(20) == 75
+        assert "process 1 on " in first.stderr.read()
 
 
 def test_a_failing_process_ends_the_launch(tmp_path):

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
+import struct
 import types
 
 import jax
 import pytest
 import small
 from flax import nnx
+from tensorboardX.proto.event_pb2 import Event
 
 from scaletrain import metrics
 from scaletrain.config import PrecisionConfig
@@ -86,13 +88,76 @@ def test_progress_tells_speed_and_time_left(tmp_path, capsys):
     assert capsys.readouterr().err == line.format("45.6%") + line.format("n/a")
 
 
+class Failing:
+    """A file on a disk that is full until it is emptied."""
+
+    def __init__(self, file):
+        self.file, self.full = file, False
+
+    def write(self, data):
+        """Writes a part of it, as a disk that is about to be full does."""
+        if self.full:
+            raise OSError(28, "No space left on device")
+        return self.file.write(data[:20])
+
+    def flush(self):
+        """Writes nothing."""
+
+    def close(self):
+        """Closes the file."""
+        self.file.close()
+
+
+def scalars(workdir):
+    """Returns what TensorBoard's files say, by step and name."""
+    found = {}
+    for path in sorted(workdir.glob("events.out.tfevents.*")):
+        content = path.read_bytes()
+        while content:
+            (size,) = struct.unpack("<Q", content[:8])
+            event = Event.FromString(content[12 : 12 + size])
+            values = {v.tag: v.simple_value for v in event.summary.value}
+            found[event.step] = found.get(event.step, {}) | values
+            content = content[16 + size :]
+    return found
+
+
 def test_a_run_goes_on_without_tensorboard(tmp_path, monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(metrics, "SummaryWriter", refuse)
+    monkeypatch.setattr(metrics, "Board", refuse)
     recorder = metrics.Recorder(tmp_path, small.RUN, 0)
     recorder.write({"step": 1, "loss": 2.0})
     recorder.close()
     assert "no TensorBoard events (Read-only file system)" in capsys.readouterr().err
     assert '"loss": 2.0' in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_disk_that_fails_in_the_middle_is_told_of_once(tmp_path, capsys):
+    recorder = metrics.Recorder(tmp_path, small.RUN, 0)
+    recorder._board._file = Failing(recorder._board._file)
+    lines = recorder._file = Failing(recorder._file)
+    for step in range(1, 101):
+        lines.full = recorder._board._file.full = 3 < step < 90
+        recorder.write({"step": step, "loss": 0.5 * step, "name": "no scalar"})
+        if recorder._board is None:
+            break
+    for later in range(step + 1, 101):
+        lines.full = later < 90
+        recorder.write({"step": later, "loss": 0.5 * later, "name": "no scalar"})
+    recorder.close()
+    said = capsys.readouterr().err
+    assert said.count("no TensorBoard events (No space left on device)") == 1
+    assert said.count("metrics.jsonl; No space left on device; make room") == 1
+    found = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [r["loss"] for r in found] == [0.5 * step for step in range(1, 101)]
+
+
+def test_tensorboard_reads_what_is_written(tmp_path):
+    for start in (0, 2):  # within a second
+        recorder = metrics.Recorder(tmp_path, small.RUN, start)
+        recorder.write({"step": start + 1, "loss": 1.5, "mfu": None, "name": "x"})
+        recorder.close()
+    found = scalars(tmp_path)
+    assert (found[1], found[3]) == ({"loss": 1.5}, {"loss": 1.5})

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import checkpoint, data, evaluate, rollbacks, step, train, writer
+from scaletrain import checkpoint, data, evaluate, rollbacks, train, writer
 from scaletrain.config import MeshConfig
 from scaletrain.data.sequences import RandomSequences
 from scaletrain.errors import DivergedError
@@ -60,24 +60,13 @@ class Poisoned:
 @pytest.fixture(scope="module")
 def taken():
     """The step of all runs here, compiled once, and where they begin."""
-    found = small.Taken(RUN)
-    found.start = jax.device_get(found.state)
-    return found
+    return small.Taken(RUN)
 
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch, taken):
     """Runs see four devices and poisoned sequences, and evaluate nothing."""
-
-    def initial(program):
-        layout = jax.tree.map(lambda leaf: leaf.sharding, program.state)
-        return jax.device_put(taken.start, layout)
-
-    monkeypatch.setattr(jax, "device_count", lambda: 4)
-    monkeypatch.setattr(train.mesh, "build", lambda settings: taken.mesh)
-    monkeypatch.setattr(step, "build", lambda *args: taken.program)
-    monkeypatch.setattr(train, "initial", initial)
-    monkeypatch.setattr(step, "compiled", lambda program: taken.execute)
+    taken.stand_in(monkeypatch)
     monkeypatch.setattr(evaluate, "evaluate", lambda *args: {})
     whole = data.sequences
     monkeypatch.setattr(data, "sequences", lambda *args: Poisoned(whole(*args)))

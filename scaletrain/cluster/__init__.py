@@ -11,6 +11,7 @@ of it is done.
 import argparse
 import ctypes
 import hashlib
+import itertools
 import os
 import pathlib
 import signal
@@ -27,11 +28,14 @@ from scaletrain.cluster.place import ask_metadata, find
 from scaletrain.errors import ConfigError
 
 __all__ = [
-    "agree", "code_version", "first", "gather", "join", "lead", "leave", "turn", "wait",
+    "agree", "code_version", "first", "gather", "join", "lead", "leave",
+    "stopped_since", "turn", "wait",
 ]  # fmt: skip
 
 _JOIN_S = 300.0  # for all to come
 _peers: Peers | None = None
+_asked = itertools.count(1)  # whether to stop
+_stopped_since: float | None = None
 
 
 def join(args: argparse.Namespace) -> None:
@@ -114,6 +118,24 @@ def agree(facts: Mapping[str, object]) -> None:
     """
     if _peers is not None:
         _peers.agree(facts)
+
+
+def stopped_since() -> float | None:
+    """Returns when a process was asked to stop, on this one's monotonic clock.
+
+    All processes ask as often, and the first answer other than None comes to all of
+    them at the same time: then nobody is a step ahead.
+    """
+    global _stopped_since
+    if _peers is None:
+        return stops.since()
+    from jax.experimental import multihost_utils
+
+    if multihost_utils.reached_preemption_sync_point(next(_asked)):
+        now, since = time.monotonic(), stops.since()
+        ago = str(0.0 if since is None else now - since)
+        _stopped_since = now - max(map(float, _peers.gather("stopped", ago)))
+    return _stopped_since
 
 
 def leave(code: int) -> None:

@@ -5,6 +5,8 @@ every fifth of `heartbeat_s` and listens. Who has not been heard for that long, 
 whose link closes before a goodbye, is lost; then nobody can go on, since every
 collective waits for it. Each process says who it was and ends with the code that means
 "start me again", from the thread: its main thread may be inside a collective for good.
+Time in which the thread itself did not run, on a machine that was paused, is nobody's
+silence.
 """
 
 import collections
@@ -53,8 +55,9 @@ class Peers:
         self._counts = collections.Counter[str]()
         self._failed: tuple[float, str, int] | None = None  # when to end, why, code
         self._over = False
+        self._looked = time.monotonic()  # when the thread last ran
         for link in links:
-            link.heard = time.monotonic()
+            link.heard = self._looked
         threading.Thread(target=self._watch, name="peers", daemon=True).start()
 
     def gather(self, name: str, value: str) -> list[str]:
@@ -132,8 +135,7 @@ class Peers:
                     self._tell({})
                     next_beat = time.monotonic() + self._heartbeat_s / _BEATS
                 wait = self._until(next_beat) - time.monotonic()
-                # The second look is for what came while this process was stopped: that
-                # this thread is late makes nobody else silent.
+                # The second look is for what came while this process was stopped.
                 ready = selector.select(max(wait, 0.0)) or selector.select(0)
                 for key, _ in ready:
                     if not self._listen(key.fileobj):  # pyright: ignore
@@ -175,6 +177,11 @@ class Peers:
 
     def _judge(self) -> None:
         now = time.monotonic()
+        late_s = now - self._looked - self._heartbeat_s / _BEATS
+        self._looked = now
+        if late_s > 0:
+            for link in self._links:  # whose ends may have been paused as well
+                link.heard = min(now, link.heard + late_s)
         if self._failed:
             if now >= self._failed[0]:
                 self._stop(*self._failed[1:])
