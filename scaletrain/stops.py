@@ -107,8 +107,15 @@ def at_once() -> Iterator[None]:
     _requests.at_once = True
     try:
         yield
+    except Exception as err:
+        # A library may raise an error of its own around what the handler raised.
+        if _requests.since is None:
+            raise
+        raise _interrupted() from err
     finally:
         _requests.at_once = False
+    if _requests.since is not None:  # or it went on without a word
+        raise _interrupted()
 
 
 def _interrupted() -> Interrupted:

@@ -5,10 +5,14 @@ import importlib.util
 import json
 import math
 import os
+import pathlib
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +23,9 @@ import small
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from scaletrain import chips, config, mesh, metrics, sharding, step, train
-from scaletrain.config import MeshConfig
-from scaletrain.errors import ConfigError
+from scaletrain import chips, config, main, mesh, metrics, sharding, step, train
+from scaletrain.config import AxesConfig, MeshConfig
+from scaletrain.errors import ConfigError, PlanError
 from scaletrain.models import attention
 from scaletrain.plan import (
     command,
@@ -85,6 +89,7 @@ def test_slices_have_their_names(text, name, chips, devices):
     [
         ("v5p:4x4x5", "the nearest is v5p:4x4x4"),
         ("v5p:4x4", "the nearest is v5p:2x2x4"),
+        ("v5p:16x16", "the nearest is v5p:4x8x8"),
         ("v6e-100", "the nearest is v6e-"),
         ("v9:2x2", "unknown; write GENERATION:SHAPE"),
         ("h100:12", "hosts of 8, as h100:16"),
@@ -105,6 +110,18 @@ def test_rings_are_told_to_the_compiler():
         (True,) * 3, (False,) * 3, (True, True, False), (False, True, False),
         (False,) * 3,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", slices.GPUS)
+def test_of_a_gpu_counts_what_a_run_may_allocate(name, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["scaletrain", "--version"])
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    with pytest.raises(SystemExit):
+        main.main()
+    share = float(os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION"))
+    sold = {"a100": 80, "h100": 80, "h200": 141, "b200": 180}[name] * 1e9
+    whole = slices.parse(f"{name}:1").hbm_bytes / share
+    assert sold <= whole <= 1.07 * sold  # 80 GB are somewhat more
 
 
 def test_a_bill_adds_up():
@@ -226,13 +243,36 @@ def test_names_of_asynchronous_operands_take_no_memory():
         "allocation 4: size 100, page 0, parameter 0, shape |f32[25]| at ShapeIndex:\n"
     )
     module = hlo.parse(HLO)
-    usage = memory.usage(report, assignment, module)
+    usage = memory.usage(report, assignment, module, {})
     assert (usage.total_bytes, usage.temporary_bytes) == (1100, 1000)
     known = {"parameters": 40, "optimizer": 50, "gradients": 40}
     assert memory.by_class(usage, known) == {
         "parameters": 40, "optimizer": 50, "gradients": 40,
         "activations_and_temporaries": 960, "other": 10,
     }  # fmt: skip
+
+
+def test_a_buffer_of_no_origin_is_told_of_by_its_shape():
+    """As sums of gradients are; whole or as a device holds it."""
+    assignment = (
+        "allocation 3: size 300, preallocated-temp:\n"
+        " value: <1 fusion.7 @0> (size=200,offset=0): f32[16,8]{1,0}\n"
+        " value: <2 fusion.8 @0> (size=100,offset=200): f32[5]{0}\n"
+    )
+    shapes = {"16,8": "blocks/mlp/down/weight"}
+    usage = memory.usage("", assignment, hlo.parse(HLO), shapes)
+    assert usage.largest == [
+        (200, "f32[16,8] fusion.7, of the shape of blocks/mlp/down/weight"),
+        (100, "f32[5] fusion.8"),
+    ]
+    run = config.resolve(config.check(RUN), 4)
+    weights = step.build(run, mesh.build(run.mesh, jax.devices()[:4])).state.weights
+    shapes = worker.shapes(weights)
+    rows, model = run.model.vocab_size, run.model
+    assert "embedding" in shapes[f"{rows},{model.d_model}"]
+    assert "embedding" in shapes[f"{rows},{model.d_model // 4}"]
+    down = f"{model.num_layers},{model.d_ff},{model.d_model}"
+    assert "blocks/mlp/down/weight" in shapes[down]
 
 
 _SLICED = """HloModule sliced, is_scheduled=true
@@ -375,11 +415,17 @@ def test_a_plan_holds_what_it_promises():
 
 
 def test_a_search_keeps_what_fits_first(monkeypatch, capsys):
-    monkeypatch.setattr(search.layouts, "__defaults__", (3,))
+    monkeypatch.setattr(search.layouts, "__defaults__", (2,))
     monkeypatch.setenv("JAX_OPTIMIZATION_LEVEL", "O0")  # machine code in a third
     request = command.Request((slices.parse("v5e:2x2"),), search=True, wanted=WANTED)
     found = command.run(RUN, request)
-    assert len(found["candidates"]) == 3
+    assert len(found["candidates"]) == 4
+    twins = [c for c in found["candidates"] if "model.layers" in c["overrides"]]
+    assert len(twins) == 2
+    for twin in twins:
+        scanned = {**twin["overrides"]}
+        assert scanned.pop("model.layers") == "unroll"
+        assert scanned in [c["overrides"] for c in found["candidates"]]
     seconds = [c["step_time_s"] for c in found["candidates"] if c["fits"]]
     assert seconds == sorted(seconds)
     assert all(each.keys() >= KEYS for each in found["candidates"])
@@ -387,7 +433,7 @@ def test_a_search_keeps_what_fits_first(monkeypatch, capsys):
     assert found["overrides"] == best
     assert found["source"] == "compiled"  # the best one, to machine code
     assert all(f"--config.{path}=" in found["command"] for path in best)
-    assert "3/3 layouts of v5e:2x2" in capsys.readouterr().err
+    assert "2/2 layouts of v5e:2x2" in capsys.readouterr().err
 
 
 def _said(seconds, peak_bytes=2**30):
@@ -419,6 +465,54 @@ def test_an_interrupted_search_keeps_what_is_known(monkeypatch, capsys):
     assert "stopped; this is what is known" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), PlanError("no room")])
+def test_a_search_outlives_the_whole_compilation(end, monkeypatch, capsys):
+    """Of the best one, which takes minutes."""
+
+    def reports(runs, slice_, *, full=False):
+        if full:
+            raise end
+        for index in range(2):
+            yield index, _said(3.0 - index)
+
+    monkeypatch.setattr(search.layouts, "__defaults__", (2,))
+    monkeypatch.setattr(search, "unrolled", lambda run, found: [])
+    monkeypatch.setattr(compiler, "compile_all", reports)
+    request = command.Request((slices.parse("v5e:2x2"),), search=True, wanted=WANTED)
+    found = command.run(RUN, request)
+    assert [each["step_time_s"] for each in found["candidates"]] == [2.0, 3.0]
+    assert found["source"] == "compiled to buffers"
+    assert ("stopped" if not str(end) else "no room") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("searched", [True, False])
+def test_interrupted_comparisons_keep_what_is_known(searched, monkeypatch):
+    """The slices that are done, and of a search also the one under way."""
+    names = ("v5e:2x2", "v6e:2x2", "v5p:2x2x1")
+
+    def reports(runs, slice_, *, full=False):
+        yield 0, _said(2.0)
+        if slice_.name == names[1]:
+            raise KeyboardInterrupt
+
+    def compile_(run, slice_, *, full=False):
+        if slice_.name == names[1]:
+            raise KeyboardInterrupt
+        return _said(2.0)
+
+    monkeypatch.setattr(search.layouts, "__defaults__", (1,))
+    monkeypatch.setattr(search, "unrolled", lambda run, found: [])
+    monkeypatch.setattr(compiler, "compile_all", reports)
+    monkeypatch.setattr(compiler, "compile", compile_)
+    request = command.Request(
+        tuple(map(slices.parse, names)), search=searched, wanted=WANTED
+    )
+    known = names[: 1 + searched]
+    found = command.run(RUN, request)
+    told = [each["topology"] for each in found.get("slices", [found])]
+    assert sorted(told) == sorted(known)
+
+
 def test_an_interrupt_ends_the_compilers(tmp_path, monkeypatch):
     """Whoever stops asking for reports leaves no process and no file behind."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -442,19 +536,94 @@ def test_an_interrupt_ends_the_compilers(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_plan_leaves_nothing_behind(tmp_path, number):
+    """Neither the compiler's process nor its folder, which has the compiler's logs."""
+    planner = subprocess.Popen(
+        [
+            sys.executable, "-m", "scaletrain.main", "plan", "--topology=v5e:2x2",
+            "--config=experiments/gpt2_124m.py",
+        ],
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+
+    def until(done):
+        deadline = time.monotonic() + 60
+        while not done():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    until(lambda: list(tmp_path.glob("scaletrain-plan-*/tpu_driver*")))
+    [line] = subprocess.run(
+        ["ps", "-ww", "--ppid", str(planner.pid), "-o", "pid="],
+        capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    worker = pathlib.Path("/proc", line.strip())
+    planner.send_signal(number)
+    assert planner.wait() == -number
+    until(lambda: not list(tmp_path.iterdir()))
+    until(lambda: not worker.exists())
+
+
+def test_a_full_disk_is_told_of(tmp_path, monkeypatch):
+    """The compiler writes on as if nothing were; at the start, and under way."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    run, slice_ = config.resolve(RUN, 4), slices.parse("v5e:2x2")
+    usage, sizes = shutil.disk_usage(tmp_path), [1000, 2**40, 1000]
+
+    def left(folder):
+        return usage._replace(free=sizes.pop(0))
+
+    monkeypatch.setattr(compiler.shutil, "disk_usage", left)
+    for still in (2, 0):
+        with pytest.raises(PlanError, match=f"{tmp_path} has 1,000 bytes left; set"):
+            compiler.compile(run, slice_)
+        assert len(sizes) == still
+        assert not list(tmp_path.iterdir())
+
+
 def test_layouts_cut_sequences_where_attention_can():
     """Of every mesh that the settings admit; kernels take whole sequences."""
     slice_ = slices.parse("v5e:2x4")
     run = small.changed(RUN, seq_len=8192, model__attention="xla", batch_size=1)
     found = search.layouts(run, slice_, 24)
     assert all(each["mesh.context"] > 1 for each in found[:1])
-    assert {"scan", "unroll"} == {each["model.layers"] for each in found}
+    assert {each["model.layers"] for each in found} == {"scan"}
     for each in found:
         search.applied(run, each, slice_)
     kernel = small.changed(run, model__attention="splash", batch_size=8)
     found = search.layouts(kernel, slice_, 24)
     assert found
     assert {each["mesh.context"] for each in found} == {1}
+
+
+def test_a_search_replaces_what_crosses_slices():
+    """Whatever the settings had for another number of slices."""
+    run = small.changed(RUN, mesh=MeshConfig(fsdp=8, dcn=AxesConfig(fsdp=2)))
+    found = search.layouts(run, slices.parse("v5e:2x2", 2))
+    assert found
+    assert {(o["mesh.dcn.data"], o["mesh.dcn.fsdp"]) for o in found} == {(2, 1)}
+
+
+def test_a_comparison_leaves_out_what_can_hold_nothing(monkeypatch, capsys):
+    """If it is not all there is."""
+
+    def layouts(run, slice_):
+        return [] if slice_.name == "v5e:1x1" else [{"mesh.fsdp": 4}]
+
+    monkeypatch.setattr(search, "layouts", layouts)
+    monkeypatch.setattr(search, "unrolled", lambda run, found: [])
+    monkeypatch.setattr(
+        compiler, "compile_all", lambda *_, full=False: iter([(0, _said(1.0))])
+    )
+    names = ("v5e:2x2", "v5e:1x1")
+    request = command.Request(
+        tuple(map(slices.parse, names)), search=True, wanted=WANTED
+    )
+    assert command.run(RUN, request)["topology"] == "v5e:2x2"
+    assert "v5e:1x1 is left out" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="no layout of v5e:1x1"):
+        command.run(RUN, command.Request(request.slices[1:], search=True))
 
 
 def test_slices_are_compared():
@@ -481,6 +650,13 @@ def test_slices_are_compared():
     [
         ("v5p:4x4x4", 1, "launch/tpu_vm.sh --topology=v5p:4x4x4 -- --config=x.py"),
         ("v5e:2x2", 2, "launch/tpu_vm.sh --topology=v5e:2x2 --num_slices=2 --"),
+        (
+            "tpu7x:4x4x4",
+            2,
+            "launch/gke/jobset.sh --topology=tpu7x:4x4x4"
+            " --num_slices=2 --image=IMAGE --claim=CLAIM -- --config=x.py",
+        ),
+        ("v5p:4x4x16", 1, "launch/gke/jobset.sh --topology=v5p:4x4x16 --image=IMAGE"),
         ("h100:8", 1, "scaletrain train --config=x.py --workdir=WORKDIR"),
         ("h100:32", 1, "sbatch --nodes=4 launch/slurm.sbatch --config=x.py"),
     ],

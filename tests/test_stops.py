@@ -158,3 +158,20 @@ def test_a_signal_ends_what_does_not_return_to_python(counts, code, words):
     assert words in said
     if counts == "second":
         assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("around", ["an error of its own", ""])
+def test_a_library_cannot_hide_a_stop(handlers, around):
+    """As Orbax does, which reads arrays side by side and raises what it makes of it."""
+
+    def library():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        except Interrupted as err:
+            if around:
+                raise RuntimeError(around) from err
+
+    stops.catch()
+    with pytest.raises(Interrupted), stops.at_once():
+        library()

@@ -64,29 +64,58 @@ def request(args: argparse.Namespace) -> Request:
 def run(run: RunConfig, request: Request) -> Record:
     """Returns the plan of `run`: of one slice, or the best of several.
 
+    An interrupt ends it with what is known; `interrupted` tells of that.
+
     Raises:
       ConfigError: a layout the slice cannot hold, or no compiler.
       PlanError: the compiler refused the step.
     """
     for slice_ in request.slices:
         compiler.knows(slice_)
-    if not request.search:
-        runs = [resolved(run, slice_) for slice_ in request.slices]
-        records = [
-            _planned(whole, slice_, request, _chosen(run, whole))
-            for whole, slice_ in zip(runs, request.slices, strict=True)
-        ]
-    else:
-        records = [_searched(run, slice_, request) for slice_ in request.slices]
+    records, interrupted = _each(run, request)
     if len(records) == 1:
-        return records[0]
-    return record.best_first(records)[0] | record.compared(records)
+        return records[0] | {"interrupted": interrupted}
+    best = record.best_first(records)[0]
+    return best | record.compared(records) | {"interrupted": interrupted}
+
+
+def _each(run: RunConfig, request: Request) -> tuple[list[Record], bool]:
+    """Returns the plans of the slices, and whether an interrupt left some out.
+
+    A slice among others that cannot be planned for is told of and left out.
+    """
+    runs = [run if request.search else resolved(run, s) for s in request.slices]
+    records: list[Record] = []
+    interrupted = False
+    for whole, slice_ in zip(runs, request.slices, strict=True):
+        try:
+            if request.search:
+                found, interrupted = _searched(run, slice_, request)
+            else:
+                chosen = _chosen(run, whole)
+                found, interrupted = _planned(whole, slice_, request, chosen)
+            records.append(found)
+        except (ConfigError, PlanError) as err:
+            if not records and slice_ is request.slices[-1]:
+                raise
+            print(f"plan: {slice_.name} is left out; {err}", file=sys.stderr)
+        except KeyboardInterrupt:
+            if not records:
+                raise
+            interrupted = True
+        if interrupted:
+            print("plan: stopped; this is what is known", file=sys.stderr)
+            break
+    return records, interrupted
 
 
 def _planned(
     run: RunConfig, slice_: Slice, request: Request, chosen: Overrides
-) -> Record:
-    """Returns the plan of resolved settings as they are, with remedies if need be."""
+) -> tuple[Record, bool]:
+    """Returns the plan of resolved settings as they are, with remedies if need be.
+
+    And whether an interrupt left some of those out.
+    """
     full, found = request.full, {}
     known = compiler.knows(slice_)
     for remat in _candidates(run):
@@ -94,14 +123,16 @@ def _planned(
         said = compiler.compile(run, slice_, full=full) if known else None
         found = record.of(run, slice_, said, {**chosen, **remat}, request.wanted)
         if found["fits"]:
-            return found
-    tried, _ = _compiled(run, slice_, search.remedies(run, slice_), request, chosen)
+            return found, False
+    tried, interrupted = _compiled(
+        run, slice_, search.remedies(run, slice_), request, chosen
+    )
     fitting = [each for each in tried if each["fits"]]
     found["remedies"] = record.best_first(fitting)[:_TRIED]
     if not fitting:
         nearest = sorted(tried, key=lambda each: each["hbm_peak_bytes"])
         found["tried"] = nearest[:_TRIED]
-    return found
+    return found, interrupted
 
 
 def _candidates(run: RunConfig) -> tuple[Overrides, ...]:
@@ -144,8 +175,11 @@ def _chosen(run: RunConfig, whole: RunConfig) -> Overrides:
     return {"mesh.dcn.data": after} if before != after and before != -1 else {}
 
 
-def _searched(run: RunConfig, slice_: Slice, request: Request) -> Record:
-    """Returns the best layout's plan, and those it was chosen from."""
+def _searched(run: RunConfig, slice_: Slice, request: Request) -> tuple[Record, bool]:
+    """Returns the best layout's plan with those it was chosen from.
+
+    And whether an interrupt left some of those out.
+    """
     layouts = search.layouts(run, slice_)
     if not layouts:
         raise ConfigError(
@@ -156,16 +190,33 @@ def _searched(run: RunConfig, slice_: Slice, request: Request) -> Record:
         )
     found, interrupted = _compiled(run, slice_, layouts, request)
     if not found:
+        if interrupted:
+            raise KeyboardInterrupt
         raise PlanError("no layout was compiled; there is nothing to propose.")
+    if not interrupted:
+        roomy = [
+            (each["overrides"], each["hbm_peak_bytes"] / slice_.hbm_bytes)
+            for each in record.best_first(found)
+            if each["fits"]
+        ]
+        twins, interrupted = _compiled(
+            run, slice_, search.unrolled(run, roomy), request
+        )
+        found += twins
     candidates = record.best_first(found)
     best = candidates[0]
     if best["fits"] and slice_.is_tpu and not interrupted:
         overrides = best["overrides"]
         whole = search.applied(run, overrides, slice_)
         print(f"plan: compiling the best of {len(found)} whole", file=sys.stderr)
-        said = compiler.compile(whole, slice_, full=True)
-        best = record.of(whole, slice_, said, overrides, request.wanted)
-    return best | {"candidates": candidates}
+        try:
+            said = compiler.compile(whole, slice_, full=True)
+            best = record.of(whole, slice_, said, overrides, request.wanted)
+        except PlanError as err:
+            print(f"plan: {err}", file=sys.stderr)
+        except KeyboardInterrupt:
+            interrupted = True
+    return best | {"candidates": candidates}, interrupted
 
 
 def _compiled(
@@ -176,6 +227,8 @@ def _compiled(
     chosen: Overrides | None = None,
 ) -> tuple[list[Record], bool]:
     """Returns the plans of `layouts`, and whether an interrupt left some out."""
+    if not layouts:
+        return [], False
     runs = [search.applied(run, overrides, slice_) for overrides in layouts]
     found: list[Record] = []
     progress = Progress(f"layouts of {slice_.name}", len(runs))
@@ -191,9 +244,6 @@ def _compiled(
                     )
                 progress.advance()
     except KeyboardInterrupt:
-        if not found:
-            raise
-        progress.tell("stopped; this is what is known")
         return found, True
     finally:
         progress.end()

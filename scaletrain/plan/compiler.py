@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from scaletrain.plan.slices import Slice
 
 _TIMEOUT_S = 1800
 _POLL_S = 0.02
+_LEAST_ROOM = 2**20  # bytes on the disk; the compiler does not tell of a full one
 # The environment of a TPU's compiler on a machine that has none.
 WITHOUT_TPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second process dies on a lock file
@@ -116,12 +118,17 @@ class _Compilation:
 
     def __init__(self, run: RunConfig, slice_: Slice, full: bool):
         self._run, self._slice, self._full = run, slice_, full
-        self._temporary = tempfile.TemporaryDirectory(
-            prefix="scaletrain-plan-", ignore_cleanup_errors=True
-        )
+        try:
+            _check_room(pathlib.Path(tempfile.gettempdir()))
+            self._temporary = tempfile.TemporaryDirectory(
+                prefix="scaletrain-plan-", ignore_cleanup_errors=True
+            )
+        except OSError as err:
+            raise _no_room(str(err)) from err
         self._folder = pathlib.Path(self._temporary.name)
         self._began = time.monotonic()
         request = {
+            "planner": os.getpid(),
             "config": config.to_json(run),
             "topology": slice_.topology,
             "platform": slice_.platform,
@@ -132,7 +139,11 @@ class _Compilation:
         # Set before the process begins: some are read as soon as jax is imported.
         dump = f"--xla_dump_to={self._folder} --xla_dump_hlo_as_text"
         environment = os.environ | WITHOUT_TPU
-        environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": dump}
+        environment |= {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": dump,
+            "TMPDIR": str(self._folder),  # of libtpu's logs, which nothing disables
+        }
         with (self._folder / "stderr").open("wb") as stderr:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "scaletrain.plan.worker", str(self._folder)],
@@ -149,10 +160,16 @@ class _Compilation:
         self._temporary.cleanup()
 
     def ended(self) -> bool:
-        """Whether there is a report to read."""
+        """Whether there is a report to read.
+
+        Raises:
+          PlanError: there is no room left to write one.
+        """
         if time.monotonic() - self._began > _TIMEOUT_S:
             self._process.kill()
-        return self._process.poll() is not None
+        ended = self._process.poll() is not None
+        _check_room(self._folder.parent)
+        return ended
 
     def report(self) -> Report | PlanError:
         """Returns what the ended compiler says, or that it refused the step."""
@@ -171,6 +188,19 @@ class _Compilation:
         return _report(self._folder, said, self._run, self._slice, full=self._full)
 
 
+def _check_room(folder: pathlib.Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < _LEAST_ROOM:
+        raise _no_room(f"{folder} has {free:,} bytes left")
+
+
+def _no_room(why: str) -> PlanError:
+    return PlanError(
+        f"TMPDIR; {why}; set it to a folder with room for what the compiler writes, "
+        "a few hundred MB."
+    )
+
+
 def _report(
     folder: pathlib.Path,
     answer: dict[str, Any],
@@ -185,7 +215,10 @@ def _report(
 
     module = hlo.parse(dumped(""))
     usage = memory.usage(
-        dumped("-memory-usage-report"), dumped("-buffer-assignment"), module
+        dumped("-memory-usage-report"),
+        dumped("-buffer-assignment"),
+        module,
+        answer["shapes"],
     )
     return Report(
         parameters=answer["parameters"],

@@ -28,7 +28,11 @@ def _starter(slice_: Slice) -> list[str]:
     """Returns what starts a process on each of the slice's hosts."""
     if slice_.is_tpu:
         slices = [f"--num_slices={slice_.num_slices}"] * (slice_.num_slices > 1)
-        return ["launch/tpu_vm.sh", f"--topology={slice_.name}", *slices, "--"]
+        words = [f"--topology={slice_.name}", *slices]
+        if slice_.on_vms:
+            return ["launch/tpu_vm.sh", *words, "--"]
+        pods = ["--image=IMAGE", "--claim=CLAIM"]
+        return ["launch/gke/jobset.sh", *words, *pods, "--"]
     if slice_.hosts > 1:
         return ["sbatch", f"--nodes={slice_.hosts}", "launch/slurm.sbatch"]
     return ["scaletrain", "train"]

@@ -32,8 +32,14 @@ class Usage:
     largest: list[tuple[int, str]]  # (bytes, shape and origin), of what is temporary
 
 
-def usage(report: str, assignment: str, module: Module) -> Usage:
-    """Returns what the dumped report and buffer assignment of a step say."""
+def usage(
+    report: str, assignment: str, module: Module, shapes: dict[str, str]
+) -> Usage:
+    """Returns what the dumped report and buffer assignment of a step say.
+
+    Args:
+      shapes: the weights of a shape, for a value whose origin is not known.
+    """
     totals = {
         int(color): int(size)
         for color, size in re.findall(
@@ -46,11 +52,13 @@ def usage(report: str, assignment: str, module: Module) -> Usage:
         total_bytes=totals.get(0, 0) - names,
         temporary_bytes=sum(map(int, _TEMPORARY.findall(assignment))),
         host_bytes=totals.get(5, 0),
-        largest=_largest(assignment, module),
+        largest=_largest(assignment, module, shapes),
     )
 
 
-def _largest(assignment: str, module: Module) -> list[tuple[int, str]]:
+def _largest(
+    assignment: str, module: Module, shapes: dict[str, str]
+) -> list[tuple[int, str]]:
     """Returns the largest temporary values, one for each place in memory."""
     names = {
         each.name: each.op_name
@@ -66,8 +74,12 @@ def _largest(assignment: str, module: Module) -> list[tuple[int, str]]:
             name, size, offset, shape = value.groups()
             where = _PLUMBING.sub("", names.get(name, "")).replace("\\'", "'") or name
             size = int(size)
+            shape = shape.split("{")[0]
+            dims = shape.partition("[")[2].rstrip("]")
+            if "/" not in where and dims in shapes:
+                where = f"{where}, of the shape of {shapes[dims]}"
             if size > found.get(int(offset), (0, ""))[0]:
-                found[int(offset)] = size, f"{shape.split('{')[0]} {where}"
+                found[int(offset)] = size, f"{shape} {where}"
     return sorted(found.values(), reverse=True)
 
 

@@ -5,19 +5,20 @@ rules, what cannot fit or cannot be fast by `estimate`.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from scaletrain import config
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError
+from scaletrain.mesh import AXES
 from scaletrain.plan.estimate import estimate, factors
 from scaletrain.plan.slices import Slice
 
-MOST = 24  # layouts that are compiled
+MOST = 22  # layouts that are compiled, with scanned layers
 _LARGEST = 8  # parts of a tensor or context axis; more has not paid in a public recipe
 _SLACK = 1.1  # estimates above this share of the memory are not compiled
-_TWINS = 2  # layouts that are also tried with their layers unrolled,
+_TWINS = 2  # of those, the best, that are also tried with their layers unrolled,
 _ROOMY = 0.6  # if the scan needs no more than this share of the memory,
 _DEEPEST = 48  # and if there are so few: each takes the compiler half a second
 # What a backward pass finds saved: (model.remat, model.remat_save).
@@ -43,12 +44,22 @@ def layouts(run: RunConfig, slice_: Slice, most: int = MOST) -> list[Overrides]:
         if guess.peak_bytes <= _SLACK * slice_.hbm_bytes:
             scored.append((guess.step_time_s, guess.peak_bytes, overrides))
     scored.sort(key=lambda entry: entry[:2])
-    twins = []
-    if run.model.num_layers <= _DEEPEST:
-        small = [o for _, size, o in scored if size <= _ROOMY * slice_.hbm_bytes]
-        twins = [each | {"model.layers": "unroll"} for each in _spread(small, _TWINS)]
-    ranked = [overrides for _, _, overrides in scored]
-    return _spread(ranked, most - len(twins)) + twins
+    return _spread([overrides for _, _, overrides in scored], most)
+
+
+def unrolled(
+    run: RunConfig, found: Iterable[tuple[Overrides, float]]
+) -> list[Overrides]:
+    """Returns layouts without a scan, worth compiling by what is known with it.
+
+    Args:
+      found: overrides of those that fit, best first, and what share of the memory
+        each takes.
+    """
+    if run.model.num_layers > _DEEPEST:
+        return []
+    small = [overrides for overrides, share in found if share <= _ROOMY]
+    return [each | {"model.layers": "unroll"} for each in small[:_TWINS]]
 
 
 def applied(run: RunConfig, overrides: Overrides, slice_: Slice) -> RunConfig:
@@ -85,6 +96,7 @@ def _all(run: RunConfig, slice_: Slice) -> Iterator[Overrides]:
                     "mesh.fsdp": fsdp,
                     "mesh.tensor": tensor,
                     "mesh.context": context,
+                    **{f"mesh.dcn.{axis}": 1 for axis in AXES},
                     "mesh.dcn.data": slice_.num_slices,
                     "accumulate_steps": parts,
                     "model.remat": policy[0],

@@ -35,6 +35,8 @@ class Chip:
     error_band: str = "not compared with a measured step"
 
 
+# Of the memory that CUDA tells of, what `main` lets a run allocate.
+_ALLOCATED = 0.92
 # What an H200 reached in a step of 1.1B; other GPUs are taken to be like it.
 _gpu = functools.partial(
     Chip,
@@ -67,10 +69,12 @@ CHIPS = {
         chips=0.5,
         error_band=_BAND.format("15%"),
     ),
-    "a100": _gpu(312e12, 80 * 10**9, 2.0e12, 300e9),
-    "h100": _gpu(989e12, 80 * 10**9, 3.35e12, 450e9),
-    "h200": _gpu(989e12, 141 * 10**9, 4.8e12, 450e9, error_band=_MEASURED),
-    "b200": _gpu(2250e12, 180 * 10**9, 8.0e12, 900e9),
+    "a100": _gpu(312e12, int(_ALLOCATED * 79.1 * _GIB), 2.0e12, 300e9),
+    "h100": _gpu(989e12, int(_ALLOCATED * 79.1 * _GIB), 3.35e12, 450e9),
+    "h200": _gpu(
+        989e12, int(_ALLOCATED * 139.8 * _GIB), 4.8e12, 450e9, error_band=_MEASURED
+    ),
+    "b200": _gpu(2250e12, int(_ALLOCATED * 178.3 * _GIB), 8.0e12, 900e9),
 }
 GPUS = ("a100", "h100", "h200", "b200")
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -157,6 +161,13 @@ class Slice:
         """The cloud's name of one slice, such as v5p-128; it implies the shape."""
         name = next(name for name, cloud in _CLOUD.items() if cloud is self.cloud)
         return f"{name}-{self.cloud.cores * math.prod(self.shape)}"
+
+    @property
+    def on_vms(self) -> bool:
+        """Whether it is to be had as Cloud TPU VMs; GKE has every slice."""
+        return bool(self.cloud.runtime) and (
+            parse(self.accelerator_type).shape == self.shape
+        )
 
     @property
     def kwargs(self) -> dict[str, Any]:
@@ -307,11 +318,12 @@ def _chips(shape: str) -> int:
 
 
 def _nearest(size: str, shapes: tuple[str, ...]) -> str:
-    """Returns the shape with the nearest number of chips, of the same rank at best."""
+    """Returns the shape with the nearest number of chips, the squarest of those."""
     asked = [int(word) for word in size.split("x") if word]
     count = math.prod(asked)
 
-    def distance(shape: str) -> tuple[float, str]:
-        return abs(math.log(max(count, 1) / _chips(shape))), shape
+    def distance(shape: str) -> tuple[float, int]:
+        dims = map(int, shape.split("x"))
+        return abs(math.log(max(count, 1) / _chips(shape))), sum(dims)
 
     return min(shapes, key=distance)

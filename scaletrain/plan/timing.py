@@ -3,8 +3,8 @@
 The scheduled program is walked in order. An operation takes the larger of its
 arithmetic and its memory traffic; a synchronous collective takes its time on the wire;
 an asynchronous one occupies its links from its start, and what is not over at its end
-is waited for. Nothing is measured: dispatch, input, checkpoints and host transfers are
-left out.
+is waited for, be it of another device or of the host's memory. Nothing is measured:
+dispatch, input and checkpoints are left out.
 """
 
 import collections

@@ -23,6 +23,8 @@ def main() -> None:
     """Answers the request in the folder named on the command line."""
     folder = pathlib.Path(sys.argv[1])
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    planner = request["planner"]
+    threading.Thread(target=_follow, args=(folder, planner), daemon=True).start()
     program, facts = described(request)
     if not request["full"]:
         watch = threading.Thread(target=_stop, args=(folder, facts), daemon=True)
@@ -70,8 +72,30 @@ def described(request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             "optimizer": sharding.nbytes(state.opt_state),
             "gradients": sharding.nbytes(state.params),
         },
+        "shapes": shapes(state.weights),
     }
     return program, facts
+
+
+def shapes(weights: Any) -> dict[str, str]:
+    """Returns which matrices have a shape, such as 2048,8192, whole or on a device."""
+    import jax
+
+    found: dict[str, set[str]] = {}
+    for path, leaf in jax.tree.leaves_with_path(weights):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for shape in (leaf.shape, leaf.sharding.shard_shape(leaf.shape)):
+            if len(shape) > 1:
+                found.setdefault(",".join(map(str, shape)), set()).add(name)
+    return {shape: " or ".join(sorted(names)) for shape, names in found.items()}
+
+
+def _follow(folder: pathlib.Path, planner: int) -> None:
+    """Removes the folder and ends the process once the planner is no more."""
+    while os.getppid() == planner:
+        time.sleep(0.5)
+    # In this process's place, so that the compiler writes nothing any more.
+    os.execlp("rm", "rm", "-rf", str(folder))
 
 
 def _stop(folder: pathlib.Path, facts: dict[str, Any]) -> None:
