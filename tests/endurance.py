@@ -156,11 +156,16 @@ class Attempt:
 
 
 def outcome(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    """Returns everything the last checkpoint holds by path, and every step's loss."""
+    """Returns what the last checkpoint holds by path, every loss and evaluation."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    records = [record for record in map(json.loads, lines) if "loss" in record]
+    told = list(map(json.loads, lines))
+    records = [record for record in told if "loss" in record]
+    # The last one is done anew by whoever finds no step left.
+    evaluated = {r["step"]: r["eval_loss"] for r in told if "eval_loss" in r}
     found = {"losses": np.array([record["loss"] for record in records])}
     found["hashes"] = np.array([record["batch_hash"] for record in records])
+    found["evaluated steps"] = np.array(list(evaluated))
+    found["evaluations"] = np.array(list(evaluated.values()))
     step = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
     found["last step"] = np.array(step)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
