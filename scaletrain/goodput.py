@@ -16,6 +16,7 @@ from typing import Any, Self
 import jax
 
 from scaletrain.phases import STEP, Phases
+from scaletrain.workdir import rewrite
 
 _EVERY_S = 2.0
 _BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")  # of Linux
@@ -82,9 +83,7 @@ class Account:
     def _write(self) -> None:
         with self._writing, contextlib.suppress(OSError):  # as with a lost one
             self._measure()
-            partial = self._path.with_suffix(".partial")
-            partial.write_text(json.dumps(self._attempts, indent=1), encoding="utf-8")
-            partial.replace(self._path)
+            rewrite(self._path, json.dumps(self._attempts, indent=1).encode())
 
     def total(self) -> dict[str, Any]:
         """Returns the seconds of the run by cause; productive is what is not lost."""

@@ -19,6 +19,7 @@ import jax
 from scaletrain.chips import BF16_PEAK_FLOPS
 from scaletrain.config import GATED, LINEARS, ModelConfig, RunConfig, adapted
 from scaletrain.tensorboard import Board
+from scaletrain.workdir import rewrite
 
 
 def say(line: str) -> None:
@@ -118,9 +119,7 @@ class Recorder:
             _step_of(line) == start_step and "eval_loss" in json.loads(line)
             for line in kept
         )
-        temporary = self._path.with_suffix(".partial")
-        temporary.write_bytes(b"".join(kept))
-        temporary.replace(self._path)
+        rewrite(self._path, b"".join(kept))
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one record; it must hold "step"."""

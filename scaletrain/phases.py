@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from scaletrain.workdir import rewrite
+
 STEP, WAIT = "step", "wait"  # too many of them to be told one by one
 _KEPT = 64  # durations of a phase that are remembered
 
@@ -86,8 +88,6 @@ class Phases:
         if self._status is None or changed in (STEP, WAIT):
             return
         status = {"phase": self.now()[0], "since": time.time(), "pid": os.getpid()}
-        partial = self._status.with_suffix(".partial")
         # Who looks at it can do without; a full disk is told of where it matters.
         with contextlib.suppress(OSError):
-            partial.write_text(json.dumps(status), encoding="utf-8")
-            partial.replace(self._status)
+            rewrite(self._status, json.dumps(status).encode())

@@ -80,7 +80,8 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
                 program, execute = remat.compiled(program, run)
         # 4. The loop, begun again where it goes back.
         while True:
-            recorder = metrics.Recorder(folder, run, start or 0)
+            with workdirs.writing(folder):
+                recorder = metrics.Recorder(folder, run, start or 0)
             with contextlib.closing(recorder):
                 loop = Loop(
                     program, execute, recorder, checkpoints, corpus, sequences, back,
@@ -117,9 +118,10 @@ def _agreed(
 def _leave_settings(folder: pathlib.Path, run: RunConfig, corpus: data.Corpus) -> None:
     """Writes what `eval` and `generate` need to know of the run."""
     if jax.process_index() == 0:
-        (folder / "config.json").write_text(config.to_json(run), encoding="utf-8")
-        if corpus.tokenizer is not None:
-            corpus.tokenizer.save(folder / "tokenizer")
+        with workdirs.writing(folder):
+            workdirs.rewrite(folder / "config.json", config.to_json(run).encode())
+            if corpus.tokenizer is not None:
+                corpus.tokenizer.save(folder / "tokenizer")
 
 
 def _as_begun(run: RunConfig, folder: pathlib.Path) -> RunConfig:

@@ -37,6 +37,29 @@ def prepare(workdir: str) -> pathlib.Path:
     return path
 
 
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """Tells of a disk that refuses what a run cannot begin without.
+
+    Raises:
+      CheckpointError: something inside could not be written.
+    """
+    try:
+        yield
+    except OSError as err:
+        raise CheckpointError(
+            f"--workdir={path}; {err.strerror}; make room, or give a folder on another "
+            "disk."
+        ) from err
+
+
+def rewrite(path: pathlib.Path, content: bytes) -> None:
+    """Gives a file new content: all of it or none, whenever the process is killed."""
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
 def check_room(setting: str, folder: pathlib.Path, nbytes: int) -> None:
     """Refuses to begin what would fill the disk that `folder` is or will be on.
 

@@ -19,7 +19,7 @@ import pytest
 import small
 import tensorstore
 
-from scaletrain import config, manifest, workdir
+from scaletrain import config, manifest, train, workdir
 from scaletrain.checkpoint import Checkpoints
 from scaletrain.errors import CheckpointError
 from scaletrain.manifest import Manifest
@@ -245,6 +245,17 @@ def test_a_full_disk_is_told_of_and_may_be_emptied(tmp_path, told):
         some.save(4, state(4), "text", [], needed=True)
         assert some.latest() == 4
         assert [p.name for p in (disk / "checkpoints").iterdir()] == ["4"]
+
+
+def test_a_disk_that_is_full_from_the_start_is_told_of(tmp_path):
+    run = small.changed(small.RUN, mesh__data=8)
+    with mounted(tmp_path / "disk", "1m") as disk:
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", 0) as filler:
+            while filler.write(bytes(4096)):
+                pass
+        with pytest.raises(CheckpointError, match="No space left on device; make room"):
+            train.run(run, str(disk))
+        assert not (disk / "config.json").exists()
 
 
 def save_again(checkpoints):
