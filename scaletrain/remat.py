@@ -15,12 +15,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from scaletrain import step
+from scaletrain.chips import does_not_fit
 from scaletrain.config import REMAT_NAMES, RunConfig
 from scaletrain.errors import ConfigError
 from scaletrain.metrics import say
 from scaletrain.step import Program
 
-OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # what XLA says of what does not fit
 _KEPT = (  # of a layer for the backward pass, from all to nothing
     ("none", ()),
     ("save", REMAT_NAMES),
@@ -92,7 +92,7 @@ def _compiled_if_possible(program: Program) -> Any:
     try:
         return step.compiled(program)
     except jax.errors.JaxRuntimeError as err:
-        if OUT_OF_MEMORY not in str(err):
+        if not does_not_fit(str(err)):
             raise
         return None
 

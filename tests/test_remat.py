@@ -6,7 +6,7 @@ import jax
 import pytest
 import small
 
-from scaletrain import config, mesh, remat, step
+from scaletrain import chips, config, mesh, remat, step
 from scaletrain.errors import ConfigError
 from scaletrain.plan import command, slices
 
@@ -28,7 +28,7 @@ def devices(monkeypatch):
                 for each in remat.CANDIDATES
             ]
             if len(asked) <= refused:
-                raise jax.errors.JaxRuntimeError(f"{remat.OUT_OF_MEMORY}: no room")
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room")
             size = NEEDS[len(asked) - 1] * 10**9
             return types.SimpleNamespace(
                 memory_analysis=lambda: types.SimpleNamespace(
@@ -103,6 +103,17 @@ def test_plan_tries_the_same(monkeypatch):
     monkeypatch.setattr(command.record, "of", of)
     slice_ = slices.parse("h100:1", 1)
     request = command.Request(slices=(slice_,))
-    found = command._planned(RUN, slice_, request, {"seed": 1})
+    found, interrupted = command._planned(RUN, slice_, request, {"seed": 1})
+    assert not interrupted
     assert found["overrides"] == {"seed": 1, **remat.CANDIDATES[2]}
     assert found["remat"] == "save"
+
+
+def test_a_kernels_own_memory_is_not_the_devices():
+    # the texts of libtpu and of jaxlib's allocator, each up to its sizes
+    refused = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in"
+    )
+    assert chips.does_not_fit(f"{refused} memory space hbm. Used 17.40G of 15.75G hbm.")
+    assert chips.does_not_fit("RESOURCE_EXHAUSTED: Out of memory while trying to")
+    assert not chips.does_not_fit(f"{refused} memory space vmem. Used 81.41M of 63.94M")

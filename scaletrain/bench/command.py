@@ -11,9 +11,9 @@ from scaletrain import config, mesh, metrics, step, workdir
 from scaletrain.bench import profile, roofline, timing
 from scaletrain.bench.sweep import Sweep
 from scaletrain.bench.timing import Timed
+from scaletrain.chips import does_not_fit
 from scaletrain.config import RunConfig
 from scaletrain.errors import BenchError, ConfigError
-from scaletrain.remat import OUT_OF_MEMORY
 from scaletrain.step import Program
 
 
@@ -65,7 +65,7 @@ def run(run: RunConfig, request: Request) -> dict[str, Any]:
     try:
         program, timed, traced = _timed(run, request)
     except jax.errors.JaxRuntimeError as err:
-        if OUT_OF_MEMORY not in str(err):
+        if not does_not_fit(str(err)):
             raise
         raise _too_large(run) from err
     metrics.say(f"step {timed.step_time_s:.4f} s; measuring what the hardware can do")

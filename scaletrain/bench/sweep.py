@@ -13,11 +13,11 @@ import jax
 
 from scaletrain import config, metrics
 from scaletrain.bench.timing import Timed
-from scaletrain.chips import LOW_PRECISION
+from scaletrain.chips import LOW_PRECISION, does_not_fit
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError
 from scaletrain.plan import search
-from scaletrain.remat import CANDIDATES, OUT_OF_MEMORY
+from scaletrain.remat import CANDIDATES
 
 Overrides = dict[str, Any]
 _BATCHES = (0.5, 1, 1.5, 2)
@@ -112,7 +112,7 @@ class Sweep:
             timed = self._measure(run)
         except jax.errors.JaxRuntimeError as err:
             said = str(err).strip().splitlines()[0]
-            problem = "does not fit" if OUT_OF_MEMORY in said else f"fails: {said}"
+            problem = "does not fit" if does_not_fit(said) else f"fails: {said}"
         speed = 0.0
         if timed:
             speed = run.batch_size * run.seq_len / timed.step_time_s / self._num_devices

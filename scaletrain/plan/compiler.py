@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from scaletrain import config
+from scaletrain.chips import does_not_fit
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError, PlanError
 from scaletrain.mesh import AXES
@@ -183,7 +184,7 @@ class _Compilation:
             return PlanError(f"the compiler's process ended without an answer: {last}")
         said = json.loads(answer.read_text("utf-8"))
         error = said.get("error", "")
-        if error and "RESOURCE_EXHAUSTED" not in error:
+        if error and not does_not_fit(error):
             return PlanError(f"the compiler refused the step: {error.splitlines()[0]}")
         return _report(self._folder, said, self._run, self._slice, full=self._full)
 
