@@ -18,7 +18,7 @@ quickstart: .venv/installed
 	@echo "  $(BIN)/scaletrain train --config=experiments/quickstart.py --workdir=$(WORKDIR) --config.num_steps=1000"
 
 test: .venv/dev
-	$(BIN)/pytest -q -n 2 --dist=loadfile
+	$(BIN)/pytest -q -n 2 --dist=worksteal
 
 check: .venv/dev
 	$(BIN)/ruff format --check .

@@ -90,15 +90,18 @@ class Taken:
         self.run = config.resolve(run, devices)
         self.mesh = mesh.build(self.run.mesh, jax.devices()[:devices])
         self.program = step.build(self.run, self.mesh)
-        layout = jax.tree.map(lambda leaf: leaf.sharding, self.program.state)
-        make = functools.partial(step.initial_state, self.run, self.program.tx)
         with jax.set_mesh(self.mesh):
-            self.initial = jax.jit(make, out_shardings=layout)
-            self.state = self.initial()
             lowered = step.jitted(self.program).lower(
                 self.program.state, self.program.batch
             )
             self.execute = lowered.compile()
+        self.state = self.initial()
+
+    def initial(self):
+        """Returns the state of the seed; made on one device it is compiled once."""
+        make = functools.partial(step.initial_state, self.run, self.program.tx)
+        layout = jax.tree.map(lambda leaf: leaf.sharding, self.program.state)
+        return jax.device_put(jax.jit(make)(), layout)
 
     def stand_in(self, monkeypatch):
         """Makes runs see these devices, start where this did and take this step."""

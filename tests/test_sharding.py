@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import mesh, sharding
+from scaletrain import mesh, sharding, train
 from scaletrain.config import MeshConfig
 from scaletrain.errors import ShardingError
 
@@ -31,6 +31,17 @@ def test_a_dim_that_does_not_divide_is_refused():
         sharding.named(grid, "w", (6, 8), ("ff", "embed"))
     with pytest.raises(ShardingError, match="1 logical axes .* for 2 dims"):
         sharding.named(grid, "w", (6, 8), ("ff",))
+
+
+def test_the_state_of_a_seed_is_the_same_on_every_mesh():
+    whole = small.Taken(small.RUN).state
+    cut = small.Taken(
+        small.changed(small.RUN, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    ).program
+    with jax.set_mesh(cut.mesh):
+        state = train.initial(cut)
+    assert len(state.params["embedding"].sharding.device_set) == 8
+    jax.tree.map(np.testing.assert_array_equal, whole, state)
 
 
 def test_constrain_pins_the_layout():

@@ -28,6 +28,10 @@ CUTS = {
     "accumulate": {"accumulate_steps": 4},
     "multi_steps": {"accumulate_steps": 4, "optim__accumulate": "multi_steps"},
     "accumulate fsdp4": {"accumulate_steps": 4, "mesh": MeshConfig(fsdp=4)},
+    "accumulate data2 fsdp2 tensor2": {
+        "accumulate_steps": 4,
+        "mesh": MeshConfig(data=2, fsdp=2, tensor=2),
+    },
     "multi_steps fsdp4": {
         "accumulate_steps": 4,
         "optim__accumulate": "multi_steps",
