@@ -209,7 +209,8 @@ class Loop:
                 self._saved = began
             if needed:
                 self.checkpoints.finish()
-        self.recorder.write({"step": now, "save_stall_s": time.monotonic() - began})
+        stall = {"step": now, "save_stall_s": time.monotonic() - began}
+        self.recorder.write(stall | {"newest_saved": self.checkpoints.latest()})
 
     def _evaluate(self, now: int, state: TrainState) -> dict[str, Any]:
         """Returns the validation numbers; the time it takes is no step's."""

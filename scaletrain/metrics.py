@@ -188,6 +188,16 @@ class Recorder:
                 self._board.close()
 
 
+def newest_saved(workdir: pathlib.Path) -> int | None:
+    """Returns the newest step that a run here knew to be saved."""
+    path = workdir / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    records = [json.loads(line) for line in lines if _step_of(line) < math.inf]
+    return max(
+        (r["newest_saved"] for r in records if r.get("newest_saved")), default=None
+    )
+
+
 def _step_of(line: bytes) -> float:
     """Returns the step a record is of; one that is cut off is of none."""
     try:

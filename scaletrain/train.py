@@ -26,6 +26,7 @@ from scaletrain import (
 )
 from scaletrain import workdir as workdirs
 from scaletrain.config import RunConfig
+from scaletrain.errors import ConfigError
 from scaletrain.loop import Loop
 from scaletrain.metrics import say
 from scaletrain.phases import Phases
@@ -109,6 +110,15 @@ def _agreed(
         }
     )
     start = back.clear()
+    saved = metrics.newest_saved(checkpoints.folder.parent)
+    if start is None and saved is not None and not back.left_out:
+        raise ConfigError(
+            [
+                f"--workdir={checkpoints.folder.parent}; metrics.jsonl tells of step "
+                f"{saved} saved, and {checkpoints.folder.name}/ has no step; bring it "
+                "back (is it mounted?), or remove metrics.jsonl to begin anew."
+            ]
+        )
     if start is not None:
         for line in checkpoints.agree(start, corpus.fingerprint):
             say(f"changed since step {start}: {line}")

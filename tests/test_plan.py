@@ -144,6 +144,12 @@ def test_every_figure_says_where_it_is_from():
         assert figure.value > 0
         assert len(figure.source) > 20
     assert set(cost.RATES) == set(slices.CHIPS)
+    for name, words in (("v5p:4x4x4", "between slices"), ("h200:16", "between hosts")):
+        rates = slices.parse(name, 1 + name.startswith("v")).rates
+        assert words in [each[0] for each in rates]
+        for _, value, _, source in rates:
+            assert value > 0
+            assert len(source) > 15
     with pytest.raises(ConfigError, match=r"(?s)--region=mars.*--pue=0.5; below 1"):
         cost.check("mars", None, None, 0.5, None)
 
@@ -411,6 +417,22 @@ def test_what_does_not_fit_comes_with_what_would():
     words = report.in_words(found)
     assert "DOES NOT FIT" in words
     assert "Changes that make it fit" in words
+
+
+def test_remedies_go_from_one_change_to_all_of_them_at_once():
+    run = small.changed(
+        RUN, batch_size=16, mesh=MeshConfig(data=2, fsdp=2), model__remat="dots"
+    )
+    slice_ = slices.parse("v5e:2x2")
+    found = search.remedies(config.resolve(run, 4), slice_)
+    remat = {"model.remat": "full", "model.remat_save": ()}
+    assert found[0] == {"accumulate_steps": 2}
+    assert found[-1] == {
+        "accumulate_steps": 4, "mesh.data": 1, "mesh.fsdp": 4, **remat,
+    }  # fmt: skip
+    assert all(found.count(each) == 1 for each in found)
+    whole = small.changed(run, batch_size=4, model__remat="full")
+    assert search.remedies(config.resolve(whole, 4), slice_)[0] == found[3]
 
 
 def test_a_plan_holds_what_it_promises():
@@ -706,7 +728,7 @@ def test_offloaded_values_leave_the_chip(monkeypatch):
         RUN, model__remat="save", model__remat_offload=("residual", "attention")
     )
     run = config.resolve(config.check(run), 4)
-    monkeypatch.setattr(timing, "_HOST_BYTES_PER_S", 1e6)  # so slow that it is late
+    monkeypatch.setattr(timing, "HOST_BYTES_PER_S", 1e6)  # so slow that it is late
     said = compiler.compile(run, slices.parse("v5e:2x2"))
     assert said.host_bytes > 0
     assert said.step.by_class["host_offload"] > said.host_bytes / 1e6

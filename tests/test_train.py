@@ -17,7 +17,12 @@ import small
 
 from scaletrain import config, evaluate, train
 from scaletrain.config import DataConfig, MeshConfig
-from scaletrain.errors import CheckpointError, DivergedError, Interrupted
+from scaletrain.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    Interrupted,
+)
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 
@@ -99,6 +104,18 @@ def test_a_run_leaves_what_is_promised(straight, text_run):
     assert last["eval_bits_per_byte"] < 8
     assert last["eval_bits_per_byte_order0"] > last["eval_bits_per_byte_order1"]
     assert steps(straight, "loss")[30] < steps(straight, "loss")[1]
+
+
+def test_checkpoints_that_are_gone_are_no_reason_to_begin_anew(
+    straight, text_run, tmp_path
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight, workdir)
+    (workdir / "checkpoints").rename(tmp_path / "elsewhere")
+    before = (workdir / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="of step 30 saved.*is it mounted"):
+        train.run(text_run, str(workdir))
+    assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
 def command(run, workdir, tmp_path, devices=1):
@@ -260,6 +277,7 @@ def test_a_half_written_step_is_not_there(straight, text_run, tmp_path):
     train.run(run, str(tmp_path))
     folder = tmp_path / "checkpoints"
     (folder / "7").rename(folder / "9.orbax-checkpoint-tmp")
+    (tmp_path / "metrics.jsonl").unlink()  # it tells that the save ended
     train.run(run, str(tmp_path))
     assert [p.name for p in folder.iterdir()] == ["7"]
 

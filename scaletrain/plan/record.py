@@ -69,6 +69,7 @@ def of(
         "mfu": share * causal,
         "mfu_palm": share * palm,
         "error_band": slice_.error_band,
+        "rates": [list(row) for row in slice_.rates],
         "tokens": tokens,
         "hours": bill.hours,
         "chip_hours": bill.chip_hours,

@@ -1,6 +1,7 @@
 """A plan as a person reads it."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from scaletrain.plan import record, search
 from scaletrain.plan.record import Record
@@ -81,6 +82,7 @@ def _time(found: Record) -> Iterator[str]:
             f"{sums['count']:,} collectives, {sums['wire_s']:.3f} s on the wire, "
             f"{sums['exposed_s']:.3f} s exposed"
         )
+    yield from _sources(found["rates"])
 
 
 def _bill(found: Record) -> Iterator[str]:
@@ -92,8 +94,12 @@ def _bill(found: Record) -> Iterator[str]:
         + (f" (spot ${spot:,.0f})" if spot is not None else "")
         + f", {found['energy_kwh']:,.0f} kWh, {found['co2e_kg']:,.0f} kg CO2e"
     )
-    for name, value, unit, source in found["constants"]:
-        yield f"  {name:<24}{value:>10} {unit:<16} {source}"
+    yield from _sources(found["constants"])
+
+
+def _sources(rows: list[list[Any]]) -> Iterator[str]:
+    for name, value, unit, source in rows:
+        yield f"  {name:<24}{value:>10.5g} {unit:<16} {source}"
 
 
 _MARKS = "x does not fit, * none is better in time, memory and money at once"

@@ -136,24 +136,21 @@ def remedies(run: RunConfig, slice_: Slice) -> list[Overrides]:
     ways = run.mesh.data * run.mesh.fsdp * slice_.num_slices
     parts = [p for p in _parts(run, ways) if p > run.accumulate_steps]
     found += [{"accumulate_steps": p} for p in (*parts[:1], *parts[-1:])]
+    again: Overrides = {}
     if run.model.remat != "full":
-        found.append({"model.remat": "full", "model.remat_save": ()})
+        again = {"model.remat": "full", "model.remat_save": ()}
+    cut: Overrides = {}
     if run.mesh.data > 1:
-        whole = run.mesh.data * run.mesh.fsdp
-        found.append({"mesh.data": 1, "mesh.fsdp": whole})
+        cut = {"mesh.data": 1, "mesh.fsdp": run.mesh.data * run.mesh.fsdp}
+    found += [again, cut]
     for tensor in (2, 4, 8):
         if run.mesh.fsdp % tensor == 0 and tensor > run.mesh.tensor:
             rest = run.mesh.fsdp * run.mesh.tensor // tensor
             found.append({"mesh.fsdp": rest, "mesh.tensor": tensor})
-    if parts and run.model.remat != "full":
-        found.append(
-            {
-                "accumulate_steps": parts[-1],
-                "model.remat": "full",
-                "model.remat_save": (),
-            }
-        )
-    return [o for o in found if _possible(run, o, slice_)]
+    least = {"accumulate_steps": parts[-1]} if parts else {}
+    found += [least | again, least | again | cut]
+    once = [each for i, each in enumerate(found) if each and each not in found[:i]]
+    return [each for each in once if _possible(run, each, slice_)]
 
 
 def _possible(run: RunConfig, overrides: Overrides, slice_: Slice) -> bool:

@@ -16,7 +16,13 @@ from scaletrain.errors import ConfigError
 from scaletrain.plan import targets
 
 _GIB = 2**30
-_INFINIBAND_BYTES_PER_S = 50e9  # a GPU to another host, one way: 400 Gb/s
+# Of any generation, for want of better, and where each is from.
+DCN_BYTES_PER_S = 3.1e9  # a chip, between slices
+_DCN = "two 100 Gb/s adapters for the 8 chips of a v5e host (Google's page of v5e)"
+HOST_BYTES_PER_S = 64e9  # a chip, each way
+_HOST = "16 lanes of PCIe 5, an assumption"
+_INFINIBAND_BYTES_PER_S = 50e9  # a GPU to another host, one way
+_INFINIBAND = "400 Gb/s InfiniBand for each GPU, an assumption"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +40,14 @@ class Chip:
     memory_efficiency: float = 0.60  # of the bandwidth, likewise
     error_band: str = "not compared with a measured step"
 
+
+# Where a chip's own figures are from.
+_TPU_SHEET = "Google's page of the generation"
+_TPU_LINKS = "How to Scale Your Model (JAX), part 2; tpu7x as v5p"
+_GPU_SHEET = "NVIDIA's data sheet"
+_TPU_SHARES = "the compiler's counts of cycles"
+_TPU_SCHEDULE = "the kernel's schedule, as the compiler writes it"
+_GPU_SHARES = "what an H200 reached in a step of 1.1B, see docs/performance.md"
 
 # Of the memory that CUDA tells of, what `main` lets a run allocate.
 _ALLOCATED = 0.92
@@ -224,6 +238,30 @@ class Slice:
             spanned += 1
         links = max(1, spanned) * (2 if self._wrap()[0] else 1)
         return links * self.chip.link_bytes_per_s * self.chip.chips
+
+    @property
+    def rates(self) -> list[tuple[str, float, str, str]]:
+        """What predicted steps rest on: (name, value, unit, source)."""
+        chip, tpu = self.chip, self.is_tpu
+        sheet = _TPU_SHEET if tpu else _GPU_SHEET
+        shares = _TPU_SHARES if tpu else _GPU_SHARES
+        kernel = _TPU_SCHEDULE if tpu else _GPU_SHARES
+        found = [
+            ("bf16 peak", chip.peak_flops / 1e12, "TFLOP/s", sheet),
+            ("of it, matmuls", chip.matmul_efficiency, "", shares),
+            ("of it, attention", chip.attention_efficiency, "", kernel),
+            ("memory", chip.hbm_bytes_per_s / 1e9, "GB/s", sheet),
+            ("of it, element-wise", chip.memory_efficiency, "", shares),
+            ("host", HOST_BYTES_PER_S / 1e9, "GB/s", _HOST),
+        ]
+        link = _TPU_LINKS if tpu else sheet
+        found.append(("link, one way", chip.link_bytes_per_s / 1e9, "GB/s", link))
+        if self.num_slices > 1:
+            found.append(("between slices", DCN_BYTES_PER_S / 1e9, "GB/s", _DCN))
+        if not tpu and self.hosts > 1:
+            away = _INFINIBAND_BYTES_PER_S / 1e9
+            found.append(("between hosts", away, "GB/s", _INFINIBAND))
+        return found
 
     @property
     def error_band(self) -> str:

@@ -17,9 +17,8 @@ import numpy as np
 
 from scaletrain.plan import hlo
 from scaletrain.plan.hlo import COLLECTIVES, Computation, Instruction, Module
-from scaletrain.plan.slices import Slice
+from scaletrain.plan.slices import DCN_BYTES_PER_S, HOST_BYTES_PER_S, Slice
 
-_DCN_BYTES_PER_S = 3.1e9  # a chip, between slices
 _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id",
     "after-all", "iota", "broadcast", "async-update", "opt-barrier", "replica-id",
@@ -28,7 +27,6 @@ _FREE = (
 
 _RETILED = "output_to_operand_aliasing={{}: (0, {})}, calls=%copy_fusion"
 _HOST = 5  # the memory space of what is moved to the host
-_HOST_BYTES_PER_S = 64e9  # a chip, each way; an estimate: 16 lanes of PCIe 5
 # What lateness of a link counts as, if it is not between devices.
 _CLASS_OF = {
     "memory": "elementwise",
@@ -261,7 +259,7 @@ class _Walk:
         sums = self._clock.axes.setdefault(
             "dcn", {"bytes": 0.0, "wire_s": 0.0, "exposed_s": 0.0, "count": 0}
         )
-        seconds = size / (_DCN_BYTES_PER_S * self._chip.chips)
+        seconds = size / (DCN_BYTES_PER_S * self._chip.chips)
         sums["bytes"] += size
         sums["wire_s"] += seconds
         sums["count"] += 1
@@ -279,7 +277,7 @@ class _Walk:
         found = self._transfers(name) if name else []
         if name in self._module.computations and (way := self._host_way(name)):
             link, size = way
-            seconds = size / (_HOST_BYTES_PER_S * self._chip.chips)
+            seconds = size / (HOST_BYTES_PER_S * self._chip.chips)
             self._queue(each.name, link, seconds)
         for instruction in found:
             kind = instruction.opcode.removesuffix("-start")
