@@ -83,19 +83,21 @@ def text_batch(run):
 
 
 class Taken:
-    """A program ready to take steps on the first devices of this machine."""
+    """A program that takes steps on the first devices of this machine."""
 
     def __init__(self, run):
         devices = config.mesh_size(run.mesh)
         self.run = config.resolve(run, devices)
         self.mesh = mesh.build(self.run.mesh, jax.devices()[:devices])
         self.program = step.build(self.run, self.mesh)
-        with jax.set_mesh(self.mesh):
-            lowered = step.jitted(self.program).lower(
-                self.program.state, self.program.batch
-            )
-            self.execute = lowered.compile()
         self.state = self.initial()
+
+    @functools.cached_property
+    def execute(self):
+        """The compiled step; many a test needs none."""
+        program = self.program
+        with jax.set_mesh(self.mesh):
+            return step.jitted(program).lower(program.state, program.batch).compile()
 
     def initial(self):
         """Returns the state of the seed; made on one device it is compiled once."""

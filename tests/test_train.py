@@ -320,12 +320,12 @@ def test_multi_steps_reads_the_same_batches(straight, text_run, tmp_path):
     assert steps(tmp_path, "batch_hash") == {s: whole[s] for s in range(1, 5)}
 
 
-def test_eval_and_generate_read_what_a_run_left(straight, tmp_path):
+def test_eval_and_generate_read_what_a_run_left(straight, text_run, tmp_path):
     """From the workdir alone, on the mesh that is here, without writing to it."""
     before = sorted(str(p) for p in straight.rglob("*"))
 
     def ask(*args):
-        env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+        _, env = command(text_run, straight, tmp_path, devices=2)
         line = [sys.executable, "-m", "scaletrain.main", *args, f"--workdir={straight}"]
         return subprocess.run(
             [*line, "--json"], env=env, capture_output=True, text=True, check=False
