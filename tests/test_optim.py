@@ -111,7 +111,9 @@ def gradient(taken, batch):
     batch = jax.tree.map(jnp.asarray, batch)
 
     def mean(params):
-        objective, sums = step._objective(params, {}, {}, batch, program=taken.program)
+        objective, sums = step._objective(
+            params, {}, batch, frozen={}, program=taken.program
+        )
         return objective / sums.weight
 
     with jax.set_mesh(taken.program.mesh):
