@@ -825,6 +825,16 @@ def test_collectives_are_as_few_and_as_late_as_promised(name, monkeypatch):
         assert sharding.nbytes(leaf) * slice_.devices == leaf.size * 4
 
 
+@pytest.fixture
+def not_kept():
+    """Keeps executables out of the tests' cache: none of a TPU is read back here."""
+    least = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, least)
+    jax.config.update(least, 1e9)
+    yield
+    jax.config.update(least, before)
+
+
 def _devices(name):
     os.environ.update(compiler.WITHOUT_TPU)
     slice_ = slices.parse(name)
@@ -836,7 +846,7 @@ def _devices(name):
 @pytest.mark.parametrize(
     "name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
 )
-def test_the_attention_kernel_becomes_machine_code(name):
+def test_the_attention_kernel_becomes_machine_code(name, not_kept):
     """Forward and backward, with documents and a window, for every generation.
 
     In blocks of the size that the generation gets: fast memory holds them.
