@@ -18,7 +18,7 @@ from scaletrain.plan import targets
 _GIB = 2**30
 # Of any generation, for want of better, and where each is from.
 DCN_BYTES_PER_S = 3.1e9  # a chip, between slices
-_DCN = "two 100 Gb/s adapters for the 8 chips of a v5e host (Google's page of v5e)"
+_DCN = "two 100 Gb/s adapters for the 8 chips of a v5e host (Google's page of v6e)"
 HOST_BYTES_PER_S = 64e9  # a chip, each way
 _HOST = "16 lanes of PCIe 5, an assumption"
 _INFINIBAND_BYTES_PER_S = 50e9  # a GPU to another host, one way
