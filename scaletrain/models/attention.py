@@ -18,37 +18,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from scaletrain import sharding
 from scaletrain.chips import SPLASH_BLOCKS
+from scaletrain.models import cudnn
+from scaletrain.models.mask import visible
 
 SPLASH_BLOCK = 128  # sequences that the kernel takes are multiples of it
 # Gradients of queries that the TPU's kernel may keep until it adds them up: one for
 # each block of keys. Instead of more, a kernel of their own makes them, in 1.35 times
 # the cycles of a backward pass.
 SPLASH_COPIES = 8
-# Of a sequence, told to cuDNN by their places; its backward pass takes 0.5 GiB for each
-# at 8 x 4096 tokens and 32 heads of 64.
-CUDNN_DOCUMENTS = 8
-# What cuDNN's forward pass makes has this name where rematerialisation asks.
-CUDNN_FORWARD = "dot_product_attention_fwd"
-
-
-def visible(
-    q_segments_BT: Int[Array, "B T"],
-    kv_segments_BS: Int[Array, "B S"],
-    q_start: int | Int[Array, ""],
-    window: int | Int[Array, ""],
-) -> Bool[Array, "B T S"]:
-    """Returns which key/value slots each query may look at.
-
-    Args:
-      q_start: slot of the first query among the S slots; slots count from 0.
-      window: slots a query looks back on, itself included; 0 = all.
-    """
-    q_T1 = q_start + jnp.arange(q_segments_BT.shape[1])[:, None]
-    kv_1S = jnp.arange(kv_segments_BS.shape[1])[None, :]
-    mask_TS = kv_1S <= q_T1
-    if not isinstance(window, int) or window:
-        mask_TS &= kv_1S > q_T1 - window
-    return mask_TS[None] & (q_segments_BT[:, :, None] == kv_segments_BS[:, None, :])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +87,38 @@ def _splash(
     """
     assert isinstance(q_start, int), "queries are the keys: there is no cache"
 
-    def here(q_BTNH, k_BSKH, v_BSKH, segments_BT, window):
-        return _splash_here(q_BTNH, k_BSKH, v_BSKH, segments_BT, window, how, interpret)
+    def here(q_BTNH, k_BSKH, v_BSKH, segments_BT, local):
+        def attend(window):
+            return _splash_here(
+                q_BTNH, k_BSKH, v_BSKH, segments_BT, window, how, interpret
+            )
 
-    return _on_own_heads(here, q_BTNH, k_BSKH, v_BSKH, q_segments_BT, local, how)
+        if isinstance(local, bool):
+            return attend(how.window if local else 0)
+        return jax.lax.cond(local, lambda: attend(how.window), lambda: attend(0))
+
+    return _on_own_heads(here, q_BTNH, k_BSKH, v_BSKH, q_segments_BT, local)
+
+
+def _cudnn(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    q_segments_BT: Int[Array, "B T"],
+    kv_segments_BS: Int[Array, "B S"],
+    q_start: int | Int[Array, ""],
+    local: bool | Bool[Array, ""],
+    how: Scores,
+) -> Float[Array, "B T N H"]:
+    """The GPU's kernel, on each device's own sequences and heads."""
+    assert isinstance(q_start, int), "queries are the keys: there is no cache"
+
+    def here(q_BTNH, k_BTKH, v_BTKH, segments_BT, local):
+        T = q_BTNH.shape[1]
+        window = jnp.where(local, how.window or T, T)
+        return cudnn.attention(how.scale, q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
+
+    return _on_own_heads(here, q_BTNH, k_BSKH, v_BSKH, q_segments_BT, local)
 
 
 def _on_own_heads(
@@ -123,33 +128,23 @@ def _on_own_heads(
     v_BTKH: Float[Array, "B T K H"],
     segments_BT: Int[Array, "B T"],
     local: bool | Bool[Array, ""],
-    how: Scores,
 ) -> Float[Array, "B T N H"]:
-    """Runs `kernel` on each device's own sequences and heads, with the layer's window.
+    """Runs `kernel` on each device's own sequences and heads.
 
     The compiler cannot cut a kernel's call by itself.
     """
-
-    def here(q_BTNH, k_BTKH, v_BTKH, segments_BT, local):
-        def attend(window):
-            return kernel(q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
-
-        if isinstance(local, bool):
-            return attend(how.window if local else 0)
-        return jax.lax.cond(local, lambda: attend(how.window), lambda: attend(0))
-
+    arguments = (q_BTNH, k_BTKH, v_BTKH, segments_BT)
     if jax.sharding.get_abstract_mesh().empty:
-        return here(q_BTNH, k_BTKH, v_BTKH, segments_BT, local)
+        return kernel(*arguments, local)
     heads = sharding.spec("batch", "tokens", "heads", "head")
     kv_heads = sharding.spec("batch", "tokens", "kv_heads", "head")
     specs = (heads, kv_heads, kv_heads, sharding.spec("batch", "tokens"))
-    arguments = (q_BTNH, k_BTKH, v_BTKH, segments_BT)
     if isinstance(local, bool):
-        here = functools.partial(here, local=local)
+        kernel = functools.partial(kernel, local=local)
     else:
         specs, arguments = (*specs, jax.P()), (*arguments, local)
     # The kernel's outputs cannot be checked for what they vary over.
-    return jax.shard_map(here, in_specs=specs, out_specs=heads, check_vma=False)(
+    return jax.shard_map(kernel, in_specs=specs, out_specs=heads, check_vma=False)(
         *arguments
     )
 
@@ -206,99 +201,6 @@ def _splash_block() -> int:
     """Returns the side of the kernel's blocks on the mesh's devices, at most."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return SPLASH_BLOCKS.get(getattr(device, "device_kind", ""), 512)
-
-
-def _cudnn(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
-    q_segments_BT: Int[Array, "B T"],
-    kv_segments_BS: Int[Array, "B S"],
-    q_start: int | Int[Array, ""],
-    local: bool | Bool[Array, ""],
-    how: Scores,
-) -> Float[Array, "B T N H"]:
-    """The NVIDIA library's kernel; its softmax is in float32.
-
-    Documents of a sequence are told to it by their places, so that what lies between
-    two of them is not computed. That takes memory by the document: batches with a
-    sequence of more than `CUDNN_DOCUMENTS`, and layers with a window, take a mask
-    instead, in 1.7 times the time of one long document.
-    """
-    assert isinstance(q_start, int), "queries are the keys: there is no cache"
-
-    causal = functools.partial(
-        jax.nn.dot_product_attention,
-        is_causal=True,
-        scale=how.scale,
-        implementation="cudnn",
-    )
-
-    def here(q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
-        def packed(q_BTNH, k_BTKH, v_BTKH):
-            return _cudnn_packed(q_BTNH, k_BTKH, v_BTKH, segments_BT, how.scale)
-
-        # Computed again in the backward pass, so that its mask is not kept.
-        @jax.checkpoint
-        def masked(q_BTNH, k_BTKH, v_BTKH):
-            mask_BTT = visible(segments_BT, segments_BT, 0, window)
-            return causal(q_BTNH, k_BTKH, v_BTKH, mask=mask_BTT[:, None])
-
-        qkv = (q_BTNH, k_BTKH, v_BTKH)
-        if 0 < window < q_BTNH.shape[1]:
-            return masked(*qkv)
-        most = jnp.max(jnp.sum(_starts(segments_BT), axis=1))
-        which = (most > 1).astype(jnp.int32) + (most > CUDNN_DOCUMENTS)
-        few = packed if _takes_documents() else masked
-        return jax.lax.switch(which, (causal, few, masked), *qkv)
-
-    return _on_own_heads(here, q_BTNH, k_BSKH, v_BSKH, q_segments_BT, local, how)
-
-
-def _starts(segments_BT: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-    """Returns which tokens begin a document."""
-    return jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1] - 1) != 0
-
-
-def _takes_documents() -> bool:
-    """Whether the device's kernel takes several documents a sequence: from Hopper."""
-    capability = getattr(jax.local_devices()[0], "compute_capability", "0")
-    return float(capability) >= 9
-
-
-def _cudnn_packed(
-    q_BTNH: Float[Array, "B T N H"],
-    k_BTKH: Float[Array, "B T K H"],
-    v_BTKH: Float[Array, "B T K H"],
-    segments_BT: Int[Array, "B T"],
-    scale: float,
-) -> Float[Array, "B T N H"]:
-    """Returns attention inside each of at most CUDNN_DOCUMENTS runs of equal ids."""
-    # jax.nn has no argument for documents.
-    from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-    T, M = segments_BT.shape[1], CUDNN_DOCUMENTS
-    find = functools.partial(jnp.nonzero, size=M + 1, fill_value=T)
-    starts_BM = jax.vmap(lambda row_T: find(row_T)[0])(_starts(segments_BT)).astype(
-        jnp.int32
-    )
-    lengths_BM = jnp.diff(starts_BM, axis=1)
-    # What is not there is -1; the end of the last document is no start.
-    lengths_BM = jnp.where(lengths_BM > 0, lengths_BM, -1)
-    starts_BM = jnp.where(starts_BM < T, starts_BM, -1)
-    out_BTNH = cudnn.dot_product_attention(
-        q_BTNH,
-        k_BTKH,
-        v_BTKH,
-        q_seqlen=lengths_BM,
-        kv_seqlen=lengths_BM,
-        q_offsets=starts_BM,
-        kv_offsets=starts_BM,
-        scale=scale,
-        mask_type=cudnn.MaskType.PADDING_CAUSAL,
-        qkv_layout="BTNH",
-    )
-    return cast(jax.Array, out_BTNH)
 
 
 IMPLEMENTATIONS = {

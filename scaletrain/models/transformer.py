@@ -17,7 +17,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from scaletrain.config import LoraConfig, ModelConfig, PrecisionConfig
-from scaletrain.models.attention import CUDNN_FORWARD
 from scaletrain.models.layers import (
     Attention,
     Linear,
@@ -126,17 +125,6 @@ def _stacked(make: Callable[[jax.Array], nnx.Module], keys: jax.Array) -> nnx.Mo
     return nnx.merge(graphdef, state)
 
 
-def _with_cudnn(policy: Callable) -> Callable:
-    """Returns `policy` that keeps what cuDNN's attention makes, which has no name."""
-
-    def keep(primitive: Any, *inputs: Any, **settings: Any) -> Any:
-        if primitive.name.startswith(CUDNN_FORWARD):
-            return True
-        return policy(primitive, *inputs, **settings)
-
-    return keep
-
-
 def _rematerialised(model: ModelConfig, function: Callable) -> Callable:
     """Returns `function` with what it keeps for the backward pass set by name."""
     policies = jax.checkpoint_policies
@@ -152,8 +140,6 @@ def _rematerialised(model: ModelConfig, function: Callable) -> Callable:
             offload_dst="pinned_host",
         ),
     }[model.remat]
-    if "attention" in model.remat_save:
-        policy = _with_cudnn(policy)
     # Inside a scan nothing can be merged across iterations; preventing it would only
     # put barriers in XLA's way.
     return jax.checkpoint(function, policy=policy, prevent_cse=model.layers == "unroll")
