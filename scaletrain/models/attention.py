@@ -138,8 +138,6 @@ def _on_own_heads(
             return attend(how.window if local else 0)
         return jax.lax.cond(local, lambda: attend(how.window), lambda: attend(0))
 
-    if jax.sharding.get_abstract_mesh().empty:
-        return here(q_BTNH, k_BTKH, v_BTKH, segments_BT, local)
     heads = sharding.spec("batch", "tokens", "heads", "head")
     kv_heads = sharding.spec("batch", "tokens", "kv_heads", "head")
     specs = (heads, kv_heads, kv_heads, sharding.spec("batch", "tokens"))
@@ -148,10 +146,7 @@ def _on_own_heads(
         here = functools.partial(here, local=local)
     else:
         specs, arguments = (*specs, jax.P()), (*arguments, local)
-    # The kernel's outputs cannot be checked for what they vary over.
-    return jax.shard_map(here, in_specs=specs, out_specs=heads, check_vma=False)(
-        *arguments
-    )
+    return sharding.by_device(here, specs, heads)(*arguments)
 
 
 def _splash_here(
