@@ -85,25 +85,18 @@ def _spread(
     Written device by device, so that the matrix is gathered once, its gradient is
     summed once, and logits split over the vocabulary meet in three numbers a token.
     """
-    here = functools.partial(_here, head, learns)
-    if jax.sharding.get_abstract_mesh().empty:
-        return here((), (), (), x_BTD, w, targets_BT, weights_BT)
     rows, embed = sharding.mesh_axes("batch", "tokens"), sharding.mesh_axes("embed")
-    here = functools.partial(here, rows, embed, sharding.mesh_axes("vocab"))
+    vocab = sharding.mesh_axes("vocab")
+    here = functools.partial(_here, head, learns, rows, embed, vocab)
     x_spec, batch = (
         sharding.spec("batch", "tokens", "residual"),
         sharding.spec("batch", "tokens"),
     )
     whole = sharding.spec(*(a if a == "vocab" else "norm" for a in head.axes))
     learned = sharding.spec(*head.axes) if learns and head.trained else whole
-    return jax.shard_map(
-        here,
-        in_specs=(x_spec, whole, batch, batch),
-        out_specs=(
-            jax.P(),  # the objective and its sums
-            (x_spec, learned),
-        ),
-        check_vma=False,
+    sums = jax.P()  # and the objective
+    return sharding.by_device(
+        here, (x_spec, whole, batch, batch), (sums, (x_spec, learned))
     )(x_BTD, w, targets_BT, weights_BT)
 
 

@@ -8,6 +8,7 @@ replicated unless a rule says so.
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -51,6 +52,8 @@ RULES = Rules()
 def spec(*axes: str, rules: Rules = RULES) -> jax.P:
     """Returns the PartitionSpec of a tensor with these logical axes.
 
+    Mesh axes that the surrounding `by_device` has cut the tensor over are left out.
+
     Raises:
       ShardingError: a name that `Rules` lacks, or one mesh axis for two dims.
     """
@@ -61,7 +64,7 @@ def spec(*axes: str, rules: Rules = RULES) -> jax.P:
                 f"logical axis {axis!r} of {axes}; no rule has that name; "
                 f"use one of {', '.join(names)}."
             )
-    entries = [getattr(rules, axis) for axis in axes]
+    entries = [_left(getattr(rules, axis)) for axis in axes]
     used = [m for e in entries if e for m in ((e,) if isinstance(e, str) else e)]
     for mesh_axis in used:
         if used.count(mesh_axis) > 1:
@@ -72,10 +75,42 @@ def spec(*axes: str, rules: Rules = RULES) -> jax.P:
     return jax.P(*entries)
 
 
+def _left(entry: MeshAxes) -> MeshAxes:
+    """Returns those of a dim's mesh axes that are still to be cut over."""
+    done = jax.sharding.get_abstract_mesh().manual_axes
+    if isinstance(entry, str):
+        return None if entry in done else entry
+    return tuple(axis for axis in entry if axis not in done) if entry else None
+
+
+def by_device(
+    here: Callable[..., Any], in_specs: Any, out_specs: Any, axes: Sequence[str] = ()
+) -> Callable[..., Any]:
+    """Returns `here` run on what each device holds, for what no compiler can cut.
+
+    Without a mesh one device holds all.
+
+    Args:
+      axes: of the mesh, to cut over; all that are left by default.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return here
+    left = set(mesh.axis_names) - set(mesh.manual_axes)
+    return jax.shard_map(
+        here,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(axes) or left,
+        # What a kernel or a gathered stack varies over cannot be told to the check.
+        check_vma=False,
+    )
+
+
 def mesh_axes(*axes: str) -> tuple[str, ...]:
-    """Returns the mesh axes that split a tensor with these logical axes."""
+    """Returns the mesh axes of several devices that split a tensor of these axes."""
     entries = ((e,) if isinstance(e, str) else e or () for e in spec(*axes))
-    return tuple(axis for entry in entries for axis in entry)
+    return tuple(axis for entry in entries for axis in entry if axis_size(axis) > 1)
 
 
 def platform() -> str:
@@ -131,12 +166,20 @@ def param(
     return nnx.Param(value, logical=axes)
 
 
-def constrain(x: Float[Array, "..."], *axes: str) -> Float[Array, "..."]:
-    """Returns `x` pinned to these logical axes on the current mesh."""
-    partition = spec(*axes)
-    if jax.sharding.get_abstract_mesh().empty:
+def constrain(
+    x: Float[Array, "..."], *axes: str, cut_first: bool = False
+) -> Float[Array, "..."]:
+    """Returns `x` pinned to these logical axes on the current mesh.
+
+    Args:
+      cut_first: `x` is a sum over devices that is taken apart next. Inside `by_device`
+        the compiler would cut its parts, and not see that the sum can be scattered.
+    """
+    partition, mesh = spec(*axes), jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition)
+    x = jax.lax.with_sharding_constraint(x, partition)
+    return jax.lax.optimization_barrier(x) if cut_first and mesh.manual_axes else x
 
 
 def logical_axes(params: nnx.State) -> Tree:

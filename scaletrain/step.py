@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -64,25 +65,16 @@ def train_step(
     the numbers count once its last part is done.
     """
     run = program.run
-    rows = batch["tokens"].shape[0]
-    parts = run.accumulate_steps if run.optim.accumulate == "microbatch" else 1
     batch_hash = _hash(batch["tokens"])
     batch["key"] = _row_keys(state.key, state.step, batch["tokens"])
 
     first = jnp.asarray(getattr(state.opt_state, "mini_step", 0)) == 0
     amax = _begun(state.amax, first)
     expected = jax.tree.map(lambda history: jnp.max(history[1:], axis=0), amax)
-    loss = functools.partial(_objective, frozen=state.frozen, program=program)
-    grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
-    if parts > 1:
-        grad = optax.microbatching.microbatch(grad, 2, rows // parts, _ACCUMULATED)
-    (_, sums), (grads, met) = grad(state.params, expected, batch)
+    grad = _gradient(program)
+    (_, sums), (grads, met) = grad(state.params, expected, state.frozen, batch)
     bad = _not_finite(met)
-    grads = jax.tree.map(
-        lambda g, p: jax.lax.with_sharding_constraint(g, p.sharding.spec),
-        grads,
-        program.state.params,
-    )
+    grads = _laid_out(grads, program)
 
     rate = optim.schedule(run)(state.step - optim.guard_of(state.opt_state).skipped)
     sums = optim.Sums(grads, sums.loss, sums.weight, bad)
@@ -122,6 +114,44 @@ _LARGEST = optax.microbatching.Accumulator(
     aggregate=lambda values: jax.tree.map(lambda x: jnp.max(x, axis=0), values),
 )
 _ACCUMULATED = (_ADDED, (_ADDED, _LARGEST))  # (loss, sums), (gradients, magnitudes)
+
+
+def _gradient(program: Program) -> Callable[..., Any]:
+    """Returns the gradient of `_objective`, of a batch in as many parts as asked for.
+
+    Devices along `data` hold the same weights, and meet once: after their last part.
+    Along `fsdp` every part is summed, for nobody has the room to hold the whole.
+    """
+    run, ways = program.run, program.mesh.shape["data"]
+    loss = functools.partial(_objective, program=program)
+    grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    parts = run.accumulate_steps if run.optim.accumulate == "microbatch" else 1
+    if parts == 1:
+        return grad
+    rows = run.batch_size // parts // ways
+    grad = optax.microbatching.microbatch(grad, 3, rows, _ACCUMULATED)
+    if ways == 1:
+        return grad
+
+    def here(params: Tree, expected: Tree, frozen: Tree, batch: Batch) -> Any:
+        loss_and_sums, (grads, met) = grad(params, expected, frozen, batch)
+        grads = _laid_out(grads, program)  # so that each meets its own shard
+        loss_and_sums, grads = jax.lax.psum((loss_and_sums, grads), "data")
+        return loss_and_sums, (grads, jax.lax.pmax(met, "data"))
+
+    whole = jax.P()
+    return sharding.by_device(
+        here, (whole, whole, whole, jax.P("data")), whole, axes=("data",)
+    )
+
+
+def _laid_out(grads: Tree, program: Program) -> Tree:
+    """Returns gradients that lie on the mesh like their parameters."""
+    return jax.tree.map(
+        lambda g, p: jax.lax.with_sharding_constraint(g, p.sharding.spec),
+        grads,
+        program.state.params,
+    )
 
 
 def _begun(amax: Tree, first: Bool[Array, ""]) -> Tree:
@@ -170,7 +200,7 @@ def logits_step(
 
 
 def _objective(
-    params: Tree, expected: Tree, batch: Batch, *, frozen: Tree, program: Program
+    params: Tree, expected: Tree, frozen: Tree, batch: Batch, *, program: Program
 ) -> tuple[jax.Array, LossSums]:
     """Returns what is differentiated: the summed loss with its z-loss."""
     model = nnx.merge(program.trained, _joined(_joined(params, frozen), expected))

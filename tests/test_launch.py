@@ -108,11 +108,11 @@ def test_two_processes_and_then_one_train_like_one(tmp_path):
 
 
 @contextlib.contextmanager
-def pair(*command):
+def pair(*command, **variables):
     """Starts a command as the two processes of a run, and ends what is left of them."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         where = f"127.0.0.1:{server.getsockname()[1]}"
-    env = ENV | {"JAX_NUM_CPU_DEVICES": "1"}
+    env = ENV | {"JAX_NUM_CPU_DEVICES": "1"} | variables
     pipe = subprocess.PIPE
     with contextlib.ExitStack() as stack:
         found = []
@@ -172,6 +172,31 @@ def test_a_signal_to_one_stops_all_at_one_step_and_a_second_at_once(tmp_path):
         assert second.wait(20) == -signal.SIGTERM
         assert first.wait(20) == 75
         assert "process 1 on " in first.stderr.read()
+
+
+COMPILING = """\
+import sys
+from scaletrain import cluster, flags
+cluster.join(flags.read(["train", *sys.argv[1:-1]])[0])
+import jax
+jax.jit(lambda x: x + 1)(0.0)
+cluster.wait("compiled")
+cluster.leave(0)
+"""
+
+
+def test_cpus_of_several_processes_keep_no_executables(tmp_path):
+    """Their collectives would mix once one process has read its executable back."""
+    (tmp_path / "run.json").write_text(config.to_json(small.RUN))
+    words = [f"--config={tmp_path / 'run.json'}", f"--workdir={tmp_path / 'run'}"]
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    with pair("-c", COMPILING, *words, **cache) as processes:
+        for process in processes:
+            assert process.wait(60) == 0, process.stderr.read()
+    assert not [*tmp_path.glob("compiled/*")]
 
 
 def test_a_failing_process_ends_the_launch(tmp_path):

@@ -54,9 +54,11 @@ def gradients(**settings):
     program = step.build(run, mesh.build(run.mesh, jax.devices()[:1]))
     state = jax.jit(functools.partial(step.initial_state, run, program.tx))()
     expected = jax.tree.map(lambda history: history[0], state.amax)
-    objective = functools.partial(step._objective, frozen={}, program=program)
+    objective = functools.partial(step._objective, program=program)
     batch = jax.tree.map(jnp.asarray, small.text_batch(run))
-    return jax.jit(jax.grad(objective, has_aux=True))(state.params, expected, batch)[0]
+    return jax.jit(jax.grad(objective, has_aux=True))(
+        state.params, expected, {}, batch
+    )[0]
 
 
 def flat(tree):

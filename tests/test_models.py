@@ -12,10 +12,10 @@ from flax import nnx
 
 from scaletrain.config import PrecisionConfig, RopeConfig
 from scaletrain.models import Cache, Decoder
+from scaletrain.models.embedding import look_up
 from scaletrain.models.layers import (
     Norm,
     dropped,
-    look_up,
     project,
     rotary_rates,
     rotate,
@@ -204,7 +204,7 @@ def test_embedding_gradient_adds_repeated_rows_in_float32():
     table = jnp.ones((4, 2))
     tokens = jnp.full((1, 1024), 3)
     grad = jax.grad(
-        lambda t: look_up(t, tokens, PrecisionConfig()).astype("float32").sum()
+        lambda t: look_up(t, tokens, "vocab", PrecisionConfig()).astype("float32").sum()
     )(table)
     np.testing.assert_array_equal(grad[3], 1024)
     np.testing.assert_array_equal(grad[:3], 0)

@@ -111,9 +111,7 @@ def gradient(taken, batch):
     batch = jax.tree.map(jnp.asarray, batch)
 
     def mean(params):
-        objective, sums = step._objective(
-            params, {}, batch, frozen={}, program=taken.program
-        )
+        objective, sums = step._objective(params, {}, {}, batch, program=taken.program)
         return objective / sums.weight
 
     with jax.set_mesh(taken.program.mesh):

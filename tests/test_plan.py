@@ -355,6 +355,25 @@ def test_weights_travel_as_often_as_they_must(planned):
     assert sum(said.step.by_class.values()) == pytest.approx(said.step.seconds)
 
 
+def test_replicas_meet_once_in_however_many_parts():
+    """Shards are gathered and scattered in each part, and summed after the last."""
+    sent = {}
+    for parts in (1, 4):
+        run = small.changed(
+            RUN,
+            batch_size=8 * parts,
+            accumulate_steps=parts,
+            mesh=MeshConfig(data=2, fsdp=2),
+        )
+        run = config.resolve(config.check(run), 4)
+        said = compiler.compile(run, slices.parse("v5e:2x2"))
+        axes = said.step.communication
+        sent[parts] = {name: its["bytes"] for name, its in axes.items()}
+        # Of float32 gradients of half the parameters half is sent and half fetched.
+        assert sent[parts]["data"] == pytest.approx(2 * said.parameters, rel=0.02)
+    assert sent[4]["fsdp"] == pytest.approx(4 * sent[1]["fsdp"], rel=0.1)
+
+
 def test_arithmetic_is_counted_to_the_flop():
     """Dots and convolutions of the compiled step against the formula."""
     run = config.resolve(small.changed(RUN, mesh=MeshConfig()), 1)

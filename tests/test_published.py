@@ -178,7 +178,7 @@ def test_gradients_equal_torch_autograd(imported):
     params = jax.tree.map(np.asarray, jax.device_get(params))
 
     def mean(params):
-        loss, sums = step._objective(params, {}, batch, frozen={}, program=program)
+        loss, sums = step._objective(params, {}, {}, batch, program=program)
         return loss / sums.weight
 
     loss, grads = jax.jit(jax.value_and_grad(mean))(params)

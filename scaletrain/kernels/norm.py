@@ -68,17 +68,13 @@ def _on_own_rows(
 
     The compiler cannot cut a kernel's call by itself. P are sums over rows.
     """
-    if jax.sharding.get_abstract_mesh().empty:
-        return here(*streams, scale_D)
     stream = sharding.spec("batch", "tokens", "residual")
     rows = sharding.mesh_axes("batch", "tokens")
     specs = {"BTD": stream, "BT": jax.P(*stream[:2]), "PD": jax.P(rows, None)}
-    return jax.shard_map(
+    return sharding.by_device(
         here,
-        in_specs=(*(specs["BTD"[: each.ndim]] for each in streams), jax.P()),
-        out_specs=tuple(specs[name] for name in outs),
-        # A kernel's outputs cannot be checked for what they vary over.
-        check_vma=False,
+        (*(specs["BTD"[: each.ndim]] for each in streams), jax.P()),
+        tuple(specs[name] for name in outs),
     )(*streams, scale_D)
 
 

@@ -134,8 +134,6 @@ def _on_own_heads(
     The compiler cannot cut a kernel's call by itself.
     """
     arguments = (q_BTNH, k_BTKH, v_BTKH, segments_BT)
-    if jax.sharding.get_abstract_mesh().empty:
-        return kernel(*arguments, local)
     heads = sharding.spec("batch", "tokens", "heads", "head")
     kv_heads = sharding.spec("batch", "tokens", "kv_heads", "head")
     specs = (heads, kv_heads, kv_heads, sharding.spec("batch", "tokens"))
@@ -143,10 +141,7 @@ def _on_own_heads(
         kernel = functools.partial(kernel, local=local)
     else:
         specs, arguments = (*specs, jax.P()), (*arguments, local)
-    # The kernel's outputs cannot be checked for what they vary over.
-    return jax.shard_map(kernel, in_specs=specs, out_specs=heads, check_vma=False)(
-        *arguments
-    )
+    return sharding.by_device(kernel, specs, heads)(*arguments)
 
 
 def _splash_here(

@@ -95,6 +95,7 @@ def _project_all_backward(precision, residuals, dys):
     x_BTD, ws = residuals
     w, dy = _beside(ws, precision), jnp.concatenate(dys, axis=2)
     dx_BTD, dw_DF = _gradients("btd,df->btf", precision, x_BTD, w, dy)
+    dw_DF = constrain(dw_DF, "embed", "head", cut_first=True)
     dws = zip(_parts(dw_DF, ws), ws, strict=True)
     return dx_BTD, tuple(dw.astype(w.dtype) for dw, w in dws)
 
@@ -539,30 +540,3 @@ class Mlp(nnx.Module):
         gate_BTF = checkpoint_name(gate_BTF, "mlp_gate")
         up_BTF = checkpoint_name(up_BTF, "mlp_up")
         return self.down(self.activation(gate_BTF) * up_BTF)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def look_up(
-    table_VD: Float[Array, "V D"],
-    tokens_BT: Int[Array, "B T"],
-    precision: PrecisionConfig,
-) -> Float[Array, "B T D"]:
-    """Returns the rows of `table_VD` in the compute precision.
-
-    The gradient adds many rows into few; it does so in `precision.reduce`.
-    """
-    return table_VD.astype(precision.compute)[tokens_BT]
-
-
-def _look_up_forward(table_VD, tokens_BT, precision):
-    return look_up(table_VD, tokens_BT, precision), (table_VD, tokens_BT)
-
-
-def _look_up_backward(precision, residuals, dy_BTD):
-    table_VD, tokens_BT = residuals
-    sums_VD = jnp.zeros(table_VD.shape, precision.reduce)
-    sums_VD = sums_VD.at[tokens_BT].add(dy_BTD.astype(precision.reduce))
-    return sums_VD.astype(table_VD.dtype), None
-
-
-look_up.defvjp(_look_up_forward, _look_up_backward)

@@ -17,13 +17,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from scaletrain.config import LoraConfig, ModelConfig, PrecisionConfig
+from scaletrain.models.embedding import look_up
 from scaletrain.models.layers import (
     Attention,
     Linear,
     Mlp,
     Norm,
     dropped,
-    look_up,
     project,
 )
 from scaletrain.sharding import constrain, param
@@ -250,11 +250,12 @@ class Decoder(nnx.Module):
     def _embed(
         self, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"]
     ) -> Float[Array, "B T D"]:
-        x_BTD = look_up(self.embedding[...], tokens_BT, self.precision)
+        x_BTD = look_up(self.embedding[...], tokens_BT, "vocab", self.precision)
         if self.model.embed_scale != 1:
             x_BTD *= self.model.embed_scale
         if self.positions is not None:
-            x_BTD += look_up(self.positions[...], positions_BT, self.precision)
+            table = self.positions[...]
+            x_BTD += look_up(table, positions_BT, "positions", self.precision)
         return constrain(x_BTD, "batch", "tokens", "residual")
 
     def _logits(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

@@ -144,7 +144,8 @@ def _communication_s(
     weights = 2 * count // ways["tensor"]  # bytes of one gathering, in bfloat16
     passes = 2 if model.remat == "none" else 3  # and the gradients, in float32
     part = weights * (passes + 2) * (1 - 1 / ways["fsdp"])
-    part += 4 * weights / ways["fsdp"] * (1 - 1 / ways["data"])
+    fsdp = part * run.accumulate_steps
+    data = 4 * weights / ways["fsdp"] * (1 - 1 / ways["data"])
     # A layer's: its residuals, eight times; its keys and values of whole sequences,
     # gathered twice, and their gradients, summed once.
     layers = model.num_layers * run.accumulate_steps
@@ -153,7 +154,7 @@ def _communication_s(
     kv = 2 * _widths(model)["key"] // ways["tensor"]
     context = 3 * 2 * tokens * kv * layers * (ways["context"] - 1)
     hidden = 0.7  # of the weights' way, by the layer before
-    wire = (1 - hidden) * part * run.accumulate_steps + tensor + context
+    wire = (1 - hidden) * (fsdp + data) + tensor + context
     return wire / slice_.link_bytes_per_s
 
 
