@@ -32,6 +32,8 @@ def main() -> None:
         record, words = COMMANDS[args.command](run, args)
         if cluster.lead():  # one result, however many processes
             print(json.dumps(record, indent=2) if args.json else words)
+        if args.command == "plan" and record["interrupted"]:
+            raise KeyboardInterrupt  # what was known by then is told
         cluster.leave(0)
     except ScaletrainError as err:
         print(f"scaletrain: {err}", file=sys.stderr)
