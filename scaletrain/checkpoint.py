@@ -37,6 +37,12 @@ def flat(tree: Tree) -> dict[str, Any]:
     return {jax.tree_util.keystr(p, simple=True, separator="/"): v for p, v in leaves}
 
 
+def steps_in(workdir: pathlib.Path) -> list[int]:
+    """Returns the whole steps of a workdir, in order."""
+    names = [path.name for path in (pathlib.Path(workdir) / "checkpoints").glob("*")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
 class Checkpoints:
     """The checkpoints of one workdir.
 
@@ -57,8 +63,7 @@ class Checkpoints:
         # A reader must not clear away what a trainer is writing.
         if not read_only:
             self._writer.prepare()
-        names = [path.name for path in self.folder.glob("*")]
-        self._steps = sorted(int(name) for name in names if name.isdigit())
+        self._steps = steps_in(workdir)
         self._after: list[int] = []  # the steps there are once the save that runs is
         self._failures = 0  # of saves, in a row
 
