@@ -219,13 +219,17 @@ class Checkpoints:
         if after:
             self._steps, self._failures = after, 0
 
-    def check(self) -> None:
+    def check(self, *, together: bool) -> None:
         """Tells of a save that has failed since; raises what `save` does.
 
-        Several processes cannot know at which step they all can tell. They hear of it
-        from the next save.
+        Args:
+          together: whether this is one of the steps at which several processes ask.
+            They wait for each other then, so not at all of them.
         """
-        if jax.process_count() == 1 and self._writer.ended():
+        if not self._after or (jax.process_count() > 1 and not together):
+            return
+        ended = cluster.gather("ended", str(self._writer.ended()))
+        if all(each == str(True) for each in ended):
             self._settle()
 
     def _settle(self) -> None:

@@ -295,7 +295,7 @@ def test_a_failed_save_removes_no_step(tmp_path, told, monkeypatch):
     with opened(tmp_path, told, **settings) as checkpoints:
         checkpoints.save(2, state(2), "text", [])
         while not told:
-            checkpoints.check()
+            checkpoints.check(together=False)
             time.sleep(0.01)
         assert checkpoints.latest() == 1
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
@@ -399,7 +399,7 @@ def test_killed_at_any_moment_the_newest_whole_step_is_found(tmp_path, monkeypat
 
 # One of two processes; the parameters are spread over both.
 PROCESS = """\
-import argparse, errno, os, pathlib, sys
+import argparse, errno, os, pathlib, sys, time
 from scaletrain import checkpoint, cluster, config, manifest, writer
 folder, number, port = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 cluster.join(argparse.Namespace(
@@ -439,7 +439,9 @@ try:
         if who == number:
             setattr(owner, name, full)
         checkpoints.save(step, state(step), "text", [])
-        checkpoints._settle()
+        while checkpoints._after:  # no next save is waited for
+            checkpoints.check(together=True)
+            time.sleep(0.01)
         setattr(owner, name, works)
         print("whole:", checkpoints.steps(), checkpoints.sound())
 except CheckpointError as err:
