@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ import pytest
 import small
 import tensorstore
 
-from scaletrain import config, manifest, train, workdir
+from scaletrain import config, main, manifest, train, workdir
 from scaletrain.checkpoint import Checkpoints
 from scaletrain.errors import CheckpointError
 from scaletrain.manifest import Manifest
@@ -256,6 +257,15 @@ def test_a_disk_that_is_full_from_the_start_is_told_of(tmp_path):
         with pytest.raises(CheckpointError, match="No space left on device; make room"):
             train.run(run, str(disk))
         assert not (disk / "config.json").exists()
+
+
+def test_the_writes_after_one_that_failed_are_not_told_of(monkeypatch):
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    main._leave_out_last_writes()
+    for words in ("Event loop is closed", "another"):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(words)))
+    assert [str(of.exc_value) for of in told] == ["another"]
 
 
 def save_again(checkpoints):
