@@ -290,7 +290,7 @@ def test_a_half_written_step_is_not_there(straight, text_run, tmp_path):
 def test_a_failed_save_fails_the_run(text_run, tmp_path, monkeypatch):
     from scaletrain import checkpoint
 
-    def fail(self):
+    def fail(self, *, together):
         self._fail(OSError("no space left on device"))
 
     monkeypatch.setattr(checkpoint.Checkpoints, "check", fail)
