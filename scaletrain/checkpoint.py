@@ -37,6 +37,12 @@ def flat(tree: Tree) -> dict[str, Any]:
     return {jax.tree_util.keystr(p, simple=True, separator="/"): v for p, v in leaves}
 
 
+def steps_in(workdir: pathlib.Path) -> list[int]:
+    """Returns the whole steps of a workdir, in order."""
+    names = [path.name for path in (pathlib.Path(workdir) / "checkpoints").glob("*")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
 class Checkpoints:
     """The checkpoints of one workdir.
 
@@ -57,8 +63,7 @@ class Checkpoints:
         # A reader must not clear away what a trainer is writing.
         if not read_only:
             self._writer.prepare()
-        names = [path.name for path in self.folder.glob("*")]
-        self._steps = sorted(int(name) for name in names if name.isdigit())
+        self._steps = steps_in(workdir)
         self._after: list[int] = []  # the steps there are once the save that runs is
         self._failures = 0  # of saves, in a row
 
@@ -214,13 +219,17 @@ class Checkpoints:
         if after:
             self._steps, self._failures = after, 0
 
-    def check(self) -> None:
+    def check(self, *, together: bool) -> None:
         """Tells of a save that has failed since; raises what `save` does.
 
-        Several processes cannot know at which step they all can tell. They hear of it
-        from the next save.
+        Args:
+          together: whether this is one of the steps at which several processes ask.
+            They wait for each other then, so not at all of them.
         """
-        if jax.process_count() == 1 and self._writer.ended():
+        if not self._after or (jax.process_count() > 1 and not together):
+            return
+        ended = cluster.gather("ended", str(self._writer.ended()))
+        if all(each == str(True) for each in ended):
             self._settle()
 
     def _settle(self) -> None:

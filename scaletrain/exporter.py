@@ -60,10 +60,9 @@ def run(
     family, settings = families.of_model(run.family, model)
     grid = mesh.build(run.mesh)
     program = step.build(run, grid)
-    with checkpoint.reading(workdir, run, at) as (checkpoints, at):
+    with checkpoint.reading(workdir, run, at) as (checkpoints, at), jax.set_mesh(grid):
         stored = checkpoints.dtypes(at)
-    with jax.set_mesh(grid):
-        _, weights = origin.weights_of(workdir, run, at, program.state)
+        weights = origin.weights_in(checkpoints, at, program.state)
     weights = checkpoint.flat(weights)
     partial = target.parent / f".{target.name}.exporting"
     shutil.rmtree(partial, ignore_errors=True)

@@ -83,7 +83,7 @@ class Loop:
                     # The device works on this step while the host reads the one before.
                     self._record()
                     self._pending = now, numbers, watch.submit(_ready_at, numbers)
-                    self.checkpoints.check()
+                    self.checkpoints.check(together=_due(now, run.log_every_steps))
                     self._stop_if_asked(now, state)
                     if last or self._is_due(now):
                         self._record()
@@ -198,15 +198,10 @@ class Loop:
         began = time.monotonic()
         # What waits until all is written has nothing to do with the usual save.
         with self.phases("last save" if needed else "save"):
-            if now != self.checkpoints.latest():
-                self.checkpoints.save(
-                    now,
-                    state,
-                    self.corpus.fingerprint,
-                    self.back.brief(),
-                    needed=needed,
-                )
-                self._saved = began
+            self.checkpoints.save(
+                now, state, self.corpus.fingerprint, self.back.brief(), needed=needed
+            )
+            self._saved = began
             if needed:
                 self.checkpoints.finish()
         stall = {"step": now, "save_stall_s": time.monotonic() - began}

@@ -6,11 +6,12 @@ the request is known to make sense.
 
 import argparse
 import json
+import logging
 import os
 import sys
 from typing import Any, NoReturn
 
-from absl import logging
+from absl import logging as absl_logging
 
 from scaletrain import cluster, config, flags, stops
 from scaletrain.config import RunConfig
@@ -24,7 +25,8 @@ def main() -> None:
     """Runs the command line and exits with what became of it (see `errors`)."""
     # Orbax warns of choices that are made on purpose here, and prints the traceback
     # of what it then raises.
-    logging.set_verbosity(logging.FATAL)
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    _leave_out_last_writes()
     # Of a GPU's memory; by default jax leaves a quarter of it unused.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     try:
@@ -32,6 +34,8 @@ def main() -> None:
         record, words = COMMANDS[args.command](run, args)
         if cluster.lead():  # one result, however many processes
             print(json.dumps(record, indent=2) if args.json else words)
+        if args.command == "plan" and record["interrupted"]:
+            raise KeyboardInterrupt  # what was known by then is told
         cluster.leave(0)
     except ScaletrainError as err:
         print(f"scaletrain: {err}", file=sys.stderr)
@@ -41,6 +45,21 @@ def main() -> None:
         print("scaletrain: interrupted", file=sys.stderr)
         cluster.leave(130)
         sys.exit(130)
+
+
+def _leave_out_last_writes() -> None:
+    """Keeps the writes of a save that has failed from telling of themselves one by one.
+
+    Orbax waits for none of them after the first that fails, of which the save tells.
+    """
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    tell = sys.unraisablehook
+
+    def tell_others(of: Any) -> None:
+        if str(of.exc_value) != "Event loop is closed":
+            tell(of)
+
+    sys.unraisablehook = tell_others
 
 
 def _train(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -24,11 +24,16 @@ def weights_of(
       CheckpointError: the workdir holds no such checkpoint, or one of another model.
     """
     with reading(workdir, run, step) as (checkpoints, step):
-        params = checkpoints.restore_params(step, state.params)
-        begun_from = checkpoints.settings(step).init_from
-    run = dataclasses.replace(run, init_from=begun_from)
+        return step, weights_in(checkpoints, step, state)
+
+
+def weights_in(checkpoints: Checkpoints, step: int, state: TrainState) -> Tree:
+    """Returns the weights of a step laid out like `state`, see `weights_of`."""
+    params = checkpoints.restore_params(step, state.params)
+    begun_from = checkpoints.settings(step).init_from
+    run = dataclasses.replace(checkpoints.run, init_from=begun_from)
     frozen = initial_weights(run, state.frozen) if state.frozen else {}
-    return step, dataclasses.replace(state, params=params, frozen=frozen).weights
+    return dataclasses.replace(state, params=params, frozen=frozen).weights
 
 
 def initial_weights(run: RunConfig, weights: Tree) -> Tree:

@@ -68,6 +68,7 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
         held.enter_context(Watchdog(phases, folder, run.watchdog_s))
         # 3. From where: the newest checkpoint, other weights, or the seed.
         with stops.at_once():
+            _not_anew(folder)
             checkpoints = checkpoint.Checkpoints(folder, run, say=say)
             held.enter_context(contextlib.closing(checkpoints))
             with phases("restore"):
@@ -98,6 +99,22 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
                 state = _first(program, checkpoints, start)
 
 
+def _not_anew(folder: pathlib.Path) -> None:
+    """Refuses a workdir whose checkpoints are gone, before there is a folder for them.
+
+    One that was moved back would else end up inside it.
+    """
+    saved = metrics.newest_saved(folder)
+    if saved is not None and not checkpoint.steps_in(folder):
+        raise ConfigError(
+            [
+                f"--workdir={folder}; metrics.jsonl tells of step {saved} saved, and "
+                "checkpoints/ has no step; bring it back (is it mounted?), or remove "
+                "metrics.jsonl to begin anew."
+            ]
+        )
+
+
 def _agreed(
     checkpoints: checkpoint.Checkpoints, back: rollbacks.Rollbacks, corpus: data.Corpus
 ) -> int | None:
@@ -110,15 +127,6 @@ def _agreed(
         }
     )
     start = back.clear()
-    saved = metrics.newest_saved(checkpoints.folder.parent)
-    if start is None and saved is not None and not back.left_out:
-        raise ConfigError(
-            [
-                f"--workdir={checkpoints.folder.parent}; metrics.jsonl tells of step "
-                f"{saved} saved, and {checkpoints.folder.name}/ has no step; bring it "
-                "back (is it mounted?), or remove metrics.jsonl to begin anew."
-            ]
-        )
     if start is not None:
         for line in checkpoints.agree(start, corpus.fingerprint):
             say(f"changed since step {start}: {line}")

@@ -5,7 +5,7 @@
 #
 # Two tasks of four fake devices train; every process is told to stop in the middle, the
 # job is queued again, and ends with the losses of one process that nobody disturbed.
-# Another job is cancelled and stays so.
+# Another job is cancelled and stays so. Whatever becomes of it, nothing is left running.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,28 +17,41 @@ for program in munged slurmctld slurmd sbatch; do
 done
 PATH="$PATH:/usr/sbin"
 
+limit_s=900 # for all of it
 scratch="$(mktemp -d)"
 daemons=()
+export SLURM_CONF="$scratch/slurm.conf"
+# Jobs are no children of this shell, nor of the daemons, and may be stopped or deaf to
+# signals. What they all have is this cluster in their environment.
+left_() {
+  env --unset=SLURM_CONF grep --files-with-matches --null-data --line-regexp \
+    --fixed-strings "SLURM_CONF=$SLURM_CONF" /proc/[0-9]*/environ 2>/dev/null | cut -d / -f 3
+}
 leave() {
-  local code=$?
+  local code=$? left try
   timeout 5 scancel --user="$USER" 2>/dev/null || true
-  for _ in $(seq 50); do [[ -n "$(timeout 2 squeue --noheader 2>/dev/null)" ]] || break; sleep 0.2; done
+  for _ in $(seq 25); do [[ -n "$(timeout 2 squeue --noheader 2>/dev/null)" ]] || break; sleep 0.2; done
   ((${#daemons[@]} == 0)) || kill "${daemons[@]}" 2>/dev/null || true
-  wait
+  for try in $(seq 50); do # two seconds to end by themselves
+    mapfile -t left < <(left_)
+    ((${#left[@]})) || break
+    ((try < 10)) || kill -KILL "${left[@]}" 2>/dev/null || true
+    sleep 0.2
+  done
+  wait 2>/dev/null
   if ((code)); then tail -n 40 "$scratch"/*.log "$scratch"/*.out >&2 || true; fi
   rm -rf "$scratch"
 }
 trap leave EXIT
 USER="${USER:-$(id --name --user)}"
-export SLURM_CONF="$scratch/slurm.conf"
 
 start() { # NAME COMMAND..., in the background
   "${@:2}" >"$scratch/$1.out" 2>&1 &
   daemons+=($!)
 }
 
-until_() { # waits for a command to hold, five minutes or so
-  for _ in $(seq 1500); do
+until_() { # waits for a command to hold, while there is time
+  while ((SECONDS < limit_s)); do
     if "$@"; then return; fi
     for daemon in "${daemons[@]}"; do kill -0 "$daemon"; done
     sleep 0.2
@@ -101,7 +114,8 @@ options=(
   --config.data.source=files "--config.data.path=$PWD/tests/*.py" --config.data.validation_fraction=0
   --config.data.tokenizer=bytes "--config.data.cache_dir=$scratch/cache"
 )
-.venv/bin/scaletrain train "${options[@]}" --workdir="$scratch/one" >/dev/null 2>"$scratch/one.log"
+timeout --foreground "$limit_s" \
+  .venv/bin/scaletrain train "${options[@]}" --workdir="$scratch/one" >/dev/null 2>"$scratch/one.log"
 
 # 3. The job: stopped in the middle, queued again, done.
 export JAX_NUM_CPU_DEVICES=4
@@ -111,7 +125,7 @@ submit() {
     launch/slurm.sbatch "${options[@]}" "$@"
 }
 taken() { [[ -f "$workdir/metrics.jsonl" ]] && (($(wc -l <"$workdir/metrics.jsonl") > $1)); }
-field() { scontrol show job "$job" | tr ' ' '\n' | sed -n "s/^$1=//p"; }
+field() { timeout 10 scontrol show job "$job" | tr ' ' '\n' | sed -n "s/^$1=//p"; }
 is() { [[ "$(field "$1")" == "$2" ]]; }
 job="$(submit --workdir="$workdir")"
 until_ taken 10

@@ -1,5 +1,6 @@
 """The cache: whole or absent, and never that of another corpus."""
 
+import errno
 import hashlib
 import itertools
 import json
@@ -19,6 +20,7 @@ from scaletrain import data
 from scaletrain.config.schema import DataConfig, ModelConfig, RunConfig
 from scaletrain.data import cache, tokenise
 from scaletrain.data.blocks import BLOCK, Stream, StreamWriter
+from scaletrain.data.counts import ByteCounts
 from scaletrain.data.tokenizers import END_OF_TEXT, ByteTokenizer
 from scaletrain.errors import DataError
 
@@ -270,6 +272,15 @@ def test_validation_may_be_left_out(run, tmp_path):
 def test_an_end_of_text_made_of_text_is_refused(run, monkeypatch):
     monkeypatch.setattr(ByteTokenizer, "end_id", ord("x"))
     with pytest.raises(DataError, match=r"\.txt; the tokenizer makes its end of text"):
+        data.prepare(run(), quiet)
+
+
+def test_a_full_disk_is_told_of(run, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(ByteCounts, "save", full)
+    with pytest.raises(DataError, match="cache_dir=.*; No space left on device for"):
         data.prepare(run(), quiet)
 
 

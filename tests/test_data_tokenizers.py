@@ -2,6 +2,7 @@
 
 import io
 import json
+import pathlib
 
 import fsspec
 import numpy as np
@@ -173,6 +174,22 @@ def test_an_unreadable_tokenizer_is_refused(tmp_path, name, stored):
         path.write_bytes(stored)
     with pytest.raises(DataError, match=f"data.tokenizer='{path}'.*; give bytes, bpe"):
         read_tokenizer(DataConfig(tokenizer=str(path)))
+
+
+def test_killed_while_it_is_saved_again_a_tokenizer_stays_whole(tmp_path, monkeypatch):
+    BPE.save(tmp_path)
+    write, written = pathlib.Path.write_bytes, []
+
+    def killed(path, content):
+        written.append(path)
+        write(path, content[: len(content) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        BPE.save(tmp_path)
+    assert len(written) == 1
+    assert load_tokenizer(tmp_path).fingerprint == BPE.fingerprint
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):

@@ -39,6 +39,7 @@ from scaletrain.plan import (
     report,
     search,
     slices,
+    targets,
     timing,
     worker,
 )
@@ -122,6 +123,8 @@ def test_of_a_gpu_counts_what_a_run_may_allocate(name, monkeypatch):
     sold = {"a100": 80, "h100": 80, "h200": 141, "b200": 180}[name] * 1e9
     whole = slices.parse(f"{name}:1").hbm_bytes / share
     assert sold <= whole <= 1.07 * sold  # 80 GB are somewhat more
+    (told,) = re.findall(r"device_memory_size: (\d+)", targets.text(name))
+    assert whole == pytest.approx(int(told))  # the compiler's limits are of the same
 
 
 def test_a_bill_adds_up():
@@ -152,6 +155,10 @@ def test_every_figure_says_where_it_is_from():
             assert len(source) > 15
     with pytest.raises(ConfigError, match=r"(?s)--region=mars.*--pue=0.5; below 1"):
         cost.check("mars", None, None, 0.5, None)
+    odd = {"price_per_chip_hour": math.inf, "watts_per_chip": -1.0, "pue": math.nan}
+    words = r"(?s)hour=inf; not a finite .*chip=-1.0; below 0.*pue=nan; not a finite "
+    with pytest.raises(ConfigError, match=words):
+        cost.check(region=None, grid_g_per_kwh=None, **odd)
 
 
 HLO = """\
@@ -552,6 +559,22 @@ def test_interrupted_comparisons_keep_what_is_known(searched, monkeypatch):
     found = command.run(RUN, request)
     told = [each["topology"] for each in found.get("slices", [found])]
     assert sorted(told) == sorted(known)
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_an_interrupted_plan_is_told_and_not_done(interrupted, monkeypatch, capsys):
+    plan = {"interrupted": interrupted}
+    monkeypatch.setitem(main.COMMANDS, "plan", lambda run, args: (plan, "a plan"))
+    argv = ["scaletrain", "plan", "--config=experiments/quickstart.py"]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # main's own default
+    code = 0
+    try:
+        main.main()
+    except SystemExit as err:
+        code = err.code
+    assert capsys.readouterr().out == "a plan\n"
+    assert code == (130 if interrupted else 0)
 
 
 def test_an_interrupt_ends_the_compilers(tmp_path, monkeypatch):

@@ -124,10 +124,18 @@ def test_goes_out_as_it_came(name, imported, tmp_path):
     assert f"{told[0].name} model" in (to / "README.md").read_text()
 
 
-def test_a_format_can_be_asked_for(imported, tmp_path):
-    to = tmp_path / "out"
+def test_a_format_can_be_asked_for(imported, tmp_path, monkeypatch):
+    to, compared = tmp_path / "out", []
+    verify = checkpoint.Checkpoints.verify
+
+    def counted(self, step):
+        compared.append(step)
+        verify(self, step)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "verify", counted)
     run = settings(imported("qwen3"))
     exporter.run(run, imported("qwen3"), str(to), None, "bfloat16", merge=False)
+    assert compared == [0]  # all files are read for it, so once
     then, now = stored(REFERENCE / "qwen3"), stored(to)
     for tensor, value in then.items():
         assert now[tensor].tobytes() == value.astype("bfloat16").tobytes()

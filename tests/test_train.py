@@ -106,16 +106,21 @@ def test_a_run_leaves_what_is_promised(straight, text_run):
     assert steps(straight, "loss")[30] < steps(straight, "loss")[1]
 
 
+@pytest.mark.parametrize("went_back", [False, True])
 def test_checkpoints_that_are_gone_are_no_reason_to_begin_anew(
-    straight, text_run, tmp_path
+    straight, text_run, tmp_path, went_back
 ):
     workdir = tmp_path / "run"
     shutil.copytree(straight, workdir)
+    if went_back:  # a run that did has the step it went back to
+        gone = json.dumps([{"step": 21, "left_out": 4}])
+        (workdir / "rollbacks.json").write_text(gone)
     (workdir / "checkpoints").rename(tmp_path / "elsewhere")
     before = (workdir / "metrics.jsonl").read_bytes()
     with pytest.raises(ConfigError, match="of step 30 saved.*is it mounted"):
         train.run(text_run, str(workdir))
     assert (workdir / "metrics.jsonl").read_bytes() == before
+    assert not (workdir / "checkpoints").exists()  # one moved back would end up inside
 
 
 def command(run, workdir, tmp_path, devices=1):
@@ -285,7 +290,7 @@ def test_a_half_written_step_is_not_there(straight, text_run, tmp_path):
 def test_a_failed_save_fails_the_run(text_run, tmp_path, monkeypatch):
     from scaletrain import checkpoint
 
-    def fail(self):
+    def fail(self, *, together):
         self._fail(OSError("no space left on device"))
 
     monkeypatch.setattr(checkpoint.Checkpoints, "check", fail)

@@ -88,6 +88,13 @@ def prepare(run: RunConfig, say: Callable[[str], None]) -> Corpus:
     try:
         _seal(partial, tokenise(run, tokenizer, partial, say))
         _install(partial, folder, lambda: _whole(folder, tokenizer, say) is not None)
+    except OSError as err:
+        if err.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DataError(
+            f"data.cache_dir={data.cache_dir!r}; {err.strerror} for the tokens in "
+            f"{folder.parent}; make room, or set it to a folder on another disk."
+        ) from err
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return _open(folder, tokenizer)

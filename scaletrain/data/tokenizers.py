@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,6 +18,7 @@ from scaletrain.config.schema import DataConfig
 from scaletrain.data import sidecars
 from scaletrain.data.chats import ChatTemplate, Message
 from scaletrain.errors import DataError
+from scaletrain.workdir import rewrite
 
 END_OF_TEXT = "<|endoftext|>"
 # Spellings of the end of a text in published tokenizers, the likeliest first.
@@ -75,7 +76,7 @@ class ByteTokenizer:
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes that this is the byte tokenizer."""
-        _write_about(folder, "bytes", "")
+        _write(folder, {}, "bytes", "")
 
     def published(self) -> dict[str, bytes]:
         """Returns a byte-level BPE that merges nothing."""
@@ -231,9 +232,7 @@ class JsonTokenizer:
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes tokenizer.json, what lay beside it, and its end-of-text token."""
-        _write_about(folder, "json", self._end_of_text)
-        for name, content in self._everything().items():
-            (folder / name).write_bytes(content)
+        _write(folder, self._everything(), "json", self._end_of_text)
 
     def published(self) -> dict[str, bytes]:
         """Returns the files it was read from, with a config if there was none."""
@@ -286,9 +285,7 @@ class PieceTokenizer:
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes tokenizer.model and its end-of-text piece."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.model").write_bytes(self._content)
-        _write_about(folder, "model", self._end_of_text)
+        _write(folder, {"tokenizer.model": self._content}, "model", self._end_of_text)
 
     def published(self) -> dict[str, bytes]:
         """Returns the model, to be read as a Llama's.
@@ -395,10 +392,14 @@ def load_tokenizer(folder: pathlib.Path) -> Tokenizer:
         ) from err
 
 
-def _write_about(folder: pathlib.Path, kind: str, end_of_text: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+def _write(
+    folder: pathlib.Path, files: Mapping[str, bytes], kind: str, end_of_text: str
+) -> None:
+    """Writes files, none of them half, and last what they are."""
     about = json.dumps({"kind": kind, "end_of_text": end_of_text})
-    (folder / "about.json").write_text(about, encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in {**files, "about.json": about.encode("utf-8")}.items():
+        rewrite(folder / name, content)
 
 
 def _config(kind: str, end_of_text: str, **more: Any) -> bytes:

@@ -5,6 +5,7 @@ overridden. Nothing here is measured.
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 from scaletrain.errors import ConfigError
@@ -196,7 +197,9 @@ def check(
         ("pue", pue, 1.0),
         ("grid_g_per_kwh", grid_g_per_kwh, 0.0),
     ):
-        if value is not None and not least <= value < float("inf"):
-            problems.append(f"--{name}={value}; below {least}; give {least} or more.")
+        if value is None or least <= value < math.inf:
+            continue
+        why = f"below {least}" if value < least else "not a finite number"
+        problems.append(f"--{name}={value}; {why}; give {least} or more.")
     if problems:
         raise ConfigError(problems)

@@ -49,8 +49,12 @@ _TPU_SHARES = "the compiler's counts of cycles"
 _TPU_SCHEDULE = "the kernel's schedule, as the compiler writes it"
 _GPU_SHARES = "what an H200 reached in a step of 1.1B, see docs/performance.md"
 
-# Of the memory that CUDA tells of, what `main` lets a run allocate.
-_ALLOCATED = 0.92
+
+def _allocated(gpu: str) -> int:
+    """Returns what `main` lets a run allocate."""
+    return int(0.92 * targets.memory_bytes(gpu))
+
+
 # What an H200 reached in a step of 1.1B; other GPUs are taken to be like it.
 _gpu = functools.partial(
     Chip,
@@ -83,12 +87,10 @@ CHIPS = {
         chips=0.5,
         error_band=_BAND.format("15%"),
     ),
-    "a100": _gpu(312e12, int(_ALLOCATED * 79.1 * _GIB), 2.0e12, 300e9),
-    "h100": _gpu(989e12, int(_ALLOCATED * 79.1 * _GIB), 3.35e12, 450e9),
-    "h200": _gpu(
-        989e12, int(_ALLOCATED * 139.8 * _GIB), 4.8e12, 450e9, error_band=_MEASURED
-    ),
-    "b200": _gpu(2250e12, int(_ALLOCATED * 178.3 * _GIB), 8.0e12, 900e9),
+    "a100": _gpu(312e12, _allocated("a100"), 2.0e12, 300e9),
+    "h100": _gpu(989e12, _allocated("h100"), 3.35e12, 450e9),
+    "h200": _gpu(989e12, _allocated("h200"), 4.8e12, 450e9, error_band=_MEASURED),
+    "b200": _gpu(2250e12, _allocated("b200"), 8.0e12, 900e9),
 }
 GPUS = ("a100", "h100", "h200", "b200")
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")

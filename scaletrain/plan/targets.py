@@ -1,9 +1,12 @@
 """GPUs as the CUDA compiler is told of them, for where there is none.
 
-Facts are of the vendor's architecture white papers and data sheets.
+Facts are of the vendor's architecture white papers and data sheets, but for memory:
+CUDA tells of somewhat less than there is.
 """
 
 import dataclasses
+
+_GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,28 +19,33 @@ class _Target:
     shared_bytes: int  # memory a core shares, all of it
     cache_bytes: int  # second level
     clock_ghz: float
-    memory_bytes: int
+    memory_bytes: int  # that CUDA tells of
     memory_bytes_per_s: int
 
 
 _TARGETS = {
     "a100": _Target(
         "NVIDIA A100-SXM4-80GB", (8, 0), 108, 164 * 2**10, 40 * 2**20, 1.41,
-        80 * 2**30, 2_039_000_000_000,
+        int(79.1 * _GIB), 2_039_000_000_000,
     ),
     "h100": _Target(
         "NVIDIA H100 80GB HBM3", (9, 0), 132, 228 * 2**10, 50 * 2**20, 1.98,
-        80 * 2**30, 3_350_000_000_000,
+        int(79.1 * _GIB), 3_350_000_000_000,
     ),
     "h200": _Target(
         "NVIDIA H200", (9, 0), 132, 228 * 2**10, 50 * 2**20, 1.98,
-        141 * 10**9, 4_800_000_000_000,
+        int(139.8 * _GIB), 4_800_000_000_000,
     ),
     "b200": _Target(
         "NVIDIA B200", (10, 0), 148, 228 * 2**10, 126 * 2**20, 1.97,
-        180 * 10**9, 8_000_000_000_000,
+        int(178.3 * _GIB), 8_000_000_000_000,
     ),
 }  # fmt: skip
+
+
+def memory_bytes(generation: str) -> int:
+    """Returns how much memory a GPU has."""
+    return _TARGETS[generation].memory_bytes
 
 
 def text(generation: str) -> str:
