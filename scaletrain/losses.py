@@ -15,8 +15,10 @@ from jaxtyping import Array, Float, Int
 from scaletrain import sharding
 from scaletrain.config import PrecisionConfig
 
-# Tokens a device gives to the head at once: enough to fill its matmuls.
-CHUNK = 4096
+# Values that a device makes at once: 1 GiB in bfloat16, and as much for their gradients.
+# Each piece adds to the matrix's gradient, which is read and written for it: pieces of
+# 16,384 tokens instead of 4,096 are 0.3% of a step of 1.1B on an H100.
+LOGITS = 2**29
 
 
 class LossSums(NamedTuple):
@@ -114,7 +116,9 @@ def _here(
     """Returns one device's part, summed over the devices that share it."""
     B, T, D = x_BTD.shape
     reduce = head.precision.reduce
-    count = next(c for c in range(max(1, B * T // CHUNK), B * T + 1) if B * T % c == 0)
+    V = w.shape[0 if head.vocab_first else 1]
+    fewest = -(-B * T * V // LOGITS)
+    count = next(c for c in range(fewest, B * T + 1) if B * T % c == 0)
     w_low = w.astype(head.precision.compute)
     dw = jnp.zeros(w.shape if learns and head.trained else (), reduce)
 

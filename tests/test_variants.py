@@ -46,7 +46,7 @@ def learned(run):
 def alone():
     """Returns the losses of one device whose whole logits exist at once."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(losses, "CHUNK", RUN.batch_size * RUN.seq_len)
+    patch.setattr(losses, "LOGITS", 2**40)
     found = learned(RUN)
     patch.undo()
     return found
@@ -69,7 +69,7 @@ def test_every_variant_reaches_the_losses_of_the_plain_step(name, alone, monkeyp
         monkeypatch.setattr(layers, "add_norm", interpreted)
         monkeypatch.setattr(layers.sharding, "platform", lambda: "gpu")
     if "chunks" in name:
-        monkeypatch.setattr(losses, "CHUNK", 100)
+        monkeypatch.setattr(losses, "LOGITS", 100 * RUN.model.vocab_size)
     run = small.changed(RUN, **({"mesh": MeshConfig(fsdp=4)} | settings))
     found = learned(run)
     np.testing.assert_allclose(found, alone, rtol=tolerance)

@@ -61,11 +61,9 @@ def rounded(x: Float[Array, "..."], kind: Any, scale: Float[Array, ""]) -> Array
 def met(values: Array) -> Float[Array, ""]:
     """Returns the largest magnitude of 8-bit values that `rounded` made.
 
-    It reads a byte a value, where what they were made of has two or more, and comes
-    after they are made: no kernel can both sum up and transpose. The largest number
-    may stand for any larger one, and counts as `_GROWTH` times itself.
+    It reads a byte a value, where what they were made of has two or more. The largest
+    number may stand for any larger one, and counts as `_GROWTH` times itself.
     """
-    values = jax.lax.optimization_barrier(values)
     top = jnp.max(jnp.abs(values)).astype(jnp.float32)
     most = float(jnp.finfo(values.dtype).max)
     return jnp.where(top == most, _GROWTH * most, top)
@@ -125,10 +123,20 @@ def _quantised(x: Array, kind: Any, tops: Sequence[Array]) -> tuple[Scaled, Arra
     if not tops:
         top = amax(x)
         scale = scale_of(top, kind)
-        return Scaled((x * (1 / scale).astype(x.dtype)).astype(kind), scale), top
+        values = _made((x * (1 / scale).astype(x.dtype)).astype(kind))
+        return Scaled(values, scale), top
     scale = scale_of(functools.reduce(jnp.maximum, tops), kind)
-    values = rounded(x, kind, scale)
+    values = _made(rounded(x, kind, scale))
     return Scaled(values, scale), scale * met(values)
+
+
+def _made(values: Array) -> Array:
+    """Returns 8-bit values that are there before anything is made of them.
+
+    A GPU's matmuls want them transposed as well. XLA would write both from one kernel,
+    at half the memory's speed: 7% of a step of 1.1B on an H100. A TPU gains as well.
+    """
+    return jax.lax.optimization_barrier(values)
 
 
 def _fp8_forward(letters, x, groups, expected, precision):
