@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from scaletrain import sharding
 from scaletrain.config import PrecisionConfig
 
-# Values that a device makes at once: 1 GiB in bfloat16, and as much for their gradients.
+# Values that a device makes at once: 1 GiB in bfloat16, and as much for gradients.
 # Each piece adds to the matrix's gradient, which is read and written for it: pieces of
 # 16,384 tokens instead of 4,096 are 0.3% of a step of 1.1B on an H100.
 LOGITS = 2**29

@@ -72,8 +72,8 @@ def join(args: argparse.Namespace) -> None:
         heartbeat_timeout_seconds=int(10 * args.heartbeat) + 600,
     )
     if jax.default_backend() == "cpu":
-        # An executable that XLA:CPU reads back has forgotten the order of its
-        # collectives. Gloo tells them apart by nothing else: they mix, or hang.
+        # Of an executable that XLA:CPU has read back, a device was seen in two
+        # collectives at once. Gloo knows them by their order: they mix, or hang.
         jax.config.update("jax_enable_compilation_cache", False)
     stops.share()
     kind = jax.local_devices()[0].device_kind
