@@ -6,6 +6,7 @@ are stored under their paths, so a checkpoint does not depend on the classes tha
 them, and are restored straight onto whatever mesh there is now.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -35,6 +36,12 @@ def flat(tree: Tree) -> dict[str, Any]:
     """Returns the leaves of `tree` by path, such as blocks/mlp/up/weight."""
     leaves = jax.tree.flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(p, simple=True, separator="/"): v for p, v in leaves}
+
+
+def _items(state: TrainState) -> dict[str, dict[str, Any]]:
+    """Returns what a checkpoint of a run holds, by item and path."""
+    rest = {name: getattr(state, name) for name in _REST}
+    return {"params": flat(state.params), "rest": flat(rest)}
 
 
 def steps_in(workdir: pathlib.Path) -> list[int]:
@@ -132,6 +139,23 @@ class Checkpoints:
         cluster.wait("set aside")
         self._steps.remove(step)
 
+    @contextlib.contextmanager
+    def reserved(self, state: TrainState) -> Iterator[None]:
+        """Takes the host memory that saves of `state` need, during the `with` block.
+
+        The first of them would take it else, and keep the devices waiting.
+        """
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            taken = pool.submit(writer.reserve, _items(state))
+            yield
+            try:
+                taken.result()
+            except FAILURES as err:
+                self._say(
+                    "this host's memory cannot hold a copy of what a checkpoint holds "
+                    f"({writer.reason(err)}); saves will fail until there is more."
+                )
+
     def save(
         self,
         step: int,
@@ -156,15 +180,13 @@ class Checkpoints:
         self._settle()
         if step in self._steps:
             return
-        rest = {name: getattr(state, name) for name in _REST}
-        items = {"params": flat(state.params), "rest": flat(rest)}
         data = {
             "fingerprint": data_fingerprint,
             "next_step": step,
             "rollbacks": list(rollbacks),
         }
         try:
-            self._begin(step, data, items)
+            self._begin(step, data, _items(state))
             if needed:
                 self._wait()
         except FAILURES as err:

@@ -147,11 +147,14 @@ def _here(
         dx_BTD = jax.lax.psum(dx_BTD, vocab)
     if not head.trained:
         return (objective, sums), (dx_BTD, jnp.zeros_like(w))
-    dim = head.axes.index("embed")
+    dim, dw = head.axes.index("embed"), dw.astype(head.precision.gradients)
     if others := tuple(axis for axis in rows if axis not in embed):
         dw = jax.lax.psum(dw, others)
     if embed:
         dw = jax.lax.psum_scatter(dw, embed, scatter_dimension=dim, tiled=True)
+        # The TPU's compiler fails where the parts of a batch are added to what it has
+        # to convert first, for it would add before it scatters.
+        dw = jax.lax.optimization_barrier(dw)
     return (objective, sums), (dx_BTD, dw.astype(w.dtype))
 
 

@@ -71,7 +71,7 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
             _not_anew(folder)
             checkpoints = checkpoint.Checkpoints(folder, run, say=say)
             held.enter_context(contextlib.closing(checkpoints))
-            with phases("restore"):
+            with phases("restore"), checkpoints.reserved(program.state):
                 checkpoints.sound()
                 back = rollbacks.Rollbacks(folder, checkpoints, say)
                 start = _agreed(checkpoints, back, corpus)

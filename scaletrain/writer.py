@@ -16,7 +16,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import future
 
 from scaletrain import cluster, manifest
@@ -138,6 +140,37 @@ class Writer:
         self._pool.shutdown()
         with contextlib.suppress(*FAILURES):
             self._orbax.close()
+
+
+def reserve(tree: Any) -> None:
+    """Takes the host memory that a save of sharded arrays or shapes copies them to.
+
+    jax keeps it for the saves. Of a GPU's it is pinned, and no kernel starts while it
+    is taken: 13 GB in 8 s on an H100's host, where a copy then takes 0.3 s. Nothing of
+    the kind is needed elsewhere.
+
+    Raises:
+      RuntimeError: there is not as much.
+    """
+    if jax.default_backend() == "gpu":
+        jax.block_until_ready([_pinned(*part) for part in copied(tree)])
+
+
+def copied(tree: Any) -> list[tuple[Any, int]]:
+    """Returns devices of this process, and the bytes a save copies from each, by leaf.
+
+    Orbax divides what several devices hold among them.
+    """
+    return [
+        (device, -(-leaf.size * leaf.dtype.itemsize // leaf.sharding.num_devices))
+        for leaf in jax.tree.leaves(tree)
+        for device in leaf.sharding.addressable_devices
+    ]
+
+
+def _pinned(device: Any, size: int) -> jax.Array:
+    where = SingleDeviceSharding(device, memory_kind="pinned_host")
+    return jax.device_put(np.empty(size, np.uint8), where)
 
 
 def remove(folder: pathlib.Path, step: int) -> None:

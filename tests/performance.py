@@ -22,15 +22,17 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXPERIMENT = "experiments/llama_1b.py:synthetic"
-LARGE = ("accumulate_steps=1", "batch_size=8")
-PARTS = ("accumulate_steps=4", "batch_size=32")
+LOW = "precision.gradients=bfloat16"  # as those of the peers
+LARGE = ("accumulate_steps=1", "batch_size=8", LOW)
+PARTS = ("accumulate_steps=4", "batch_size=32", LOW)
+HEADS = ("model.num_heads=16", "model.num_kv_heads=4", "model.d_head=128")
 SMALL = (
-    "accumulate_steps=1", "model.num_layers=12", "model.d_model=768",
+    "accumulate_steps=1", LOW, "model.num_layers=12", "model.d_model=768",
     "model.num_heads=12", "model.num_kv_heads=12", "model.d_ff=2048",
     "model.vocab_size=50304", "seq_len=1024", "batch_size=64",
 )  # fmt: skip
 MIDDLE = (
-    "accumulate_steps=1", "model.num_layers=24", "model.d_model=1024",
+    "accumulate_steps=1", LOW, "model.num_layers=24", "model.d_model=1024",
     "model.num_heads=16", "model.num_kv_heads=16", "model.d_ff=4096", "seq_len=2048",
     "batch_size=24",
 )  # fmt: skip
@@ -57,11 +59,7 @@ class Row:
 
 ROWS = {
     "1b": Row("1.1B, T 4096, heads of 64", LARGE, peer="69,618 (transformers)"),
-    "1bh128": Row(
-        "heads of 128",
-        (*LARGE, "model.num_heads=16", "model.num_kv_heads=4", "model.d_head=128"),
-        "1b",
-    ),
+    "1bh128": Row("heads of 128", (*LARGE, *HEADS), "1b"),
     "fp8": Row(
         "fp8, scales of the moment", (*LARGE, "precision.matmul=fp8"), "1b",
         "81,003 (torchtitan)",
@@ -72,6 +70,9 @@ ROWS = {
         "1b",
     ),
     "accumulate": Row("4 parts of 8 sequences", PARTS, "1b"),
+    "accumulateh128": Row(
+        "heads of 128, 4 parts of 8 sequences", (*PARTS, *HEADS), "accumulate"
+    ),
     "muon": Row("Muon", (*LARGE, "optim.name=muon"), "1b"),
     "muon4": Row(
         "Muon, 4 parts of 8 sequences", (*PARTS, "optim.name=muon"), "accumulate"
@@ -91,7 +92,7 @@ ROWS = {
     "124m": Row("124M, T 1024", SMALL, peer="485,000 (nanoGPT)"),
     "fsdp2": Row(
         "two GPUs, FSDP",
-        ("accumulate_steps=1", "batch_size=16", "mesh.data=1", "mesh.fsdp=2"),
+        ("accumulate_steps=1", "batch_size=16", LOW, "mesh.data=1", "mesh.fsdp=2"),
         "1b",
         devices=2,
     ),

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import pytest
 import small
 import tensorstore
+from jax.sharding import NamedSharding
 
-from scaletrain import config, main, manifest, train, workdir
+from scaletrain import config, main, manifest, train, workdir, writer
 from scaletrain.checkpoint import Checkpoints
 from scaletrain.errors import CheckpointError
 from scaletrain.manifest import Manifest
@@ -503,6 +504,35 @@ def test_what_fails_in_one_process_fails_in_all_at_once(tmp_path, told):
         files = Manifest.read(tmp_path / "checkpoints" / "5").files
         wrote = {path.split("/")[1] for path in files if "ocdbt.process" in path}
         assert wrote == {"ocdbt.process_0", "ocdbt.process_1"}
+
+
+def test_a_save_copies_everything_once():
+    """However many devices hold it: they divide what is the same on several."""
+    mesh = jax.make_mesh((4, 2), ("one", "two"))
+    shapes = {"whole": (48,), "half": (16, 3), "cut": (8, 6)}
+    specs = {"whole": jax.P(), "half": jax.P("two"), "cut": jax.P("one", "two")}
+    tree = {
+        name: jax.ShapeDtypeStruct(
+            shapes[name], jnp.float32, sharding=NamedSharding(mesh, spec)
+        )
+        for name, spec in specs.items()
+    }
+    parts = writer.copied(tree)
+    assert len(parts) == 3 * 8
+    for device in jax.devices():
+        assert sum(size for its, size in parts if its == device) == 3 * 48 * 4 // 8
+
+
+def test_memory_that_a_save_will_not_have_is_told_of(tmp_path, told, monkeypatch):
+    def refused(tree):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of host memory")
+
+    monkeypatch.setattr(writer, "reserve", refused)
+    with opened(tmp_path, told) as checkpoints, checkpoints.reserved(state(1)):
+        pass
+    (line,) = told
+    assert "Out of host memory" in line
+    assert "saves will fail" in line
 
 
 def test_temporary_steps_go_when_a_newer_one_is_whole():

@@ -166,20 +166,20 @@ def test_bfloat16_stays_bfloat16():
     assert model(*inputs()).dtype == jnp.float32
 
 
-def test_weight_gradients_are_summed_in_the_reduce_precision():
+def test_weight_gradients_leave_their_matmul_in_their_own_precision():
     x = jnp.ones((2, 3, 4), jnp.bfloat16)
     w = jnp.ones((4, 5))
-    for reduce, wanted in (
+    for gradients, wanted in (
         ("float32", "f32[4,5] = dot_general"),
-        ("bfloat16", "bf16[4,5]"),
+        ("bfloat16", "bf16[4,5] = dot_general"),
     ):
-        p = PrecisionConfig(reduce=reduce)
-        grad = jax.make_jaxpr(
-            jax.grad(
-                lambda w, p=p: project("btd,df->btf", x, w, p).sum().astype("float32")
-            )
-        )(w)
-        assert wanted in str(grad)
+        p = PrecisionConfig(gradients=gradients)
+
+        def total(w, p=p):
+            y = project("btd,df->btf", x, w, p)
+            return y.sum().astype("float32")
+
+        assert wanted in str(jax.make_jaxpr(jax.grad(total))(w))
 
 
 @pytest.mark.parametrize(

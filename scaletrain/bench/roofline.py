@@ -85,8 +85,8 @@ def _gemms(run: RunConfig) -> dict[str, Any]:
             _random([sizes[letter] for letter in dims], run.precision.compute)
             for dims in inputs.split(",")
         )
-        # Weight gradients leave their matmul in the format they are summed in.
-        dtype = run.precision.reduce if name == "wgrad" else run.precision.compute
+        p = run.precision
+        dtype = p.gradients if name == "wgrad" else p.compute
         dot = functools.partial(jnp.einsum, letters, preferred_element_type=dtype)
         return loops.seconds(dot, x, y)
 
@@ -165,6 +165,7 @@ def _optimizer(program: Program) -> float:
     """Returns the seconds of an optimizer step, of random gradients."""
 
     def update(params, opt_state, grads):
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
         sums = optim.as_sums(grads)._replace(weight=jnp.ones(()))
         whole = optim.as_sums(params)
         updates, opt_state = program.tx.update(sums, opt_state, whole)
@@ -175,7 +176,10 @@ def _optimizer(program: Program) -> float:
         state = timing.initial_state(program)
         params, opt_state = state.params, state.opt_state
         del state  # and with it what is frozen
-        grads = jax.tree.map(jnp.copy, params)
+        # Sums of several parts have the format of the parameters.
+        alone = program.run.accumulate_steps == 1
+        low = program.run.precision.gradients
+        grads = jax.tree.map(lambda p: jnp.array(p, low if alone else p.dtype), params)
         kept = jax.tree.map(lambda leaf: leaf.sharding, (params, opt_state))
         jitted = jax.jit(update, donate_argnums=(0, 1), out_shardings=kept)
         run = loops.compiled(jitted, params, opt_state, grads)

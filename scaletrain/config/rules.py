@@ -462,7 +462,7 @@ _FREE = (
     "watchdog_s",
     "init_from", "family", "model.layers", "model.remat", "model.remat_save",
     "model.remat_offload", "model.attention", "precision.compute",
-    "precision.reduce", "data.cache_dir",
+    "precision.reduce", "precision.gradients", "data.cache_dir",
 )  # fmt: skip
 _FREE_GROUPS = ("mesh.", "optim.", "checkpoint.", "eval.")
 _HELD = ("optim.name", "optim.accumulate")

@@ -99,7 +99,8 @@ class PrecisionConfig:
 
     params: str = setting("float32", choices=DTYPES)  # parameters and optimizer state
     compute: str = setting("bfloat16", choices=DTYPES)  # matmul inputs, activations
-    reduce: str = setting("float32", choices=DTYPES)  # softmax, norms, loss, gradients
+    reduce: str = setting("float32", choices=DTYPES)  # softmax, norms, loss
+    gradients: str = setting("float32", choices=DTYPES)  # of weights, and over devices
     matmul: str = setting("compute", choices=("compute", "fp8", "int8"))  # of `targets`
     scaling: str = setting("current", choices=("current", "delayed"))  # fp8, by whose
     targets: tuple[str, ...] = ("attention/*", "mlp/*")  # of LINEARS, * and ? allowed
@@ -107,8 +108,8 @@ class PrecisionConfig:
     @property
     def plain(self) -> "PrecisionConfig":
         """The same without quantised matmuls."""
-        return PrecisionConfig(
-            params=self.params, compute=self.compute, reduce=self.reduce
+        return dataclasses.replace(
+            self, matmul="compute", scaling="current", targets=PrecisionConfig().targets
         )
 
 

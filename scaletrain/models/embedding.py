@@ -31,7 +31,8 @@ def look_up(
 
     Written device by device: each looks up the columns that it holds, for the
     sequences of all devices that hold the other columns, and no table travels. The
-    gradient adds many rows into few; it does so in `precision.reduce`.
+    gradient adds many rows into few, in `precision.reduce` and, over devices, in
+    `precision.gradients`.
 
     Args:
       axis: the logical axis of the table's rows; its columns are `embed`.
@@ -104,7 +105,7 @@ def _added(
         dx_BTd = jnp.where(own_BT[..., None], dx_BTd, 0)
     sums_vd = jnp.zeros(table_vd.shape, precision.reduce).at[rows_BT].add(dx_BTd)
     if cut.others:
-        sums_vd = jax.lax.psum(sums_vd, cut.others)
+        sums_vd = jax.lax.psum(sums_vd.astype(precision.gradients), cut.others)
     return sums_vd.astype(table_vd.dtype)
 
 

@@ -1,7 +1,8 @@
 """The layers a decoder is made of. Each reads settings, never a model's name.
 
-Matrices are stored in `precision.params`, multiplied in `precision.compute`; norms,
-softmax and the sums of weight gradients run in `precision.reduce`.
+Matrices are stored in `precision.params`, multiplied in `precision.compute`; norms and
+softmax run in `precision.reduce`, and gradients of weights leave their matmuls, and are
+summed over devices, in `precision.gradients`.
 """
 
 import functools
@@ -39,28 +40,30 @@ def project(
 ) -> Float[Array, "..."]:
     """Returns einsum(letters, x, w) in the compute precision.
 
-    The gradient of `w` leaves its matmul in `precision.reduce`, so that it is summed
-    over devices in that format; automatic differentiation would sum it in bfloat16.
+    The gradient of `w` leaves its matmul in `precision.gradients`, and is summed over
+    devices in that format; automatic differentiation would do so in `compute`.
     """
-    return jnp.einsum(letters, x, w.astype(precision.compute))
+    return _project_forward(letters, x, w, precision)[0]
 
 
 def _project_forward(letters, x, w, precision):
-    return project(letters, x, w, precision), (x, w)
+    # Kept as it was multiplied, so that devices which share it gather it once.
+    low = w.astype(precision.compute)
+    return jnp.einsum(letters, x, low), (x, w, low)
 
 
 def _project_backward(letters, precision, residuals, dy):
-    x, w = residuals
-    dx, dw = _gradients(letters, precision, x, w, dy)
+    x, w, low = residuals
+    dx, dw = _gradients(letters, precision, x, low, dy)
     return dx, dw.astype(w.dtype)
 
 
 def _gradients(letters, precision, x, w, dy):
     inputs, out = letters.split("->")
     x_dims, w_dims = inputs.split(",")
-    dx = jnp.einsum(f"{out},{w_dims}->{x_dims}", dy, w.astype(precision.compute))
+    dx = jnp.einsum(f"{out},{w_dims}->{x_dims}", dy, w)
     dw = jnp.einsum(
-        f"{x_dims},{out}->{w_dims}", x, dy, preferred_element_type=precision.reduce
+        f"{x_dims},{out}->{w_dims}", x, dy, preferred_element_type=precision.gradients
     )
     return dx, dw
 
@@ -75,12 +78,7 @@ def project_all(
     precision: PrecisionConfig,
 ) -> tuple[Float[Array, "B T _"], ...]:
     """Returns what `project` makes of `x` with each of `ws`, in one matmul."""
-    y_BTF = project("btd,df->btf", x_BTD, _beside(ws, precision), precision)
-    return _parts(y_BTF, ws)
-
-
-def _beside(ws: tuple[Array, ...], precision: PrecisionConfig) -> Array:
-    return jnp.concatenate([w.astype(precision.compute) for w in ws], axis=1)
+    return _project_all_forward(x_BTD, ws, precision)[0]
 
 
 def _parts(whole: Array, ws: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -88,13 +86,15 @@ def _parts(whole: Array, ws: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def _project_all_forward(x_BTD, ws, precision):
-    return project_all(x_BTD, ws, precision), (x_BTD, ws)
+    low_DF = jnp.concatenate([w.astype(precision.compute) for w in ws], axis=1)
+    y_BTF = jnp.einsum("btd,df->btf", x_BTD, low_DF)
+    return _parts(y_BTF, ws), (x_BTD, ws, low_DF)
 
 
 def _project_all_backward(precision, residuals, dys):
-    x_BTD, ws = residuals
-    w, dy = _beside(ws, precision), jnp.concatenate(dys, axis=2)
-    dx_BTD, dw_DF = _gradients("btd,df->btf", precision, x_BTD, w, dy)
+    x_BTD, ws, low_DF = residuals
+    dy_BTF = jnp.concatenate(dys, axis=2)
+    dx_BTD, dw_DF = _gradients("btd,df->btf", precision, x_BTD, low_DF, dy_BTF)
     dw_DF = constrain(dw_DF, "embed", "head", cut_first=True)
     dws = zip(_parts(dw_DF, ws), ws, strict=True)
     return dx_BTD, tuple(dw.astype(w.dtype) for dw, w in dws)

@@ -2,7 +2,7 @@
 
 A tensor is divided by a scale and rounded; a product of two is multiplied by both of
 theirs. Everything else keeps its format: what comes out is in `precision.compute` and
-gradients of weights in `precision.reduce`, as of a matmul that is not quantised.
+gradients of weights in `precision.gradients`, as of a matmul that is not quantised.
 
 fp8: forward values are e4m3, gradients e5m2 (arXiv 2209.05433), one scale a tensor.
 Scales are powers of two, so that to scale rounds nothing, and a small error in what the
@@ -159,7 +159,7 @@ def _fp8_backward(letters, precision, residuals, dys):
     for dy, w_8, ws, tops in zip(dys, ws_8, groups, expected, strict=True):
         dy_8, dy_met = _quantised(dy, BACKWARD, [top[1] for top in tops])
         dx += multiply(f"{out},{w_dims}->{x_dims}", dy_8, w_8, p.compute, p.compute)
-        dw = multiply(f"{x_dims},{out}->{w_dims}", x_8, dy_8, p.reduce, p.compute)
+        dw = multiply(f"{x_dims},{out}->{w_dims}", x_8, dy_8, p.gradients, p.compute)
         dws = jax.lax.split(dw, [w.shape[-1] for w in ws], axis=dw.ndim - 1)
         dgroups.append(tuple(dw.astype(w.dtype) for dw, w in zip(dws, ws, strict=True)))
         found.append((jnp.stack([x_met, dy_met]),) * len(tops))
@@ -209,7 +209,7 @@ def _int8_backward(letters, precision, residuals, dy):
     p = precision
     w = jnp.concatenate([w.astype(p.compute) for w in ws], axis=-1)
     dx = product(f"{out},{w_dims}->{x_dims}", dy, w, p.compute)
-    dw = product(f"{x_dims},{out}->{w_dims}", x, dy, p.reduce)
+    dw = product(f"{x_dims},{out}->{w_dims}", x, dy, p.gradients)
     return dx, _split(dw, ws)
 
 
