@@ -6,8 +6,9 @@ import pathlib
 
 import jax
 import numpy as np
+import optax
 
-from scaletrain import config, mesh, step, train
+from scaletrain import config, mesh, optim, step, train
 from scaletrain.config import (
     DataConfig,
     MeshConfig,
@@ -82,6 +83,14 @@ def text_batch(run):
     }
 
 
+@functools.cache
+def _untrained(model, precision, lora, seed):
+    """Returns the state of a seed without that of an optimizer."""
+    run = changed(RUN, model=model, precision=precision, lora=lora, seed=seed)
+    make = functools.partial(step.initial_state, run, optax.identity())
+    return jax.device_get(jax.jit(make)())
+
+
 class Taken:
     """A program that takes steps on the first devices of this machine."""
 
@@ -90,7 +99,11 @@ class Taken:
         self.run = config.resolve(run, devices)
         self.mesh = mesh.build(self.run.mesh, jax.devices()[:devices])
         self.program = step.build(self.run, self.mesh)
-        self.state = self.initial()
+
+    @functools.cached_property
+    def state(self):
+        """Where it is; many a test needs none."""
+        return self.initial()
 
     @functools.cached_property
     def execute(self):
@@ -100,10 +113,14 @@ class Taken:
             return step.jitted(program).lower(program.state, program.batch).compile()
 
     def initial(self):
-        """Returns the state of the seed; made on one device it is compiled once."""
-        make = functools.partial(step.initial_state, self.run, self.program.tx)
+        """Returns the state of the seed, from the host to where it belongs."""
+        run = self.run
+        # The optimizer's part is compiled alone: all optimizers begin with one model.
+        state = _untrained(run.model, run.precision, run.lora, run.seed)
+        make = jax.jit(lambda: self.program.tx.init(optim.as_sums(state.params)))
+        state = dataclasses.replace(state, opt_state=jax.device_get(make()))
         layout = jax.tree.map(lambda leaf: leaf.sharding, self.program.state)
-        return jax.device_put(jax.jit(make)(), layout)
+        return jax.device_put(state, layout)
 
     def stand_in(self, monkeypatch):
         """Makes runs see these devices, start where this did and take this step."""

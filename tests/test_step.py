@@ -1,5 +1,6 @@
 """The step: one result however it is cut, and nothing that is not finite gets in."""
 
+import functools
 import pathlib
 
 import jax
@@ -40,19 +41,28 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("cut", CUTS)
+# On one device they are taken below, with dropout.
+@pytest.mark.parametrize(
+    "cut", [c for c in CUTS if c not in ("accumulate", "multi_steps")]
+)
 def test_one_result_however_the_batch_is_cut(alone, cut):
     losses = small.Taken(small.changed(small.RUN, **CUTS[cut])).losses(8)
     np.testing.assert_allclose(losses, alone, rtol=1e-4)
 
 
+DROPPING = small.changed(small.RUN, model__dropout=0.2)
+
+
+@pytest.fixture(scope="module")
+def dropping():
+    return small.Taken(DROPPING).losses(2)
+
+
 @pytest.mark.parametrize("cut", ["data2 fsdp2 tensor2", "accumulate", "multi_steps"])
-def test_dropout_does_not_depend_on_the_cut(cut):
-    run = small.changed(small.RUN, model__dropout=0.2)
-    plain = small.Taken(run).losses(2)
-    assert plain != small.Taken(small.RUN).losses(2)
-    losses = small.Taken(small.changed(run, **CUTS[cut])).losses(2)
-    np.testing.assert_allclose(losses, plain, rtol=1e-4)
+def test_dropout_does_not_depend_on_the_cut(alone, dropping, cut):
+    assert dropping != alone[:2]
+    losses = small.Taken(small.changed(DROPPING, **CUTS[cut])).losses(2)
+    np.testing.assert_allclose(losses, dropping, rtol=1e-4)
 
 
 def test_batch_hash_knows_its_rows_whatever_their_order():
@@ -126,9 +136,8 @@ def test_z_loss_pulls_the_partition_function_down():
         batch = small.random_batch(small.RUN, 0)
         for _ in range(10):
             taken.step(batch)
-        sums = step.eval_step(
-            taken.state.params, jax.tree.map(jnp.asarray, batch), program=taken.program
-        )
+        judge = jax.jit(functools.partial(step.eval_step, program=taken.program))
+        sums = judge(taken.state.params, batch)
         return float(sums.z / sums.weight)
 
     assert log_z(0.1) < log_z(0.0)
@@ -141,15 +150,6 @@ def test_state_is_donated_and_stays_where_it_is():
     taken.step(small.random_batch(small.RUN, 0))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
     assert jax.tree.map(lambda x: x.sharding, taken.state) == layout
-
-
-def test_every_mesh_starts_from_the_same_parameters():
-    one = small.Taken(small.RUN).state.params
-    run = small.changed(small.RUN, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
-    two = small.Taken(run).state.params
-    jax.tree.map(
-        np.testing.assert_array_equal, jax.device_get(one), jax.device_get(two)
-    )
 
 
 def test_ten_steps_are_golden(request):
