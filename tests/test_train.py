@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import config, evaluate, train
+from scaletrain import config, evaluate, main, train
 from scaletrain.config import DataConfig, MeshConfig
 from scaletrain.errors import (
     CheckpointError,
@@ -46,6 +46,12 @@ def text_run(tmp_path_factory):
         checkpoint__every_steps=7,
         eval__num_batches=2,
     )
+
+
+@pytest.fixture(scope="session")
+def brief(text_run):
+    """Runs in this process: however long they are, their step is compiled once."""
+    return small.changed(text_run, num_steps=1, optim__schedule="constant")
 
 
 @pytest.fixture(autouse=True)
@@ -80,10 +86,8 @@ def straight(text_run, tmp_path_factory):
     return workdir
 
 
-def test_a_run_without_validation_says_so(text_run, tmp_path):
-    run = small.changed(
-        text_run, num_steps=1, data__validation_fraction=0.0, eval__num_batches=0
-    )
+def test_a_run_without_validation_says_so(brief, tmp_path):
+    run = small.changed(brief, data__validation_fraction=0.0, eval__num_batches=0)
     found = train.run(run, str(tmp_path))
     assert evaluate.in_words(found) == "has no sequence"
 
@@ -153,14 +157,21 @@ def start_and_signal(run, workdir, tmp_path, at, number):
     return process.returncode, said
 
 
-def test_killed_and_resumed_equals_straight_to_the_last_bit(
-    straight, text_run, tmp_path
-):
-    workdir = tmp_path / "killed"
-    # Long enough that the kill lands before the end; the schedule is the last 30.
-    code, _ = start_and_signal(text_run, workdir, tmp_path, 15, signal.SIGKILL)
+@pytest.fixture(scope="module")
+def killed(text_run, tmp_path_factory):
+    """What a run leaves that is killed half-way."""
+    workdir = tmp_path_factory.mktemp("killed") / "run"
+    code, _ = start_and_signal(text_run, workdir, workdir.parent, 15, signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert max(steps(workdir, "loss")) < 30
+    return workdir
+
+
+def test_killed_and_resumed_equals_straight_to_the_last_bit(
+    straight, killed, text_run, tmp_path
+):
+    workdir = tmp_path / "resumed"
+    shutil.copytree(killed, workdir)
     line, env = command(text_run, workdir, tmp_path)
     done = subprocess.run(line, env=env, capture_output=True, text=True, check=True)
     assert "resuming from step " in done.stderr
@@ -182,15 +193,9 @@ def test_a_spoilt_executable_is_compiled_again(straight, text_run, tmp_path):
     assert done.stdout.startswith("step 30: validation")
 
 
-def test_resumed_on_eight_devices_equals_one(straight, text_run, tmp_path, monkeypatch):
+def test_resumed_on_eight_devices_equals_one(straight, killed, text_run, tmp_path):
     workdir = tmp_path / "moved"
-    train.run(dataclasses.replace(text_run, num_steps=14), str(workdir))
-    # The first half must follow the whole run's schedule for the losses to agree.
-    first = steps(workdir, "loss")
-    workdir = tmp_path / "moved_on"
-    line, env = command(text_run, workdir, tmp_path)
-    code, _ = start_and_signal(text_run, workdir, tmp_path, 15, signal.SIGKILL)
-    assert code == -signal.SIGKILL
+    shutil.copytree(killed, workdir)
     moved = small.changed(text_run, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     line, env = command(moved, workdir, tmp_path, devices=8)
     done = subprocess.run(line, env=env, capture_output=True, text=True, check=True)
@@ -200,7 +205,6 @@ def test_resumed_on_eight_devices_equals_one(straight, text_run, tmp_path, monke
     np.testing.assert_allclose(
         [eight[s] for s in one], [one[s] for s in one], rtol=1e-5
     )
-    assert first.keys() == set(range(1, 15))
 
 
 def test_sigterm_saves_and_says_start_again(straight, text_run, tmp_path):
@@ -234,23 +238,22 @@ def test_another_model_is_refused(straight, text_run, settings, words):
         train.run(small.changed(text_run, num_steps=31, **settings), str(straight))
 
 
-def test_another_corpus_is_refused(text_run, tmp_path):
+def test_another_corpus_is_refused(brief, tmp_path):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for i in range(20):
         (corpus / f"{i}.txt").write_text(f"document {i} " * 50)
-    run = small.changed(text_run, num_steps=2, data__path=str(corpus / "*.txt"))
+    run = small.changed(brief, data__path=str(corpus / "*.txt"))
     train.run(run, str(tmp_path / "run"))
     (corpus / "3.txt").write_text("something else")
     with pytest.raises(CheckpointError, match="the corpus or its tokenizer is not"):
-        train.run(dataclasses.replace(run, num_steps=3), str(tmp_path / "run"))
+        train.run(dataclasses.replace(run, num_steps=2), str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])
-def test_a_checkpoint_must_match_leaf_by_leaf(text_run, tmp_path, monkeypatch, change):
+def test_a_checkpoint_must_match_leaf_by_leaf(brief, tmp_path, monkeypatch, change):
     from scaletrain import checkpoint
 
-    run = dataclasses.replace(text_run, num_steps=1)
     whole, shorter = checkpoint.flat, jax.numpy.ones(31)
 
     def altered(tree):
@@ -266,19 +269,19 @@ def test_a_checkpoint_must_match_leaf_by_leaf(text_run, tmp_path, monkeypatch, c
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "flat", altered)
-        train.run(run, str(tmp_path))
+        train.run(brief, str(tmp_path))
     words = {
         "missing": "norm/scale: missing",
         "extra": "surplus: not in this model",
         "shape": r"norm/scale: \(31,\) stored, \(32,\) wanted",
     }
     with pytest.raises(CheckpointError, match=words[change]):
-        train.run(dataclasses.replace(run, num_steps=2), str(tmp_path))
+        train.run(dataclasses.replace(brief, num_steps=2), str(tmp_path))
 
 
-def test_a_half_written_step_is_not_there(straight, text_run, tmp_path):
+def test_a_half_written_step_is_not_there(brief, tmp_path):
     """A step directory without its final name is ignored and cleared away."""
-    run = dataclasses.replace(text_run, num_steps=7)
+    run = dataclasses.replace(brief, num_steps=7)
     train.run(run, str(tmp_path))
     folder = tmp_path / "checkpoints"
     (folder / "7").rename(folder / "9.orbax-checkpoint-tmp")
@@ -287,14 +290,14 @@ def test_a_half_written_step_is_not_there(straight, text_run, tmp_path):
     assert [p.name for p in folder.iterdir()] == ["7"]
 
 
-def test_a_failed_save_fails_the_run(text_run, tmp_path, monkeypatch):
+def test_a_failed_save_fails_the_run(brief, tmp_path, monkeypatch):
     from scaletrain import checkpoint
 
     def fail(self, *, together):
         self._fail(OSError("no space left on device"))
 
     monkeypatch.setattr(checkpoint.Checkpoints, "check", fail)
-    run = small.changed(text_run, checkpoint__max_failed_saves=2)
+    run = small.changed(brief, num_steps=30, checkpoint__max_failed_saves=2)
     with pytest.raises(CheckpointError, match="no space left on device") as caught:
         train.run(run, str(tmp_path))
     assert caught.value.exit_code == 1
@@ -325,7 +328,9 @@ def test_multi_steps_reads_the_same_batches(straight, text_run, tmp_path):
     assert steps(tmp_path, "batch_hash") == {s: whole[s] for s in range(1, 5)}
 
 
-def test_eval_and_generate_read_what_a_run_left(straight, text_run, tmp_path):
+def test_eval_and_generate_read_what_a_run_left(
+    straight, text_run, tmp_path, monkeypatch, capsys
+):
     """From the workdir alone, on the mesh that is here, without writing to it."""
     before = sorted(str(p) for p in straight.rglob("*"))
 
@@ -336,14 +341,28 @@ def test_eval_and_generate_read_what_a_run_left(straight, text_run, tmp_path):
             [*line, "--json"], env=env, capture_output=True, text=True, check=False
         )
 
+    def ask_here(*args):
+        """Returns the exit code and what was said, without a process."""
+        argv = ["scaletrain", *args, f"--workdir={straight}", "--json"]
+        monkeypatch.setattr(sys, "argv", argv)
+        try:
+            main.main()
+        except SystemExit as err:
+            return err.code, capsys.readouterr()
+        return 0, capsys.readouterr()
+
+    # What main sets for a process.
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     found = json.loads(ask("eval").stdout)
     assert found["loss"] == pytest.approx(steps(straight, "eval_loss")[30], rel=1e-5)
-    older = json.loads(ask("eval", "--step=21", "--split=train").stdout)
-    assert older["step"] == 21
-    gone = ask("eval", "--step=5")
-    assert gone.returncode == 2
-    assert "--step=5;" in gone.stderr
-    assert "it has 21, 28, 30" in gone.stderr
+    code, older = ask_here("eval", "--step=21", "--split=train")
+    assert code == 0
+    assert json.loads(older.out)["step"] == 21
+    code, gone = ask_here("eval", "--step=5")
+    assert code == 2
+    assert "--step=5;" in gone.err
+    assert "it has 21, 28, 30" in gone.err
     texts = json.loads(ask("generate", "--prompt=def ", "--prompt=x").stdout)
     assert [t["prompt"] for t in texts] == ["def ", "x"]
     assert all(t["text"] for t in texts)
