@@ -66,7 +66,7 @@ def test_two_processes_and_then_one_train_like_one(tmp_path):
         checkpoint__keep_every_steps=4,
         data=DataConfig(
             source="files",
-            path=str(ROOT / "tests" / "*.py"),
+            path=str(ROOT / "tests" / "test_s*.py"),  # evaluated in whole
             validation_fraction=0.2,
             cache_dir=str(tmp_path / "cache"),
         ),

@@ -677,19 +677,24 @@ def test_every_parameter_has_a_place_and_every_place_a_parameter(name):
 
 
 PEAK = """
-import resource, sys
+import pathlib, re, sys
 from scaletrain import checkpoint, importer, main, step  # what every import needs
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def peak():  # ru_maxrss would begin with the memory of the process that started this
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1])
+
+before = peak()
 importer.run(sys.argv[1], sys.argv[2], [])
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(peak() - before)
 """
 
 
 def test_an_import_needs_little_more_memory_than_its_weights(tmp_path):
     """Peak <= 1.5 x the largest tensor + the weights + what JAX itself takes."""
     found = json.loads((REFERENCE / "llama" / "config.json").read_text())
-    sizes = {"hidden_size": 1024, "intermediate_size": 6144, "vocab_size": 96_000}
-    found |= sizes | {"num_hidden_layers": 8, "head_dim": 256, "pad_token_id": None}
+    sizes = {"hidden_size": 512, "intermediate_size": 3072, "vocab_size": 128_000}
+    found |= sizes | {"num_hidden_layers": 4, "head_dim": 256, "pad_token_id": None}
     family, model = families.of_config(found)
     run = small.changed(small.RUN, model=model)
     made = nnx.eval_shape(lambda: step.Decoder(model, run.precision, jax.random.key(0)))
@@ -712,5 +717,5 @@ def test_an_import_needs_little_more_memory_than_its_weights(tmp_path):
     )  # fmt: skip
     limit = 1.5 * max(nbytes.values()) + sum(nbytes.values())
     own = 150e6  # the backend and its compiler, whatever the model's size
-    assert sum(nbytes.values()) > 1e9
+    assert sum(nbytes.values()) > 6e8
     assert int(done.stdout) < limit + own
