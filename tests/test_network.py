@@ -154,6 +154,7 @@ def test_a_run_whose_network_is_cut_ends_and_goes_on(hosts, tmp_path):
         mesh=MeshConfig(data=-1),
         checkpoint__every_steps=4,
         checkpoint__keep=1,
+        eval__num_batches=1,
     )
     (tmp_path / "run.json").write_text(config.to_json(run))
     workdir = tmp_path / "run"

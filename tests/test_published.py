@@ -237,6 +237,7 @@ def test_a_run_goes_on_from_an_import(imported, tmp_path):
         batch_size=8,
         seq_len=16,
         optim__warmup_steps=0,
+        optim__schedule="constant",  # one program for both runs
         checkpoint__every_steps=1,
         checkpoint__keep=2,
         log_every_steps=1,
