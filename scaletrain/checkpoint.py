@@ -9,6 +9,7 @@ them, and are restored straight onto whatever mesh there is now.
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import types
@@ -140,14 +141,15 @@ class Checkpoints:
         self._steps.remove(step)
 
     @contextlib.contextmanager
-    def reserved(self, state: TrainState) -> Iterator[None]:
+    def reserved(self, state: TrainState) -> Iterator[Callable[[], Any]]:
         """Takes the host memory that saves of `state` need, during the `with` block.
 
-        The first of them would take it else, and keep the devices waiting.
+        The first of them would take it else, and keep the devices waiting. What it
+        yields waits until it is taken, for whoever needs the devices to answer.
         """
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             taken = pool.submit(writer.reserve, _items(state))
-            yield
+            yield functools.partial(concurrent.futures.wait, [taken])
             try:
                 taken.result()
             except FAILURES as err:

@@ -7,6 +7,7 @@ what a device may allocate; where that is not known, as on CPUs, everything fits
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -37,8 +38,13 @@ CANDIDATES: tuple[dict[str, Any], ...] = tuple(
 _SHARE = 0.95
 
 
-def compiled(program: Program, asked: RunConfig) -> tuple[Program, Any]:
+def compiled(
+    program: Program, asked: RunConfig, ready: Callable[[], Any] = lambda: None
+) -> tuple[Program, Any]:
     """Returns a program with what `asked` leaves open decided and told, and its step.
+
+    Args:
+      ready: see `step.compiled`.
 
     Raises:
       ConfigError: model.remat=auto, and no candidate fits.
@@ -47,19 +53,19 @@ def compiled(program: Program, asked: RunConfig) -> tuple[Program, Any]:
         say(f"attention: {program.run.model.attention} (auto)")
     began = time.perf_counter()
     if asked.model.remat == "auto":
-        program, execute = _first_that_fits(program)
+        program, execute = _first_that_fits(program, ready)
     else:
-        execute = step.compiled(program)
+        execute = step.compiled(program, ready=ready)
     say(f"compiled in {time.perf_counter() - began:.1f} s")
     return program, execute
 
 
-def _first_that_fits(program: Program) -> tuple[Program, Any]:
+def _first_that_fits(program: Program, ready: Callable[[], Any]) -> tuple[Program, Any]:
     limit, others = _limit_bytes(cast(Mesh, program.mesh)), []
     for remat, names in _KEPT:
         run = _keeping(program.run, remat, names)
         chosen = step.build(run, program.mesh)
-        execute = _compiled_if_possible(chosen)
+        execute = _compiled_if_possible(chosen, ready)
         needed = None if execute is None else peak_bytes(execute)
         words = " ".join([remat, ",".join(names)]).strip()
         if _everywhere(needed is not None and (limit is None or needed <= limit)):
@@ -87,10 +93,10 @@ def _keeping(run: RunConfig, remat: str, names: tuple[str, ...]) -> RunConfig:
     return dataclasses.replace(run, model=model)
 
 
-def _compiled_if_possible(program: Program) -> Any:
+def _compiled_if_possible(program: Program, ready: Callable[[], Any]) -> Any:
     """Returns the compiled step, or None where even compiling finds no room for it."""
     try:
-        return step.compiled(program)
+        return step.compiled(program, ready=ready)
     except jax.errors.JaxRuntimeError as err:
         if not does_not_fit(str(err)):
             raise

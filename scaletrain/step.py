@@ -394,14 +394,23 @@ def build(run: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
     )
 
 
-def compiled(program: Program, options: dict[str, Any] | None = None) -> Any:
+def compiled(
+    program: Program,
+    options: dict[str, Any] | None = None,
+    ready: Callable[[], Any] = lambda: None,
+) -> Any:
     """Returns `train_step` compiled for the program's devices.
 
     An option that the compiler does not know is left out with a warning.
+
+    Args:
+      ready: called once the program is written down: it waits until the devices have
+        nothing else to do, for the compiler takes the kernels that are fastest there.
     """
     kind = cast(Mesh, program.mesh).devices.flat[0].device_kind
     lowered = jitted(program).lower(program.state, program.batch)
     wanted = COMPILER_OPTIONS.get(kind, {}) | (options or {})
+    ready()
     while True:
         try:
             return lowered.compile(compiler_options=wanted)

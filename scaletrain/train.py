@@ -71,15 +71,17 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
             _not_anew(folder)
             checkpoints = checkpoint.Checkpoints(folder, run, say=say)
             held.enter_context(contextlib.closing(checkpoints))
-            with phases("restore"), checkpoints.reserved(program.state):
-                checkpoints.sound()
-                back = rollbacks.Rollbacks(folder, checkpoints, say)
-                start = _agreed(checkpoints, back, corpus)
-                _leave_settings(folder, run, corpus)
-                say(sharding.table(program.state.params))
+            with checkpoints.reserved(program.state) as reserved:
+                with phases("restore"):
+                    checkpoints.sound()
+                    back = rollbacks.Rollbacks(folder, checkpoints, say)
+                    start = _agreed(checkpoints, back, corpus)
+                    _leave_settings(folder, run, corpus)
+                    say(sharding.table(program.state.params))
+                with phases("compile"):
+                    program, execute = remat.compiled(program, run, reserved)
+            with phases("restore"):
                 state = _first(program, checkpoints, start)
-            with phases("compile"):
-                program, execute = remat.compiled(program, run)
         # 4. The loop, begun again where it goes back.
         while True:
             with workdirs.writing(folder):

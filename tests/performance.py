@@ -11,6 +11,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import pathlib
@@ -27,12 +28,12 @@ LARGE = ("accumulate_steps=1", "batch_size=8", LOW)
 PARTS = ("accumulate_steps=4", "batch_size=32", LOW)
 HEADS = ("model.num_heads=16", "model.num_kv_heads=4", "model.d_head=128")
 SMALL = (
-    "accumulate_steps=1", LOW, "model.num_layers=12", "model.d_model=768",
+    "accumulate_steps=1", "model.num_layers=12", "model.d_model=768",
     "model.num_heads=12", "model.num_kv_heads=12", "model.d_ff=2048",
     "model.vocab_size=50304", "seq_len=1024", "batch_size=64",
 )  # fmt: skip
 MIDDLE = (
-    "accumulate_steps=1", LOW, "model.num_layers=24", "model.d_model=1024",
+    "accumulate_steps=1", "model.num_layers=24", "model.d_model=1024",
     "model.num_heads=16", "model.num_kv_heads=16", "model.d_ff=4096", "seq_len=2048",
     "batch_size=24",
 )  # fmt: skip
@@ -71,7 +72,7 @@ ROWS = {
     ),
     "accumulate": Row("4 parts of 8 sequences", PARTS, "1b"),
     "accumulateh128": Row(
-        "heads of 128, 4 parts of 8 sequences", (*PARTS, *HEADS), "accumulate"
+        "heads of 128, 4 parts of 8 sequences", (*PARTS, *HEADS), "1b"
     ),
     "muon": Row("Muon", (*LARGE, "optim.name=muon"), "1b"),
     "muon4": Row(
@@ -86,7 +87,7 @@ ROWS = {
     "full": Row("everything recomputed", (*LARGE, "model.remat=full"), "1b"),
     "packed": Row("packed documents, real pipeline", PACKED, "1b", how="data"),
     "train": Row(
-        "`train` on them, a checkpoint every 50 steps", PACKED, "packed", how="train"
+        "`train` on them, a checkpoint every 50 steps", PACKED, "1b", how="train"
     ),
     "350m": Row("350M, T 2048", MIDDLE, peer="mfu 40.5% (transformers)"),
     "124m": Row("124M, T 1024", SMALL, peer="485,000 (nanoGPT)"),
@@ -158,10 +159,10 @@ def planned(row, found):
 def measure(keys, folder):
     """Measures rows one after another; plans each while the next is measured."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for key in keys:
+        for key in sorted(keys, key=list(ROWS).index):
             row = ROWS[key]
+            like = known(folder).get(row.base)
             if row.how == "train":
-                like = known(folder).get(row.base)
                 found, why = (
                     trained(row, like["found"])
                     if like
@@ -174,7 +175,9 @@ def measure(keys, folder):
                 continue
             print(key, f"{found['tokens_per_s_per_device']:,.0f}", flush=True)
             today = datetime.date.today().isoformat()
-            result = {"found": found, "date": today, "plan": {}}
+            # Cards differ by 1%: what a row is divided by is of the same call.
+            base = like and like["found"]["tokens_per_s_per_device"]
+            result = {"found": found, "date": today, "plan": {}, "base": base}
             write(folder, key, result)
             if row.how != "train":
                 pool.submit(_plan_later, folder, key, result)
@@ -202,8 +205,7 @@ def cells(key, results):
     """Returns the cells of a row."""
     row, found, plan = ROWS[key], results[key]["found"], results[key]["plan"]
     speed, ratio = found["tokens_per_s_per_device"], ""
-    if row.base in results:
-        base = results[row.base]["found"]["tokens_per_s_per_device"]
+    if base := results[key]["base"]:
         ratio = f"{speed / base:.3f} of `{row.base}`"
     off = ["", ""]
     if plan.get("tokens_per_s_per_chip"):
@@ -211,13 +213,23 @@ def cells(key, results):
             f"{speed / plan['tokens_per_s_per_chip'] - 1:+.0%}",
             f"{plan['hbm_peak_bytes'] / found['peak_memory_bytes'] - 1:+.0%}",
         ]
+    overrides = " ".join(each for each in row.overrides if held(each, found))
     wait = f", data wait {found['data_wait']:.2%}" if "data_wait" in found else ""
     return [
         f"`{key}`", row.name, f"{speed:,.0f}", f"{found['mfu']:.1%}", ratio, row.peer,
         f"{found['achieved_over_ideal']:.2f}", f"{found['step_time_spread']:.1%}",
         f"{found['peak_memory_bytes'] / 1e9:.1f}", f"{found['compile_time_s']:.0f} s",
-        *off, f"`{' '.join(row.overrides)}`{wait}",
+        *off, f"`{overrides}`{wait}",
     ]  # fmt: skip
+
+
+def held(override, found):
+    """Returns whether a row was measured with an override that it has today."""
+    path, _, wanted = override.partition("=")
+    value = functools.reduce(
+        lambda v, k: v.get(k, {}), path.split("."), found["config"]
+    )
+    return wanted == (",".join(value) if isinstance(value, list) else str(value))
 
 
 def table(results):
@@ -240,7 +252,8 @@ of the fastest other system that was run on an H100 at this shape. "of ideal" is
 time of the step's matmuls, attention and optimizer alone, each measured in the same
 process, over the step's; "spread" is from the 10th to the 90th percentile over the
 median. "plan" is how far `scaletrain plan` is from the step's time and memory. `train`
-has its speed from a run's records, and the rest from `packed`.
+has its speed from a run's records, and the rest from `1b`. Cards differ by 1%: a speed
+is divided by one of the same card.
 
 """ + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

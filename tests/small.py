@@ -127,7 +127,7 @@ class Taken:
         monkeypatch.setattr(jax, "device_count", lambda: self.mesh.size)
         monkeypatch.setattr(mesh, "build", lambda settings: self.mesh)
         monkeypatch.setattr(step, "build", lambda *args: self.program)
-        monkeypatch.setattr(step, "compiled", lambda program: self.execute)
+        monkeypatch.setattr(step, "compiled", lambda program, ready: self.execute)
         monkeypatch.setattr(train, "initial", lambda program: self.initial())
 
     def step(self, batch):

@@ -20,7 +20,7 @@ def devices(monkeypatch):
     asked = []
 
     def prepare(limit, refused=0):
-        def compiled(program):
+        def compiled(program, ready):
             model = program.run.model
             asked.append(model.remat)
             assert [model.remat, model.remat_save] in [
