@@ -136,7 +136,9 @@ def _gradient(program: Program) -> Callable[..., Any]:
     def here(params: Tree, expected: Tree, frozen: Tree, batch: Batch) -> Any:
         loss_and_sums, (grads, met) = grad(params, expected, frozen, batch)
         grads = _laid_out(grads, program)  # so that each meets its own shard
-        sent = jax.tree.map(lambda g: g.astype(run.precision.gradients), grads)
+        # The compiler of CPUs fails at sums of fewer than 32 bits here.
+        low = run.precision.gradients if sharding.platform() != "cpu" else "float32"
+        sent = jax.tree.map(lambda g: g.astype(low), grads)
         loss_and_sums, sent = jax.lax.psum((loss_and_sums, sent), "data")
         grads = jax.tree.map(lambda s, g: s.astype(g.dtype), sent, grads)
         return loss_and_sums, (grads, jax.lax.pmax(met, "data"))

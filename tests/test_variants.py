@@ -10,7 +10,7 @@ from scaletrain.kernels.norm import add_norm
 from scaletrain.models import attention, layers
 
 RUN = small.changed(small.RUN, seq_len=128, batch_size=8)  # 128: what splash takes
-EXACT, ROUNDED = 2e-6, 1e-2  # of a loss; 8-bit numbers are coarser
+EXACT, ROUNDED = 2e-6, 1e-2  # of a loss; fewer bits are coarser
 VARIANTS = {
     "splash": ({"model__attention": "xla"}, EXACT),
     "norm kernel": ({}, EXACT),
@@ -32,6 +32,14 @@ VARIANTS = {
         ROUNDED,
     ),
     "int8": ({"precision__matmul": "int8"}, ROUNDED),
+    "bfloat16 gradients": (
+        {
+            "precision__gradients": "bfloat16",
+            "accumulate_steps": 2,
+            "mesh": MeshConfig(data=2, fsdp=2),
+        },
+        ROUNDED,
+    ),
 }
 
 
