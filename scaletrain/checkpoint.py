@@ -152,10 +152,10 @@ class Checkpoints:
             yield functools.partial(concurrent.futures.wait, [taken])
             try:
                 taken.result()
-            except FAILURES as err:
+            except (*FAILURES, MemoryError) as err:
                 self._say(
-                    "this host's memory cannot hold a copy of what a checkpoint holds "
-                    f"({writer.reason(err)}); saves will fail until there is more."
+                    "the host's memory for a copy of what a checkpoint holds could not "
+                    f"be taken ({writer.reason(err)}); saves will fail until it can."
                 )
 
     def save(

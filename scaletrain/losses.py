@@ -130,7 +130,7 @@ def _here(
         )
         return (jax.tree.map(jnp.add, sums, more), dw + more_dw), dx_CD
 
-    zero = jnp.zeros((), reduce)
+    zero = jnp.zeros((), jnp.float32)  # the format of the weights of tokens
     pieces = (
         x_BTD.reshape(count, -1, D),
         targets_BT.reshape(count, -1),

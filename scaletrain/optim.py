@@ -164,7 +164,8 @@ def guarded(
     def update(sums: Sums, state: GuardState, params: Sums) -> tuple[Sums, GuardState]:
         weight = jnp.maximum(sums.weight, 1)
         mean = jax.tree.map(lambda g: (g / weight).astype(g.dtype), sums.params)
-        loss, norm = sums.loss / weight, optax.tree.norm(mean)
+        wide = jax.tree.map(lambda g: g.astype(jnp.float32), mean)
+        loss, norm = sums.loss / weight, optax.tree.norm(wide)
         seen, limits = jnp.stack([loss, norm]), _limits(state, sigma, window)
         # An infinite limit does not make an infinite loss a sound one.
         good = (sums.bad == 0) & jnp.all(jnp.isfinite(seen) & (seen <= limits))

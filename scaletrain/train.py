@@ -72,7 +72,7 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
             checkpoints = checkpoint.Checkpoints(folder, run, say=say)
             held.enter_context(contextlib.closing(checkpoints))
             with checkpoints.reserved(program.state) as reserved:
-                with phases("restore"):
+                with phases("check"):
                     checkpoints.sound()
                     back = rollbacks.Rollbacks(folder, checkpoints, say)
                     start = _agreed(checkpoints, back, corpus)

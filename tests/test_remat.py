@@ -117,3 +117,17 @@ def test_a_kernels_own_memory_is_not_the_devices():
     assert chips.does_not_fit(f"{refused} memory space hbm. Used 17.40G of 15.75G hbm.")
     assert chips.does_not_fit("RESOURCE_EXHAUSTED: Out of memory while trying to")
     assert not chips.does_not_fit(f"{refused} memory space vmem. Used 81.41M of 63.94M")
+
+
+def test_kernels_are_timed_once_the_devices_are_ready(monkeypatch):
+    done = []
+    lowered = types.SimpleNamespace(compile=lambda **_: done.append("compiled"))
+
+    def lower(*_):
+        done.append("lowered")
+        return lowered
+
+    monkeypatch.setattr(step, "jitted", lambda _: types.SimpleNamespace(lower=lower))
+    program = step.build(RUN, mesh.build(RUN.mesh, jax.devices()[:1]))
+    step.compiled(program, ready=lambda: done.append("ready"))
+    assert done == ["lowered", "ready", "compiled"]

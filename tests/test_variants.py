@@ -32,6 +32,7 @@ VARIANTS = {
         ROUNDED,
     ),
     "int8": ({"precision__matmul": "int8"}, ROUNDED),
+    "bfloat16 sums": ({"precision__reduce": "bfloat16"}, 3e-2),
     "bfloat16 gradients": (
         {
             "precision__gradients": "bfloat16",
@@ -84,3 +85,10 @@ def test_every_variant_reaches_the_losses_of_the_plain_step(name, alone, monkeyp
     assert bool(used) == (name in ("splash", "norm kernel"))
     if tolerance == ROUNDED:  # a variant that is not taken is exact
         assert np.abs(np.array(found) / alone - 1).max() > EXACT
+
+
+def test_parameters_of_16_bits_learn():
+    """They begin elsewhere: the same key gives other numbers in another format."""
+    low = dict.fromkeys(("precision__params", "precision__gradients"), "bfloat16")
+    losses = learned(small.changed(RUN, mesh=MeshConfig(fsdp=4), **low))
+    assert losses[-1] < 0.7 * losses[0]

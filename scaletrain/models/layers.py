@@ -47,13 +47,21 @@ def project(
 
 
 def _project_forward(letters, x, w, precision):
-    # Kept as it was multiplied, so that devices which share it gather it once.
     low = w.astype(precision.compute)
-    return jnp.einsum(letters, x, low), (x, w, low)
+    return jnp.einsum(letters, x, low), (x, w, _gathered(low))
+
+
+def _gathered(low):
+    """Returns what is kept of a matrix: all of one that devices share, as it was used.
+
+    So they gather it once, unless the loop over layers or remat keeps their parts.
+    """
+    return low if sharding.mesh_axes("embed") else None
 
 
 def _project_backward(letters, precision, residuals, dy):
     x, w, low = residuals
+    low = w.astype(precision.compute) if low is None else low
     dx, dw = _gradients(letters, precision, x, low, dy)
     return dx, dw.astype(w.dtype)
 
@@ -81,18 +89,23 @@ def project_all(
     return _project_all_forward(x_BTD, ws, precision)[0]
 
 
+def _beside(ws: tuple[Array, ...], precision: PrecisionConfig) -> Array:
+    return jnp.concatenate([w.astype(precision.compute) for w in ws], axis=1)
+
+
 def _parts(whole: Array, ws: tuple[Array, ...]) -> tuple[Array, ...]:
     return tuple(jax.lax.split(whole, [w.shape[1] for w in ws], axis=whole.ndim - 1))
 
 
 def _project_all_forward(x_BTD, ws, precision):
-    low_DF = jnp.concatenate([w.astype(precision.compute) for w in ws], axis=1)
+    low_DF = _beside(ws, precision)
     y_BTF = jnp.einsum("btd,df->btf", x_BTD, low_DF)
-    return _parts(y_BTF, ws), (x_BTD, ws, low_DF)
+    return _parts(y_BTF, ws), (x_BTD, ws, _gathered(low_DF))
 
 
 def _project_all_backward(precision, residuals, dys):
     x_BTD, ws, low_DF = residuals
+    low_DF = _beside(ws, precision) if low_DF is None else low_DF
     dy_BTF = jnp.concatenate(dys, axis=2)
     dx_BTD, dw_DF = _gradients("btd,df->btf", precision, x_BTD, low_DF, dy_BTF)
     dw_DF = constrain(dw_DF, "embed", "head", cut_first=True)

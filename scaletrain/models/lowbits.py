@@ -86,8 +86,10 @@ def multiply(letters: str, a: Scaled, b: Scaled, dtype: Any, compute: Any) -> Ar
     """
 
     def native(a: Scaled, b: Scaled) -> Array:
-        y = product(letters, a.values, b.values, jnp.float32)
-        return (y * (a.scale * b.scale)).astype(dtype)
+        # Already in `dtype`, so that it is summed over devices in that. It is rounded
+        # once: powers of two round nothing.
+        y = product(letters, a.values, b.values, dtype)
+        return y * (a.scale * b.scale).astype(dtype)
 
     def recognised(a: Scaled, b: Scaled) -> Array:
         x, y = (

@@ -142,10 +142,13 @@ def _communication_s(
     """Returns seconds on the wire that arithmetic does not hide."""
     model = run.model
     weights = 2 * count // ways["tensor"]  # bytes of one gathering, in bfloat16
-    passes = 2 if model.remat == "none" else 3  # and the gradients, in float32
-    part = weights * (passes + 2) * (1 - 1 / ways["fsdp"])
+    passes = 2 if model.remat == "none" else 3
+    if model.remat == "none" and model.layers == "unroll":
+        passes = 1
+    grads = 2 if run.precision.gradients == "float32" else 1  # of `weights`
+    part = weights * (passes + grads) * (1 - 1 / ways["fsdp"])
     fsdp = part * run.accumulate_steps
-    data = 4 * weights / ways["fsdp"] * (1 - 1 / ways["data"])
+    data = 2 * grads * weights / ways["fsdp"] * (1 - 1 / ways["data"])
     # A layer's: its residuals, eight times; its keys and values of whole sequences,
     # gathered twice, and their gradients, summed once.
     layers = model.num_layers * run.accumulate_steps
