@@ -155,7 +155,8 @@ class Checkpoints:
             except (*FAILURES, MemoryError) as err:
                 self._say(
                     "the host's memory for a copy of what a checkpoint holds could not "
-                    f"be taken ({writer.reason(err)}); saves will fail until it can."
+                    f"be taken ({writer.reason(err)}); free some of it, or use a host "
+                    "with more: saves will fail until then."
                 )
 
     def save(
