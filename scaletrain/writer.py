@@ -5,6 +5,7 @@ when it is whole. What goes wrong in one process is raised in all of them: else 
 others would wait at Orbax's barriers for one that has given up.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import functools
@@ -146,26 +147,27 @@ def reserve(tree: Any) -> None:
     """Takes the host memory that a save of sharded arrays or shapes copies them to.
 
     jax keeps it for the saves. Of a GPU's it is pinned, and no kernel starts while it
-    is taken: 13 GB in 8 s on an H100's host, where a copy then takes 0.3 s. Nothing of
-    the kind is needed elsewhere.
+    is taken: 13 GB in 7.6 s on an H100's host (9.4 s array by array), where a copy then
+    takes 0.3 s. Nothing of the kind is needed elsewhere.
 
     Raises:
       RuntimeError: there is not as much.
     """
     if jax.default_backend() == "gpu":
-        jax.block_until_ready([_pinned(*part) for part in copied(tree)])
+        jax.block_until_ready([_pinned(*part) for part in copied(tree).items()])
 
 
-def copied(tree: Any) -> list[tuple[Any, int]]:
-    """Returns devices of this process, and the bytes a save copies from each, by leaf.
+def copied(tree: Any) -> dict[Any, int]:
+    """Returns devices of this process, and the bytes a save copies from each.
 
     Orbax divides what several devices hold among them.
     """
-    return [
-        (device, -(-leaf.size * leaf.dtype.itemsize // leaf.sharding.num_devices))
-        for leaf in jax.tree.leaves(tree)
-        for device in leaf.sharding.addressable_devices
-    ]
+    sizes: dict[Any, int] = collections.defaultdict(int)
+    for leaf in jax.tree.leaves(tree):
+        for device in leaf.sharding.addressable_devices:
+            whole = leaf.size * leaf.dtype.itemsize
+            sizes[device] += -(-whole // leaf.sharding.num_devices)
+    return sizes
 
 
 def _pinned(device: Any, size: int) -> jax.Array:
