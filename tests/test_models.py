@@ -152,7 +152,8 @@ def test_remat_keeps_what_it_is_told_to(names, capsys):
         def loss(params):
             return nnx.merge(graphdef, params)(*inputs()).sum()
 
-        jax.ad_checkpoint.print_saved_residuals(loss, params)
+        with jax.disable_jit():  # it does not see into functions
+            jax.ad_checkpoint.print_saved_residuals(loss, params)
         return capsys.readouterr().out.splitlines()
 
     kept = residuals(remat="save", remat_save=names)

@@ -21,11 +21,11 @@ from scaletrain.models.embedding import look_up
 from scaletrain.models.layers import (
     Attention,
     Linear,
-    Mlp,
     Norm,
     dropped,
     project,
 )
+from scaletrain.models.mlp import Mlp
 from scaletrain.sharding import constrain, param
 
 
@@ -299,6 +299,7 @@ class Decoder(nnx.Module):
         inputs = (params, kv, jnp.arange(L))
         if model.layers == "scan":
             return jax.lax.scan(layer, x_BTD, inputs)
+        layer = jax.jit(layer)  # so that it is traced and written down once
         # Parts of one split: their gradients are joined by one concatenation.
         parts = jax.tree.map(lambda leaf: jax.lax.split(leaf, (1,) * L), inputs)
         outs = []

@@ -12,7 +12,7 @@ _VALUE = re.compile(
 # Parts of a value's origin that say nothing of the model.
 _PLUMBING = re.compile(
     r"(?:while|body|eval_jaxpr|checkpoint|shard_map|closed_call|vmap\([^)]*\)|"
-    r"jvp\(\)|jit\([^)]*\))/"
+    r"jvp\(\)|(?:(?:transpose|jvp)\()*jit\([^)]*\)+)/"
 )
 _TEMPORARY = re.compile(
     r"^allocation \d+: size (\d+),(?!.*color).* preallocated-temp", re.MULTILINE
