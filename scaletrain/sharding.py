@@ -119,6 +119,12 @@ def platform() -> str:
     return device.platform if device else ""
 
 
+def device_kind() -> str:
+    """Returns what jax calls the devices of the mesh in use; "" where it has none."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else ""
+
+
 def axis_size(name: str) -> int:
     """Returns the size of an axis of the mesh in use, 1 without one."""
     return jax.sharding.get_abstract_mesh().shape.get(name, 1)

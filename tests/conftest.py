@@ -8,7 +8,8 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
-# JAX_PLATFORMS=cuda runs the tests of kernels for GPUs, in test_attention.py.
+# JAX_PLATFORMS=cuda runs the kernels for GPUs, in test_attention.py and
+# test_kernels.py.
 jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tests compile for longer than they run: a third of the time without LLVM's passes.

@@ -1,13 +1,23 @@
 """Hand-written kernels, interpreted, against float64."""
 
+import contextlib
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
+from flax import nnx
+from jax.experimental.pallas import mosaic_gpu
 
-from scaletrain import mesh
-from scaletrain.config import MeshConfig
+from scaletrain import mesh, sharding
+from scaletrain.config import LoraConfig, MeshConfig, PrecisionConfig
+from scaletrain.kernels import gated
+from scaletrain.kernels.matmul import takes
 from scaletrain.kernels.norm import add_norm
+from scaletrain.models import Decoder, mlp
 
 EPS = 1e-6
 
@@ -77,3 +87,163 @@ def test_norm_on_a_mesh_is_that_of_one_device():
         many = jax.jit(both)(*inputs)
     for ours, theirs in zip(many, one, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+GATES = {
+    "swiglu": (gated.silu, jax.nn.silu),
+    "geglu": (gated.gelu, lambda x: jax.nn.gelu(x, approximate=True)),
+}
+# Two tiles down and two across, two steps of the inner dim.
+B, T, D, F = 2, 128, 128, 512
+
+
+def branch(seed=0):
+    """Returns x, the gradient of the branch, and gate, up and down in bfloat16."""
+    keys = jax.random.split(jax.random.key(seed), 5)
+    shapes = (B, T, D), (B, T, D), (D, F), (D, F), (F, D)
+    scales = 1, 1, 2 * D**-0.5, D**-0.5, F**-0.5
+    return [
+        (scale * jax.random.normal(key, shape)).astype(jnp.bfloat16)
+        for key, shape, scale in zip(keys, shapes, scales, strict=True)
+    ]
+
+
+def running():
+    """Returns a context in which kernels run: interpreted where there is no GPU."""
+    if jax.default_backend() == "gpu":
+        return contextlib.nullcontext()
+    return mosaic_gpu.force_gpu_interpret_mode()
+
+
+def is_rounded(found, wanted):
+    """Whether each is the bfloat16 nearest to what it should be, or next to it."""
+    floor = 2**-8 * np.abs(wanted).max()  # where terms cancel
+    np.testing.assert_allclose(
+        np.asarray(found, "float64"), wanted, rtol=2**-7, atol=floor
+    )
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_gated_matmuls(name):
+    """Forward and backward, each from what was stored, and the product made again."""
+    gate, activation = GATES[name]
+    x, dout, gate_DF, up_DF, down = branch()
+    with running():
+        streams = gated.forward(gate, x, gated.interleaved(gate_DF, up_DF))
+        gate_BTF, up_BTF, product_BTF = streams
+        given = (dout, gate_BTF, up_BTF), down
+        both_BTG, again_BTF = gated.backward(gate, *given, True)
+        (alone_BTG,) = gated.backward(gate, *given, False)
+    np.testing.assert_array_equal(again_BTF, product_BTF)
+    np.testing.assert_array_equal(alone_BTG, both_BTG)
+    with jax.enable_x64(True):
+        x, dout, gate_DF, up_DF, down, *stored = as_dtype(
+            (x, dout, gate_DF, up_DF, down, gate_BTF, up_BTF), "float64"
+        )
+        wanted, pull = jax.vjp(lambda g, u: activation(g) * u, *stored)
+        dgate_BTF, dup_BTF = pull(jnp.einsum("btd,fd->btf", dout, down))
+        is_rounded(gate_BTF, jnp.einsum("btd,df->btf", x, gate_DF))
+        is_rounded(up_BTF, jnp.einsum("btd,df->btf", x, up_DF))
+        is_rounded(product_BTF, wanted)
+        both_RG = both_BTG.reshape(B * T, 2 * F)
+        for ours, theirs in zip(
+            gated.deinterleaved(both_RG), (dgate_BTF, dup_BTF), strict=True
+        ):
+            is_rounded(ours, theirs.reshape(B * T, F))
+
+
+def in_plain_words(epilogue, inputs, shapes, *, transposed=False):
+    """Returns what `matmul` does for the branch, for several devices at once.
+
+    Their kernels cannot be interpreted beside each other.
+    """
+    x_RD, w, *stored = inputs
+    product = lambda gate, up: jax.nn.silu(gate) * up  # noqa: E731
+    if transposed:
+        pull = jax.vjp(product, *stored)[1]
+        found = (gated.interleaved(*pull(x_RD @ w.T)),)
+    else:
+        gate_RF, up_RF = gated.deinterleaved(x_RD @ w)
+        found = gate_RF, up_RF, product(gate_RF, up_RF)
+    assert [each.shape for each in found] == shapes
+    return found
+
+
+@pytest.mark.parametrize(
+    ("grid", "remat"),
+    [
+        (MeshConfig(), {}),
+        (MeshConfig(), {"remat": "save", "remat_save": ("mlp_gate", "mlp_up")}),
+        (MeshConfig(data=2, context=2, fsdp=2), {}),
+    ],
+)
+def test_branch_within_matmuls_is_the_plain_one(grid, remat, monkeypatch):
+    """Its value and all gradients, each as near to float32's as the plain one's."""
+    model = dataclasses.replace(small.MODEL, d_model=64, d_ff=256, **remat)
+    x_BTD = jax.random.normal(jax.random.key(1), (4, 256, 64))
+    if grid != MeshConfig():
+        monkeypatch.setattr(gated, "matmul", in_plain_words)
+
+    def made(compute, *, fits):
+        monkeypatch.setattr(mlp, "takes", lambda *sizes: fits)
+        precision = PrecisionConfig(compute=compute)
+        branch = mlp.Mlp(model, precision, LoraConfig(), jax.random.key(0))
+        graphdef, params = nnx.split(branch)
+
+        def loss(params, x_BTD):
+            out_BTD = nnx.merge(graphdef, params)(x_BTD)
+            return jnp.sum(jnp.sin(out_BTD.astype(jnp.float32))), out_BTD
+
+        grad = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+        devices = jax.devices()[: math.prod(dataclasses.astuple(grid)[:6])]
+        with jax.set_mesh(mesh.build(grid, devices)), running():
+            return jax.tree.leaves(grad(params, x_BTD.astype(compute)))
+
+    exact = made("float32", fits=False)
+    plain = made("bfloat16", fits=False)
+    within = made("bfloat16", fits=True)
+
+    def away(found):
+        wide = [np.asarray(leaf, "float32") for leaf in found]
+        pairs = zip(wide, exact, strict=True)
+        return np.array([np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs])
+
+    assert (away(within) < 1.1 * away(plain)).all()
+    assert not all(map(np.array_equal, within, plain))
+
+
+def test_matmuls_are_written_down_once_for_all_layers(monkeypatch):
+    """A GPU's compiler would else make each anew."""
+    monkeypatch.setattr(mlp, "takes", lambda *sizes: True)
+    model = dataclasses.replace(
+        small.MODEL, d_model=64, d_ff=256, num_layers=3, layers="unroll"
+    )
+    decoder = Decoder(model, PrecisionConfig(), jax.random.key(0))
+    graphdef, params = nnx.split(decoder)
+    ids_BT = jnp.ones((1, 128), jnp.int32)
+
+    def loss(params):
+        return jnp.sum(nnx.merge(graphdef, params)(ids_BT, ids_BT, ids_BT))
+
+    traced = jax.jit(jax.grad(loss)).trace(params)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2") == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "inner", "columns", "dtype", "taken"),
+    [
+        ("NVIDIA H100 80GB HBM3", 128, 64, 256, "bfloat16", True),
+        ("NVIDIA H200", 256, 128, 512, "bfloat16", True),
+        ("NVIDIA B200", 128, 64, 256, "bfloat16", False),
+        ("cpu", 128, 64, 256, "bfloat16", False),
+        ("NVIDIA H200", 64, 64, 256, "bfloat16", False),
+        ("NVIDIA H200", 128, 32, 256, "bfloat16", False),
+        ("NVIDIA H200", 128, 8192, 256, "bfloat16", False),
+        ("NVIDIA H200", 128, 64, 128, "bfloat16", False),
+        ("NVIDIA H200", 128, 64, 256, "float32", False),
+    ],
+)
+def test_what_the_matmul_takes(kind, rows, inner, columns, dtype, taken, monkeypatch):
+    monkeypatch.setattr(sharding, "device_kind", lambda: kind)
+    assert takes(rows, inner, columns, dtype) == taken

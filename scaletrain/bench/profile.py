@@ -39,7 +39,7 @@ _WORDS = (
     ("collective", r"nccl|all[-_]?reduce|all[-_]?gather|reduce[-_]?scatter"),
     ("matmul", r"gemm|matmul|cutlass|nvjet|xmma|\bdot\b"),
     ("copy", r"memcpy|memset|copy|transpose"),
-    ("element-wise fusion", r"fusion|loop_|input_|wrapped_"),
+    ("element-wise fusion", r"fusion|loop_|input_|wrapped_|norm"),
 )
 
 
@@ -151,10 +151,10 @@ def class_of(each: hlo.Instruction, module: hlo.Module) -> str:
         return "collective"
     if each.opcode == "custom-call":
         found = class_of_name(target[1] if target else "")
-        # A kernel of our own is called by its compiler's name; in the scope of
-        # attention it is attention.
-        is_ours = found == "other" and scope_of(each, module) == "attention"
-        return "attention" if is_ours else found
+        if found != "other":
+            return found
+        # A kernel of our own has its compiler's name there, and its own in the scope.
+        return class_of_name("/".join(each.op_name.split("/")[-2:]))
     inner = module.computations.get(each.called("calls") or "")
     opcodes = {part.opcode for part in inner.instructions} if inner else {each.opcode}
     if opcodes & set(_MATMULS):

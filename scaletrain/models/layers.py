@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from scaletrain import sharding
 from scaletrain.config import (
-    GATED,
     LoraConfig,
     ModelConfig,
     PrecisionConfig,
@@ -48,10 +47,10 @@ def project(
 
 def _project_forward(letters, x, w, precision):
     low = w.astype(precision.compute)
-    return jnp.einsum(letters, x, low), (x, w, _gathered(low))
+    return jnp.einsum(letters, x, low), (x, w, gathered(low))
 
 
-def _gathered(low):
+def gathered(low: Float[Array, "..."]) -> Float[Array, "..."] | None:
     """Returns what is kept of a matrix: all of one that devices share, as it was used.
 
     So they gather it once, unless the loop over layers or remat keeps their parts.
@@ -62,11 +61,18 @@ def _gathered(low):
 def _project_backward(letters, precision, residuals, dy):
     x, w, low = residuals
     low = w.astype(precision.compute) if low is None else low
-    dx, dw = _gradients(letters, precision, x, low, dy)
+    dx, dw = gradients(letters, precision, x, low, dy)
     return dx, dw.astype(w.dtype)
 
 
-def _gradients(letters, precision, x, w, dy):
+def gradients(
+    letters: str,
+    precision: PrecisionConfig,
+    x: Float[Array, "..."],
+    w: Float[Array, "..."],
+    dy: Float[Array, "..."],
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """Returns those of `x` and of `w`, which is in the compute precision."""
     inputs, out = letters.split("->")
     x_dims, w_dims = inputs.split(",")
     dx = jnp.einsum(f"{out},{w_dims}->{x_dims}", dy, w)
@@ -100,14 +106,14 @@ def _parts(whole: Array, ws: tuple[Array, ...]) -> tuple[Array, ...]:
 def _project_all_forward(x_BTD, ws, precision):
     low_DF = _beside(ws, precision)
     y_BTF = jnp.einsum("btd,df->btf", x_BTD, low_DF)
-    return _parts(y_BTF, ws), (x_BTD, ws, _gathered(low_DF))
+    return _parts(y_BTF, ws), (x_BTD, ws, gathered(low_DF))
 
 
 def _project_all_backward(precision, residuals, dys):
     x_BTD, ws, low_DF = residuals
     low_DF = _beside(ws, precision) if low_DF is None else low_DF
     dy_BTF = jnp.concatenate(dys, axis=2)
-    dx_BTD, dw_DF = _gradients("btd,df->btf", precision, x_BTD, low_DF, dy_BTF)
+    dx_BTD, dw_DF = gradients("btd,df->btf", precision, x_BTD, low_DF, dy_BTF)
     dw_DF = constrain(dw_DF, "embed", "head", cut_first=True)
     dws = zip(_parts(dw_DF, ws), ws, strict=True)
     return dx_BTD, tuple(dw.astype(w.dtype) for dw, w in dws)
@@ -206,6 +212,11 @@ class Linear(nnx.Module):
         else:
             (y,) = _low(self.letters, x, [([self.weight[...]], [self])])
         return self.beside(x, y)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a product in the compute precision and nothing else."""
+        return self.matmul == "compute" and self.bias is None and self.lora_a is None
 
     def beside(
         self, x: Float[Array, "..."], y: Float[Array, "..."]
@@ -501,55 +512,3 @@ class Attention(nnx.Module):
         return jnp.where(
             local, rotary_rates(rope, H, local=True), rotary_rates(rope, H)
         )
-
-
-_ACTIVATIONS = {
-    "swiglu": jax.nn.silu,
-    "geglu": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu": functools.partial(jax.nn.gelu, approximate=True),
-    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
-}
-
-
-class Mlp(nnx.Module):
-    """The feed-forward branch: gated (arXiv 2002.05202) or plain."""
-
-    def __init__(
-        self,
-        model: ModelConfig,
-        precision: PrecisionConfig,
-        lora: LoraConfig,
-        key: jax.Array,
-    ):
-        D, F = model.d_model, model.d_ff
-        keys, targets = jax.random.split(key, 3), adapted(lora)
-
-        def linear(number, name, letters, shape, axes, std):
-            return Linear(
-                keys[number],
-                letters,
-                shape,
-                axes,
-                std=std,
-                precision=precision,
-                bias=model.bias == "all",
-                lora=lora if f"mlp/{name}" in targets else None,
-                low=f"mlp/{name}" in quantised(precision),
-            )
-
-        up = ("btd,df->btf", (D, F), ("embed", "ff"), D**-0.5)
-        self.gate = linear(0, "gate", *up) if model.mlp in GATED else None
-        self.up = linear(1, "up", *up)
-        out_std = (2 * model.num_layers * F) ** -0.5
-        self.down = linear(2, "down", "btf,fd->btd", (F, D), ("ff", "embed"), out_std)
-        self.activation = _ACTIVATIONS[model.mlp]
-
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Returns the feed-forward branch."""
-        if self.gate is None:
-            up_BTF = checkpoint_name(self.up(x_BTD), "mlp_up")
-            return self.down(self.activation(up_BTF))
-        gate_BTF, up_BTF = together(x_BTD, (self.gate, self.up))
-        gate_BTF = checkpoint_name(gate_BTF, "mlp_gate")
-        up_BTF = checkpoint_name(up_BTF, "mlp_up")
-        return self.down(self.activation(gate_BTF) * up_BTF)

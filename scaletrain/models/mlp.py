@@ -1,0 +1,153 @@
+"""The feed-forward branch."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from scaletrain import sharding
+from scaletrain.config import (
+    GATED,
+    LoraConfig,
+    ModelConfig,
+    PrecisionConfig,
+    adapted,
+    quantised,
+)
+from scaletrain.kernels import gated
+from scaletrain.kernels.matmul import takes
+from scaletrain.models.layers import Linear, gathered, gradients, together
+from scaletrain.sharding import constrain
+
+
+class _Fused(NamedTuple):
+    """How the branch runs whose activation is inside its matmuls."""
+
+    gate: gated.Gate
+    precision: PrecisionConfig
+    again: bool  # gate and up are kept, and their product is made of them again
+
+
+Weights = tuple[Float[Array, "D F"], Float[Array, "D F"], Float[Array, "F D"]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def fused_mlp(
+    fused: _Fused, x_BTD: Float[Array, "B T D"], weights: Weights
+) -> Float[Array, "B T D"]:
+    """Returns what `Mlp` makes of `x` with the matrices gate, up and down."""
+    return _fused_forward(fused, x_BTD, weights)[0]
+
+
+def _lowered(fused: _Fused, weights: Weights) -> tuple[Array, Array]:
+    gate_DF, up_DF, down_FD = (w.astype(fused.precision.compute) for w in weights)
+    return gated.interleaved(gate_DF, up_DF), down_FD
+
+
+def _fused_forward(fused, x_BTD, weights):
+    both_DG, down_FD = _lowered(fused, weights)
+    gate_BTF, up_BTF, product_BTF = gated.forward(fused.gate, x_BTD, both_DG)
+    gate_BTF = checkpoint_name(gate_BTF, "mlp_gate")
+    up_BTF = checkpoint_name(up_BTF, "mlp_up")
+    out_BTD = jnp.einsum("btf,fd->btd", product_BTF, down_FD)
+    kept = gate_BTF, up_BTF, None if fused.again else product_BTF
+    return out_BTD, (x_BTD, kept, weights, gathered(both_DG), gathered(down_FD))
+
+
+def _fused_backward(fused, residuals, dout_BTD):
+    x_BTD, (gate_BTF, up_BTF, product_BTF), weights, *lowered = residuals
+    if lowered[0] is None:
+        lowered = _lowered(fused, weights)
+    both_DG, down_FD = lowered
+    streams = dout_BTD, gate_BTF, up_BTF
+    dboth_BTG, *made = gated.backward(fused.gate, streams, down_FD, fused.again)
+    product_BTF = made[0] if fused.again else product_BTF
+    p = fused.precision
+    _, ddown_FD = gradients("btf,fd->btd", p, product_BTF, down_FD, dout_BTD)
+    dx_BTD, dboth_DG = gradients("btd,df->btf", p, x_BTD, both_DG, dboth_BTG)
+    dboth_DG = constrain(dboth_DG, "embed", "head", cut_first=True)
+    dws = (*gated.deinterleaved(dboth_DG), ddown_FD)
+    return dx_BTD, tuple(dw.astype(w.dtype) for dw, w in zip(dws, weights, strict=True))
+
+
+fused_mlp.defvjp(_fused_forward, _fused_backward)
+
+_GATES = {"swiglu": gated.silu, "geglu": gated.gelu}
+
+_ACTIVATIONS = {
+    "swiglu": jax.nn.silu,
+    "geglu": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+class Mlp(nnx.Module):
+    """The feed-forward branch: gated (arXiv 2002.05202) or plain."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        precision: PrecisionConfig,
+        lora: LoraConfig,
+        key: jax.Array,
+    ):
+        D, F = model.d_model, model.d_ff
+        keys, targets = jax.random.split(key, 3), adapted(lora)
+
+        def linear(number, name, letters, shape, axes, std):
+            return Linear(
+                keys[number],
+                letters,
+                shape,
+                axes,
+                std=std,
+                precision=precision,
+                bias=model.bias == "all",
+                lora=lora if f"mlp/{name}" in targets else None,
+                low=f"mlp/{name}" in quantised(precision),
+            )
+
+        up = ("btd,df->btf", (D, F), ("embed", "ff"), D**-0.5)
+        self.gate = linear(0, "gate", *up) if model.mlp in GATED else None
+        self.up = linear(1, "up", *up)
+        out_std = (2 * model.num_layers * F) ** -0.5
+        self.down = linear(2, "down", "btf,fd->btd", (F, D), ("ff", "embed"), out_std)
+        self.activation = _ACTIVATIONS[model.mlp]
+        self.model, self.precision = model, precision
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Returns the feed-forward branch."""
+        if self.gate is None:
+            up_BTF = checkpoint_name(self.up(x_BTD), "mlp_up")
+            return self.down(self.activation(up_BTF))
+        linears = self.gate, self.up, self.down
+        if self._fits(x_BTD) and all(linear.plain for linear in linears):
+            return fused_mlp(
+                self._fused(), x_BTD, tuple(each.weight[...] for each in linears)
+            )
+        gate_BTF, up_BTF = together(x_BTD, (self.gate, self.up))
+        gate_BTF = checkpoint_name(gate_BTF, "mlp_gate")
+        up_BTF = checkpoint_name(up_BTF, "mlp_up")
+        return self.down(self.activation(gate_BTF) * up_BTF)
+
+    def _fused(self) -> _Fused:
+        kept = {*self.model.remat_save, *self.model.remat_offload}
+        again = self.model.remat == "save" and {"mlp_gate", "mlp_up"} <= kept
+        return _Fused(_GATES[self.model.mlp], self.precision, again)
+
+    def _fits(self, x_BTD: Float[Array, "B T D"]) -> bool:
+        """Whether the devices have the kernels, and those take what each holds."""
+        B, T, D = x_BTD.shape
+        cuts = (
+            sharding.axis_size(axis) for axis in sharding.mesh_axes("batch", "tokens")
+        )
+        rows, F = B * T // math.prod(cuts), self.model.d_ff
+        # The policy "dots" keeps what XLA multiplies, and would have all made again.
+        alone = sharding.axis_size("tensor") == 1 and self.model.remat != "dots"
+        return alone and takes(rows, D, F, self.precision.compute)
