@@ -948,7 +948,14 @@ def test_options_of_tpus_are_known_to_their_compiler(kind):
     where = jax.sharding.SingleDeviceSharding(devices[0])
     given = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=where)
     options = chips.COMPILER_OPTIONS[kind]
-    jax.jit(lambda x: x + 1).lower(given).compile(compiler_options=options)
+    # Without a TPU an executable that was kept cannot be read again.
+    least = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, least)
+    jax.config.update(least, math.inf)
+    try:
+        jax.jit(lambda x: x + 1).lower(given).compile(compiler_options=options)
+    finally:
+        jax.config.update(least, before)
 
 
 def _dots(jaxpr):
