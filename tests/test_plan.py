@@ -328,6 +328,33 @@ def test_of_stacked_values_the_slice_is_moved():
     assert moved == pytest.approx(4 * layer)  # each of the two reads and writes one
 
 
+_GATHERED = """
+HloModule step, is_scheduled=true, num_partitions=4
+
+ENTRY %main (a: bf16[8,16], b: bf16[2,16]) -> bf16[8,16] {
+  %a = bf16[8,16]{1,0} parameter(0)
+  %b = bf16[2,16]{1,0} parameter(1)
+  %both = (bf16[32,16]{1,0}, bf16[8,16]{1,0}) all-gather(%a, %b), replica_groups={{0,1,2,3}}, dimensions={0}
+  %start = ((bf16[8,16]{1,0}, bf16[2,16]{1,0}), (bf16[32,16]{1,0}, bf16[8,16]{1,0})) all-gather-start(%a, %b), replica_groups={{0,1,2,3}}, dimensions={0}
+  %done = (bf16[32,16]{1,0}, bf16[8,16]{1,0}) all-gather-done(%start)
+  %sent = (bf16[8,16]{1,0}, bf16[8,16]{1,0}, u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+  %there = bf16[8,16]{1,0} collective-permute-done(%sent)
+  %sums = (bf16[8,16]{1,0}, bf16[2,16]{1,0}) all-reduce(%a, %b), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %out = bf16[8,16]{1,0} get-tuple-element(%done), index=1
+}
+"""  # noqa: E501
+
+
+def test_collectives_of_several_arrays_count_each():
+    axes = timing.account(
+        hlo.parse(_GATHERED), {"fsdp": 4}, slices.parse("h100:4")
+    ).communication
+    gathered, moved, summed = 2 * (32 + 8) * 16, 2 * 8 * 16, 2 * (8 + 2) * 16
+    sent = 2 * gathered * 3 / 4 + moved + 2 * summed * 3 / 4
+    assert axes["fsdp"]["bytes"] == sent
+    assert axes["fsdp"]["count"] == 4
+
+
 @pytest.fixture(scope="module")
 def planned():
     """A small step on four chips, compiled to buffers."""

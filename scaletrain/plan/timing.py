@@ -11,12 +11,13 @@ import collections
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from scaletrain.plan import hlo
-from scaletrain.plan.hlo import COLLECTIVES, Computation, Instruction, Module
+from scaletrain.plan.hlo import COLLECTIVES, Computation, Instruction, Module, Shape
 from scaletrain.plan.slices import DCN_BYTES_PER_S, HOST_BYTES_PER_S, Slice
 
 _FREE = (
@@ -222,17 +223,11 @@ class _Walk:
         members = hlo.group(each, devices)
         axis = self._axis(members)
         share *= (len(members) - 1) / len(members)
-        # A start gives its operands and its result; the result comes last.
-        assert each.shapes, each.name
-        last, size = each.shapes[-1].nbytes, max(s.nbytes for s in each.shapes)
-        if kind == "all-reduce":
-            size = sum(s.nbytes for s in each.shapes)
-            if each.opcode.endswith("-start") and len(each.shapes) > 1:
-                size //= 2
+        size = sum(shape.nbytes for shape in _results(each))
         sent = {
             "all-reduce": 2 * size * share,
-            "reduce-scatter": last * (len(members) - 1),
-            "collective-permute": last,
+            "reduce-scatter": size * (len(members) - 1),
+            "collective-permute": size,
         }.get(kind, size * share)
         seconds = sent / self._slice.group_bytes_per_s(members)
         sums = self._clock.axes.setdefault(
@@ -373,6 +368,16 @@ def _past_views(inner: Computation, name: str) -> list[tuple[Instruction, str]]:
         else:
             found.append((user, name))
     return found
+
+
+def _results(each: Instruction) -> Sequence[Shape]:
+    """Returns the results of a collective, one for each operand.
+
+    A start may give its operands before them, and what it needs itself after them.
+    """
+    count = len(each.operands)
+    begins = each.opcode.endswith("-start") and len(each.shapes) >= 2 * count
+    return each.shapes[count : 2 * count] if begins else each.shapes[:count]
 
 
 def _is_attention(each: Instruction) -> bool:
