@@ -113,6 +113,18 @@ def mesh_axes(*axes: str) -> tuple[str, ...]:
     return tuple(axis for entry in entries for axis in entry if axis_size(axis) > 1)
 
 
+def share(shape: tuple[int, ...], *axes: str) -> tuple[int, ...] | None:
+    """Returns the shape of a tensor's part on each device, None if there are uneven ones.
+
+    As where tokens are decoded one at a time.
+    """
+    cuts = [math.prod(map(axis_size, mesh_axes(axis))) for axis in axes]
+    pairs = list(zip(shape, cuts, strict=True))
+    if any(size % cut for size, cut in pairs):
+        return None
+    return tuple(size // cut for size, cut in pairs)
+
+
 def platform() -> str:
     """Returns the kind of the devices of the mesh in use; "" where it has none."""
     device = jax.sharding.get_abstract_mesh().abstract_device

@@ -274,19 +274,18 @@ Of the {step:.0f} ms of `1b`, its matmuls alone take {ms["gemms"]:.0f}, its atte
 {step - ms["step"]:.0f} it reads and writes memory, for norms, residuals, rotary
 positions and what of SwiGLU is not inside its matmuls.
 
-- SwiGLU inside its matmuls made `1b` 1.4% faster on one card (430.2 and 424.1 ms), and
-  `scan` 3.8% (473.2 and 455.3 ms), which need not make its product again. Such a
-  matmul is 5% slower than the vendor's: two warpgroups wait for each other at the end
-  of a tile. Rows `accumulate`, `accumulateh128`, `muon4`, `train`, `350m` and `124m`
-  were measured before that.
+- SwiGLU inside its matmuls: 424.1 instead of 430.2 ms of `1b` on one card, and 455.3
+  instead of 473.2 ms of `scan`, which made its product again in a pass of its own.
+  Without an epilogue such a matmul takes 5% longer than the vendor's. Rows `accumulate`,
+  `accumulateh128`, `muon4`, `train`, `350m` and `124m` were measured before that.
 - The card's power seems to be the limit of the matmuls: one after another they draw
   all of its 700 W. Gradients in bfloat16 save 6.6 GB of traffic, 0.5% of the step at
   the memory's speed, and made it 0.2% faster.
 - Attention: {speed_of(whole):.0f} TFLOP/s with heads of 64, {speed_of(wide):.0f}
   with heads of 128.
 - Muon: {1e3 * more:.0f} ms more than AdamW a step, however many parts it has.
-- Scanned layers copy what their loops read and write. That those no longer fill it
-  with zeros first made `scan` 1.7% faster (481.5 and 473.2 ms)."""
+- Scanned layers copy what their loops read and write. `scan` took 473.2 instead of
+  481.5 ms when those no longer filled it with zeros first."""
 
 
 def speed_of(found):

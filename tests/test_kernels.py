@@ -95,6 +95,7 @@ GATES = {
 }
 # Two tiles down and two across, two steps of the inner dim.
 B, T, D, F = 2, 128, 128, 512
+BOTH = {"remat": "save", "remat_save": ("mlp_gate", "mlp_up")}
 
 
 def branch(seed=0):
@@ -112,7 +113,8 @@ def running():
     """Returns a context in which kernels run: interpreted where there is no GPU."""
     if jax.default_backend() == "gpu":
         return contextlib.nullcontext()
-    return mosaic_gpu.force_gpu_interpret_mode()
+    params = mosaic_gpu.InterpretGPUParams(detect_races=True)
+    return mosaic_gpu.force_gpu_interpret_mode(params)
 
 
 def is_rounded(found, wanted):
@@ -173,7 +175,7 @@ def in_plain_words(epilogue, inputs, shapes, *, transposed=False):
     ("grid", "remat"),
     [
         (MeshConfig(), {}),
-        (MeshConfig(), {"remat": "save", "remat_save": ("mlp_gate", "mlp_up")}),
+        (MeshConfig(), BOTH),
         (MeshConfig(data=2, context=2, fsdp=2), {}),
     ],
 )
@@ -212,11 +214,21 @@ def test_branch_within_matmuls_is_the_plain_one(grid, remat, monkeypatch):
     assert not all(map(np.array_equal, within, plain))
 
 
-def test_matmuls_are_written_down_once_for_all_layers(monkeypatch):
-    """A GPU's compiler would else make each anew."""
+@pytest.mark.parametrize(
+    ("remat", "count"),
+    [
+        ({}, 2),
+        (BOTH, 2),
+        ({"remat": "save", "remat_save": ("mlp_gate",)}, 3),
+        ({"remat": "full"}, 3),
+        ({"remat": "dots"}, 0),
+    ],
+)
+def test_matmuls_are_written_down_once_for_all_layers(remat, count, monkeypatch):
+    """A GPU's compiler would else make each anew; a third is one that runs again."""
     monkeypatch.setattr(mlp, "takes", lambda *sizes: True)
     model = dataclasses.replace(
-        small.MODEL, d_model=64, d_ff=256, num_layers=3, layers="unroll"
+        small.MODEL, d_model=64, d_ff=256, num_layers=3, layers="unroll", **remat
     )
     decoder = Decoder(model, PrecisionConfig(), jax.random.key(0))
     graphdef, params = nnx.split(decoder)
@@ -227,7 +239,41 @@ def test_matmuls_are_written_down_once_for_all_layers(monkeypatch):
 
     traced = jax.jit(jax.grad(loss)).trace(params)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@mosaic_gpu_v2") == 2
+    assert text.count("@mosaic_gpu_v2") == count
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        ({}, [(1024, 32, 64, "bfloat16")]),
+        ({"mesh": MeshConfig(data=2, fsdp=2, context=2)}, [(128, 32, 64, "bfloat16")]),
+        ({"mesh": MeshConfig(tensor=2)}, []),
+        ({"mesh": MeshConfig(context=2), "shape": (8, 1)}, []),
+        ({"mesh": MeshConfig(fsdp=2), "shape": (1, 256)}, []),
+        ({"model": {"bias": "all"}}, [(1024, 32, 64, "bfloat16")]),
+        ({"lora": LoraConfig(rank=2)}, [(1024, 32, 64, "bfloat16")]),
+        ({"model": {"mlp": "relu2"}}, []),
+    ],
+)
+def test_where_the_branch_is_within_its_matmuls(settings, asked, monkeypatch):
+    """Each device's sizes are asked for; what is more than a product is left alone."""
+    told, fused = [], []
+    monkeypatch.setattr(mlp, "takes", lambda *sizes: not told.append(sizes))
+    monkeypatch.setattr(mlp, "fused_mlp", lambda how, x, w: fused.append(how) or x)
+    model = dataclasses.replace(small.MODEL, **settings.get("model", {}))
+    lora = settings.get("lora", LoraConfig())
+    grid = settings.get("mesh", MeshConfig())
+    devices = jax.devices()[: math.prod(dataclasses.astuple(grid)[:6])]
+    x = jax.ShapeDtypeStruct((*settings.get("shape", (4, 256)), 32), jnp.bfloat16)
+
+    def run(x_BTD):
+        branch = mlp.Mlp(model, PrecisionConfig(), lora, jax.random.key(0))
+        return branch(x_BTD)
+
+    with jax.set_mesh(mesh.build(grid, devices)):
+        jax.eval_shape(run, x)
+    assert told == asked
+    assert bool(fused) == (bool(asked) and settings.keys() <= {"mesh"})
 
 
 @pytest.mark.parametrize(

@@ -355,6 +355,37 @@ def test_collectives_of_several_arrays_count_each():
     assert axes["fsdp"]["count"] == 4
 
 
+_FUSED = """
+HloModule step, is_scheduled=true
+
+ENTRY %main (x: bf16[128,64], w: bf16[64,512]) -> bf16[128,256] {
+  %x = bf16[128,64]{1,0} parameter(0)
+  %w = bf16[64,512]{1,0} parameter(1)
+  %up = (bf16[128,256]{1,0}, bf16[128,256]{1,0}, bf16[128,256]{1,0}) custom-call(%x, %w), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(train_step)/jvp(jit(layer))/mlp/matmul/mpmd_map"}
+  %down = bf16[128,512]{1,0} custom-call(%x, %w), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(train_step)/attention/mpmd_map"}
+  ROOT %out = bf16[128,256]{1,0} get-tuple-element(%up), index=2
+}
+"""  # noqa: E501
+
+
+def test_a_matmul_with_an_epilogue_has_the_flops_of_its_product():
+    main = hlo.parse(_FUSED).computations["main"]
+    found = [hlo.flops(main.by_name[name], main) for name in ("up", "down")]
+    assert found == [2 * 128 * 64 * 512, 0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "jit(train_step)/jvp(jit(layer))/mlp/add",
+        "jit(train_step)/transpose(jvp(jit(layer)))/mlp/add",
+        "jit(train_step)/jvp()/while/body/checkpoint/mlp/add",
+    ],
+)
+def test_origins_of_values_name_the_model_alone(name):
+    assert memory.origin(name) == "mlp/add"
+
+
 @pytest.fixture(scope="module")
 def planned():
     """A small step on four chips, compiled to buffers."""

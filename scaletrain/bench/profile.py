@@ -39,7 +39,7 @@ _WORDS = (
     ("collective", r"nccl|all[-_]?reduce|all[-_]?gather|reduce[-_]?scatter"),
     ("matmul", r"gemm|matmul|cutlass|nvjet|xmma|\bdot\b"),
     ("copy", r"memcpy|memset|copy|transpose"),
-    ("element-wise fusion", r"fusion|loop_|input_|wrapped_|norm"),
+    ("element-wise fusion", r"fusion|loop_|input_|wrapped_|add_norm"),
 )
 
 
@@ -154,7 +154,8 @@ def class_of(each: hlo.Instruction, module: hlo.Module) -> str:
         if found != "other":
             return found
         # A kernel of our own has its compiler's name there, and its own in the scope.
-        return class_of_name("/".join(each.op_name.split("/")[-2:]))
+        own = re.sub(r"/(pallas_call|mpmd_map)$", "", each.op_name)
+        return class_of_name(own.rpartition("/")[2])
     inner = module.computations.get(each.called("calls") or "")
     opcodes = {part.opcode for part in inner.instructions} if inner else {each.opcode}
     if opcodes & set(_MATMULS):

@@ -323,16 +323,17 @@ class Norm(nnx.Module):
         self, x_BTD: Float[Array, "B T D"], branch_BTD: Float[Array, "B T D"] | None
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         """Returns `x` with a branch added, if there is one, and that normalised."""
-        if sharding.platform() == "gpu" and self._has_kernel(x_BTD.shape[-1]):
+        if sharding.platform() == "gpu" and self._has_kernel(x_BTD.shape):
             scale_D = self.offset + self.scale[...].astype(jnp.float32)
             return add_norm(x_BTD, branch_BTD, scale_D, self.eps)
         if branch_BTD is not None:
             x_BTD += branch_BTD
         return x_BTD, self(x_BTD)
 
-    def _has_kernel(self, width: int) -> bool:
+    def _has_kernel(self, shape: tuple[int, ...]) -> bool:
         plain = not self.centred and self.precision.reduce == "float32"
-        return plain and width <= LARGEST
+        even = sharding.share(shape[:2], "batch", "tokens") is not None
+        return plain and even and shape[-1] <= LARGEST
 
 
 def rotary_rates(

@@ -143,11 +143,11 @@ class Mlp(nnx.Module):
 
     def _fits(self, x_BTD: Float[Array, "B T D"]) -> bool:
         """Whether the devices have the kernels, and those take what each holds."""
-        B, T, D = x_BTD.shape
-        cuts = (
-            sharding.axis_size(axis) for axis in sharding.mesh_axes("batch", "tokens")
-        )
-        rows, F = B * T // math.prod(cuts), self.model.d_ff
         # The policy "dots" keeps what XLA multiplies, and would have all made again.
-        alone = sharding.axis_size("tensor") == 1 and self.model.remat != "dots"
-        return alone and takes(rows, D, F, self.precision.compute)
+        if sharding.axis_size("tensor") > 1 or self.model.remat == "dots":
+            return False
+        held = sharding.share(x_BTD.shape[:2], "batch", "tokens")
+        if held is None:
+            return False
+        sizes = math.prod(held), x_BTD.shape[2], self.model.d_ff
+        return takes(*sizes, self.precision.compute)

@@ -12,7 +12,7 @@ _VALUE = re.compile(
 # Parts of a value's origin that say nothing of the model.
 _PLUMBING = re.compile(
     r"(?:while|body|eval_jaxpr|checkpoint|shard_map|closed_call|vmap\([^)]*\)|"
-    r"jvp\(\)|(?:(?:transpose|jvp)\()*jit\([^)]*\)+)/"
+    r"jvp\(\)|(?:(?:transpose|jvp|vmap)\()*jit\([^)]*\)+)/"
 )
 _TEMPORARY = re.compile(
     r"^allocation \d+: size (\d+),(?!.*color).* preallocated-temp", re.MULTILINE
@@ -30,6 +30,11 @@ class Usage:
     temporary_bytes: int  # of it, given back between two steps
     host_bytes: int  # moved to the host's memory
     largest: list[tuple[int, str]]  # (bytes, shape and origin), of what is temporary
+
+
+def origin(name: str) -> str:
+    """Returns what an operation's name says of the model."""
+    return _PLUMBING.sub("", name).replace("\\'", "'")
 
 
 def usage(
@@ -72,7 +77,7 @@ def _largest(
             temporary = "preallocated-temp" in line and "color" not in line
         elif temporary and (value := _VALUE.match(line)):
             name, size, offset, shape = value.groups()
-            where = _PLUMBING.sub("", names.get(name, "")).replace("\\'", "'") or name
+            where = origin(names.get(name, "")) or name
             size = int(size)
             shape = shape.split("{")[0]
             dims = shape.partition("[")[2].rstrip("]")
