@@ -114,10 +114,7 @@ def mesh_axes(*axes: str) -> tuple[str, ...]:
 
 
 def share(shape: tuple[int, ...], *axes: str) -> tuple[int, ...] | None:
-    """Returns the shape of a tensor's part on each device, None if there are uneven ones.
-
-    As where tokens are decoded one at a time.
-    """
+    """Returns the shape of a tensor's part on each device; None if parts are uneven."""
     cuts = [math.prod(map(axis_size, mesh_axes(axis))) for axis in axes]
     pairs = list(zip(shape, cuts, strict=True))
     if any(size % cut for size, cut in pairs):

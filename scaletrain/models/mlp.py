@@ -138,7 +138,7 @@ class Mlp(nnx.Module):
 
     def _fused(self) -> _Fused:
         kept = {*self.model.remat_save, *self.model.remat_offload}
-        again = self.model.remat == "save" and {"mlp_gate", "mlp_up"} <= kept
+        again = {"mlp_gate", "mlp_up"} <= kept
         return _Fused(_GATES[self.model.mlp], self.precision, again)
 
     def _fits(self, x_BTD: Float[Array, "B T D"]) -> bool:
