@@ -276,9 +276,9 @@ positions and what of SwiGLU is not inside its matmuls.
 
 - SwiGLU inside its matmuls: 424.1 instead of 430.2 ms of `1b` on one card, and 455.3
   instead of 473.2 ms of `scan`, which made its product again in a pass of its own.
-  Without an epilogue such a matmul takes 5% longer than the vendor's. Rows
+  Without an epilogue such a matmul takes 5% longer than the vendor's. Rows `fp8`,
   `accumulate`, `accumulateh128`, `muon4`, `train`, `350m` and `124m` were measured
-  before that.
+  before that, and are divided by rows of before.
 - The card's power seems to be the limit of the matmuls: one after another they draw
   all of its 700 W. Gradients in bfloat16 save 6.6 GB of traffic, 0.5% of the step at
   the memory's speed, and made it 0.2% faster.

@@ -160,7 +160,10 @@ def in_plain_words(epilogue, inputs, shapes, *, transposed=False):
     Their kernels cannot be interpreted beside each other.
     """
     x_RD, w, *stored = inputs
-    product = lambda gate, up: jax.nn.silu(gate) * up  # noqa: E731
+
+    def product(gate_RF, up_RF):
+        return jax.nn.silu(gate_RF) * up_RF
+
     if transposed:
         pull = jax.vjp(product, *stored)[1]
         found = (gated.interleaved(*pull(x_RD @ w.T)),)
