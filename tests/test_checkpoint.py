@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding
 from scaletrain import config, main, manifest, train, workdir, writer
 from scaletrain.checkpoint import Checkpoints
 from scaletrain.errors import CheckpointError
-from scaletrain.manifest import Manifest
+from scaletrain.manifest import UNFINISHED, Manifest
 from scaletrain.retention import kept
 from scaletrain.step import TrainState
 
@@ -246,7 +246,9 @@ def test_a_full_disk_is_told_of_and_may_be_emptied(tmp_path, told):
         filler.unlink()
         some.save(4, state(4), "text", [], needed=True)
         assert some.latest() == 4
-        assert [p.name for p in (disk / "checkpoints").iterdir()] == ["4"]
+        # Late writes of the save that failed may stay, unfinished, until the next.
+        names = [path.name for path in (disk / "checkpoints").iterdir()]
+        assert [name for name in names if UNFINISHED not in name] == ["4"]
 
 
 def test_a_disk_that_is_full_from_the_start_is_told_of(tmp_path):
