@@ -35,7 +35,8 @@ train() {
   exec 9>>"$run.lock" # held by a run as long as it goes
   if flock --nonblock 9; then
     rm -f "$run.code"
-    setsid bash launch/tpu_worker.sh attempt "$run.code" "$@" >"$run.log" 2>&1 </dev/null &
+    : >"$run.log" # tail may be there before the run is
+    setsid bash launch/tpu_worker.sh attempt "$run.code" "$@" >>"$run.log" 2>&1 </dev/null &
     echo $! >"$run.pid"
     lines=+1
   else
