@@ -365,6 +365,7 @@ def build(run: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
         return nnx.split(nnx.eval_shape(make))
 
     trained, abstract = parts(run.precision)
+    plain = run.precision.plain
     logical, logical_frozen, _ = _parted(sharding.logical_axes(abstract), run)
     tx = optim.optimizer(run, logical)
     state = jax.eval_shape(functools.partial(initial_state, run, tx))
@@ -388,7 +389,7 @@ def build(run: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
     return Program(
         run=run,
         mesh=mesh,
-        graphdef=parts(run.precision.plain)[0],
+        graphdef=trained if plain == run.precision else parts(plain)[0],
         trained=trained,
         tx=tx,
         state=jax.tree.map(placed, state, layout),

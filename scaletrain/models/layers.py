@@ -142,54 +142,53 @@ class Linear(nnx.Module):
         *,
         std: float,
         precision: PrecisionConfig,
+        name: str = "",
         bias: bool = False,
-        lora: LoraConfig | None = None,
-        low: bool = False,
+        lora: LoraConfig = LoraConfig(),  # noqa: B008 (frozen)
     ):
         """Makes the matrix of einsum(letters, x, weight); no letter is "r".
 
         Args:
-          low: multiplies in `precision.matmul`.
+          name: of LINEARS, by which it is adapted and multiplied in 8 bits.
         """
         x_dims, w_dims, out = letters.replace("->", ",").split(",")
         fan_in = [dim in x_dims for dim in w_dims]
         ins = tuple(i for i, is_in in enumerate(fan_in) if is_in)
         outs = tuple(i for i, is_in in enumerate(fan_in) if not is_in)
-        dtype = precision.params
-
-        def picked(values: tuple, dims: tuple[int, ...]) -> tuple:
-            return tuple(values[i] for i in dims)
-
+        dtype, adapts = precision.params, name in adapted(lora)
+        low = name in quantised(precision)
         self.weight = param(key, shape, *axes, std=std, dtype=dtype)
         # Vectors that are added to the residual stream stay whole, like norms.
-        bias_axes = ("norm" if axis == "embed" else axis for axis in picked(axes, outs))
+        bias_axes = (
+            "norm" if axis == "embed" else axis for axis in _picked(axes, outs)
+        )
         self.bias = (
-            param(key, picked(shape, outs), *bias_axes, std=0.0, dtype=dtype)
+            param(key, _picked(shape, outs), *bias_axes, std=0.0, dtype=dtype)
             if bias
             else None
         )
         self.lora_a = (
             param(
                 jax.random.fold_in(key, 1),
-                (*picked(shape, ins), lora.rank),
-                *picked(axes, ins),
+                (*_picked(shape, ins), lora.rank),
+                *_picked(axes, ins),
                 "rank",
-                std=math.prod(picked(shape, ins)) ** -0.5,
+                std=math.prod(_picked(shape, ins)) ** -0.5,
                 dtype=dtype,
             )
-            if lora
+            if adapts
             else None
         )
         self.lora_b = (
             param(
                 key,
-                (lora.rank, *picked(shape, outs)),
+                (lora.rank, *_picked(shape, outs)),
                 "rank",
-                *picked(axes, outs),
+                *_picked(axes, outs),
                 std=0.0,
                 dtype=dtype,
             )
-            if lora
+            if adapts
             else None
         )
         self.matmul = precision.matmul if low else "compute"
@@ -202,7 +201,7 @@ class Linear(nnx.Module):
         w_in, w_out = ("".join(w_dims[i] for i in dims) for dims in (ins, outs))
         self.letters_a = f"{x_dims},{w_in}r->{kept}r"
         self.letters_b = f"{kept}r,r{w_out}->{out}"
-        self.scale = lora.alpha / lora.rank if lora else 0.0
+        self.scale = lora.alpha / lora.rank if adapts else 0.0
         self.letters, self.precision = letters, precision
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -231,6 +230,10 @@ class Linear(nnx.Module):
         bias = self.bias[...]
         bias = bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
         return (y.astype(p.reduce) + bias.astype(p.reduce)).astype(y.dtype)
+
+
+def _picked(values: tuple, dims: tuple[int, ...]) -> tuple:
+    return tuple(values[i] for i in dims)
 
 
 def together(
@@ -390,6 +393,17 @@ def dropped(
     return jnp.where(jax.vmap(draw)(keys_B), x_BTD / (1 - rate), 0)
 
 
+def _head_norm(
+    model: ModelConfig, precision: PrecisionConfig, heads: int, axis: str
+) -> Norm | None:
+    """Returns the norm of queries or keys: of each head, or of all together."""
+    if model.qk_norm == "none":
+        return None
+    if model.qk_norm == "head":
+        return Norm((model.d_head,), model, precision)
+    return Norm((heads, model.d_head), model, precision, (axis, "head"))
+
+
 class Attention(nnx.Module):
     """Grouped-query self-attention."""
 
@@ -402,56 +416,36 @@ class Attention(nnx.Module):
     ):
         D, N, K, H = model.d_model, model.num_heads, model.num_kv_heads, model.d_head
         keys = jax.random.split(key, 4)
-        targets = adapted(lora)
-
-        def linear(number, name, letters, shape, axes, std, biased):
-            return Linear(
-                keys[number],
-                letters,
-                shape,
-                axes,
-                std=std,
-                precision=precision,
-                bias=model.bias in biased,
-                lora=lora if f"attention/{name}" in targets else None,
-                low=f"attention/{name}" in quantised(precision),
-            )
-
-        shape_k, axes_k = (D, K, H), ("embed", "kv_heads", "head")
-        self.q = linear(
-            0,
-            "q",
+        both = {"precision": precision, "lora": lora}
+        ins = {"std": D**-0.5, "bias": model.bias in ("qkv", "all"), **both}
+        axes_k = ("embed", "kv_heads", "head")
+        self.q = Linear(
+            keys[0],
             "btd,dnh->btnh",
             (D, N, H),
             ("embed", "heads", "head"),
-            D**-0.5,
-            ("qkv", "all"),
+            name="attention/q",
+            **ins,
         )
-        self.k = linear(
-            1, "k", "btd,dkh->btkh", shape_k, axes_k, D**-0.5, ("qkv", "all")
+        self.k = Linear(
+            keys[1], "btd,dkh->btkh", (D, K, H), axes_k, name="attention/k", **ins
         )
-        self.v = linear(
-            2, "v", "btd,dkh->btkh", shape_k, axes_k, D**-0.5, ("qkv", "all")
+        self.v = Linear(
+            keys[2], "btd,dkh->btkh", (D, K, H), axes_k, name="attention/v", **ins
         )
         # Branch outputs shrink with depth (GPT-2, section 2.3).
-        self.o = linear(
-            3,
-            "o",
+        self.o = Linear(
+            keys[3],
             "btnh,nhd->btd",
             (N, H, D),
             ("heads", "head", "embed"),
-            (2 * model.num_layers * N * H) ** -0.5,
-            ("all",),
+            name="attention/o",
+            std=(2 * model.num_layers * N * H) ** -0.5,
+            bias=model.bias == "all",
+            **both,
         )
-
-        def norm(heads: int, axis: str) -> Norm | None:
-            if model.qk_norm == "none":
-                return None
-            if model.qk_norm == "head":
-                return Norm((H,), model, precision)
-            return Norm((heads, H), model, precision, (axis, "head"))
-
-        self.q_norm, self.k_norm = norm(N, "heads"), norm(K, "kv_heads")
+        self.q_norm = _head_norm(model, precision, N, "heads")
+        self.k_norm = _head_norm(model, precision, K, "kv_heads")
         self.model, self.precision = model, precision
 
     def __call__(

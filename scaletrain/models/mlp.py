@@ -16,8 +16,6 @@ from scaletrain.config import (
     LoraConfig,
     ModelConfig,
     PrecisionConfig,
-    adapted,
-    quantised,
 )
 from scaletrain.kernels import gated
 from scaletrain.kernels.matmul import takes
@@ -98,26 +96,24 @@ class Mlp(nnx.Module):
         key: jax.Array,
     ):
         D, F = model.d_model, model.d_ff
-        keys, targets = jax.random.split(key, 3), adapted(lora)
-
-        def linear(number, name, letters, shape, axes, std):
-            return Linear(
-                keys[number],
-                letters,
-                shape,
-                axes,
-                std=std,
-                precision=precision,
-                bias=model.bias == "all",
-                lora=lora if f"mlp/{name}" in targets else None,
-                low=f"mlp/{name}" in quantised(precision),
-            )
-
-        up = ("btd,df->btf", (D, F), ("embed", "ff"), D**-0.5)
-        self.gate = linear(0, "gate", *up) if model.mlp in GATED else None
-        self.up = linear(1, "up", *up)
-        out_std = (2 * model.num_layers * F) ** -0.5
-        self.down = linear(2, "down", "btf,fd->btd", (F, D), ("ff", "embed"), out_std)
+        keys = jax.random.split(key, 3)
+        both = {"precision": precision, "lora": lora, "bias": model.bias == "all"}
+        up = ("btd,df->btf", (D, F), ("embed", "ff"))
+        self.gate = (
+            Linear(keys[0], *up, name="mlp/gate", std=D**-0.5, **both)
+            if model.mlp in GATED
+            else None
+        )
+        self.up = Linear(keys[1], *up, name="mlp/up", std=D**-0.5, **both)
+        self.down = Linear(
+            keys[2],
+            "btf,fd->btd",
+            (F, D),
+            ("ff", "embed"),
+            name="mlp/down",
+            std=(2 * model.num_layers * F) ** -0.5,
+            **both,
+        )
         self.activation = _ACTIVATIONS[model.mlp]
         self.model, self.precision = model, precision
 

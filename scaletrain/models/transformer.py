@@ -59,18 +59,15 @@ class Block(nnx.Module):
         key: jax.Array,
     ):
         attention_key, mlp_key = jax.random.split(key)
-
-        def norm(*orders: str) -> Norm | None:
-            if model.norm_order not in orders:
-                return None
-            return Norm((model.d_model,), model, precision)
-
-        self.attention_norm = norm("pre", "both")
+        norm = functools.partial(Norm, (model.d_model,), model, precision)
+        pre = model.norm_order in ("pre", "both")
+        post = model.norm_order in ("post", "both")
+        self.attention_norm = norm() if pre else None
         self.attention = Attention(model, precision, lora, attention_key)
-        self.attention_out_norm = norm("post", "both")
-        self.mlp_norm = norm("pre", "both")
+        self.attention_out_norm = norm() if post else None
+        self.mlp_norm = norm() if pre else None
         self.mlp = Mlp(model, precision, lora, mlp_key)
-        self.mlp_out_norm = norm("post", "both")
+        self.mlp_out_norm = norm() if post else None
         self.dropout = model.dropout
 
     def __call__(
