@@ -14,10 +14,12 @@ from jaxtyping import Array, Float, Int
 
 from scaletrain import sharding
 from scaletrain.config import PrecisionConfig
+from scaletrain.kernels.cross_entropy import cross_entropy
 
-# Values that a device makes at once: 1 GiB in bfloat16, and as much for gradients.
-# Each piece adds to the matrix's gradient, which is read and written for it: pieces of
-# 16,384 tokens instead of 4,096 are 0.3% of a step of 1.1B on an H100.
+# Values that a device makes at once: 1 GiB in bfloat16, and as much for gradients, or
+# 2 GiB where those take the place of the logits. Each piece adds to the matrix's
+# gradient, which is read and written for it: pieces of 16,384 tokens instead of 4,096
+# are 0.3% of a step of 1.1B on an H100.
 LOGITS = 2**29
 
 
@@ -43,6 +45,11 @@ class Head:
     def axes(self) -> tuple[str, str]:
         """Logical axes of the matrix."""
         return ("vocab", "embed") if self.vocab_first else ("embed", "vocab")
+
+    @property
+    def letters(self) -> str:
+        """The matrix's dims."""
+        return "vd" if self.vocab_first else "dv"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -117,7 +124,8 @@ def _here(
     B, T, D = x_BTD.shape
     reduce = head.precision.reduce
     V = w.shape[0 if head.vocab_first else 1]
-    fewest = -(-B * T * V // LOGITS)
+    at_once = 2 * LOGITS if _in_place(head, learns, vocab) else LOGITS
+    fewest = -(-B * T * V // at_once)
     count = next(c for c in range(fewest, B * T + 1) if B * T % c == 0)
     w_low = w.astype(head.precision.compute)
     dw = jnp.zeros(w.shape if learns and head.trained else (), reduce)
@@ -168,8 +176,51 @@ def _piece(
     weights_C: Float[Array, " C"],
 ) -> tuple[LossSums, Any, Any]:
     """Returns the sums of C tokens and what they add to both gradients."""
-    p, w_dims = head.precision, "vd" if head.vocab_first else "dv"
-    logits_CV = jnp.einsum(f"cd,{w_dims}->cv", x_CD, w).astype(p.reduce)
+    logits_CV = jnp.einsum(f"cd,{head.letters}->cv", x_CD, w)
+    if _in_place(head, learns, vocab):
+        log_z_C, picked_C, d_CV = cross_entropy(
+            logits_CV,
+            targets_C,
+            weights_C,
+            soft_cap=head.soft_cap,
+            z_loss=head.z_loss,
+        )
+    else:
+        log_z_C, picked_C, d_CV = _scored(head, vocab, logits_CV, targets_C, weights_C)
+    sums = LossSums(
+        loss=jnp.sum((log_z_C - picked_C) * weights_C),
+        z=jnp.sum(jnp.square(log_z_C) * weights_C),
+        weight=jnp.sum(weights_C),
+    )
+    if not learns:
+        return sums, None, 0
+    dx_CD = jnp.einsum(f"cv,{head.letters}->cd", d_CV, w)
+    if not head.trained:
+        return sums, dx_CD, 0
+    dw = jnp.einsum(
+        f"cd,cv->{head.letters}",
+        x_CD,
+        d_CV,
+        preferred_element_type=head.precision.reduce,
+    )
+    return sums, dx_CD, dw
+
+
+def _in_place(head: Head, learns: bool, vocab: tuple[str, ...]) -> bool:
+    """Whether a kernel turns logits into their gradients where they lie."""
+    alone = learns and not vocab and head.precision.reduce == "float32"
+    return alone and sharding.platform() == "gpu"
+
+
+def _scored(
+    head: Head,
+    vocab: tuple[str, ...],
+    logits_CV: Float[Array, "C V"],
+    targets_C: Int[Array, " C"],
+    weights_C: Float[Array, " C"],
+) -> tuple[Float[Array, " C"], Float[Array, " C"], Float[Array, "C V"]]:
+    """Returns what `cross_entropy` does, of a vocabulary that may be cut."""
+    dtype, logits_CV = logits_CV.dtype, logits_CV.astype(head.precision.reduce)
     slope_CV = None
     if head.soft_cap:
         tanh_CV = jnp.tanh(logits_CV / head.soft_cap)
@@ -187,21 +238,9 @@ def _piece(
     hit_CV = (first + jnp.arange(V))[None, :] == targets_C[:, None]
     picked_C = jnp.sum(jnp.where(hit_CV, logits_CV, 0), axis=-1)
     picked_C = over_vocab(picked_C, jax.lax.psum)
-    sums = LossSums(
-        loss=jnp.sum((log_z_C - picked_C) * weights_C),
-        z=jnp.sum(jnp.square(log_z_C) * weights_C),
-        weight=jnp.sum(weights_C),
-    )
-    if not learns:
-        return sums, None, 0
     pull_C = 1 + 2 * head.z_loss * log_z_C if head.z_loss else jnp.ones_like(log_z_C)
     d_CV = jnp.exp(logits_CV - log_z_C[:, None]) * pull_C[:, None] - hit_CV
     d_CV *= weights_C[:, None]
     if slope_CV is not None:
         d_CV *= slope_CV
-    d_CV = d_CV.astype(x_CD.dtype)
-    dx_CD = jnp.einsum(f"cv,{w_dims}->cd", d_CV, w)
-    if not head.trained:
-        return sums, dx_CD, 0
-    dw = jnp.einsum(f"cd,cv->{w_dims}", x_CD, d_CV, preferred_element_type=p.reduce)
-    return sums, dx_CD, dw
+    return log_z_C, picked_C, d_CV.astype(dtype)

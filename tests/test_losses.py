@@ -1,5 +1,7 @@
 """The head's loss and its gradients against float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from scaletrain import losses, mesh, sharding
 from scaletrain.config import MeshConfig, PrecisionConfig
+from scaletrain.kernels import cross_entropy
 from scaletrain.losses import Head, head_loss
 
 B, T, D, V = 8, 6, 16, 24
@@ -52,6 +55,55 @@ MESHES = {
     "three": MeshConfig(data=2, fsdp=2, tensor=2),
     "context": MeshConfig(fsdp=2, context=2, tensor=2),
 }
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Lets the GPU's kernel run here, in two blocks a row, and tells how often."""
+    used = []
+
+    def interpreted(*args, **settings):
+        used.append(args)
+        return cross_entropy.cross_entropy(*args, **settings, interpret=True)
+
+    monkeypatch.setattr(cross_entropy, "_BLOCK", 16)
+    monkeypatch.setattr(losses, "cross_entropy", interpreted)
+    monkeypatch.setattr(losses.sharding, "platform", lambda: "gpu")
+    return used
+
+
+@pytest.mark.parametrize("name", ["none", "fsdp"])
+@pytest.mark.parametrize("kind", HEADS)
+def test_logits_become_their_gradients_in_place(kind, name, kernel, monkeypatch):
+    test_loss_and_gradients_equal_float64(kind, name, 2, monkeypatch)
+    assert kernel
+
+
+def test_a_cut_vocabulary_has_no_kernel(kernel, monkeypatch):
+    test_loss_and_gradients_equal_float64("plain", "three", 2, monkeypatch)
+    assert not kernel
+
+
+def test_gradients_of_16_bits_are_rounded_once():
+    """And an infinity, which the loss has to show, is not lost on the way."""
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(4 * rng.normal(size=(B, V)), jnp.bfloat16)
+    targets, ones = jnp.asarray(rng.integers(0, V, B), jnp.int32), jnp.ones(B)
+    score = functools.partial(
+        cross_entropy.cross_entropy, soft_cap=0.0, z_loss=0.0, interpret=True
+    )
+    log_z, picked, grad = score(logits, targets, ones)
+    wide = np.asarray(logits, np.float64)
+    exp = np.exp(wide)
+    np.testing.assert_allclose(log_z, np.log(exp.sum(-1)), rtol=1e-6)
+    np.testing.assert_array_equal(
+        picked, np.take_along_axis(wide, targets[:, None], 1)[:, 0]
+    )
+    wanted = exp / exp.sum(-1, keepdims=True) - np.eye(V)[targets]
+    assert grad.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(grad, np.float64), wanted, rtol=2**-8)
+    log_z, *_ = score(logits.at[2, 3].set(jnp.inf), targets, ones)
+    assert not np.isfinite(log_z[2])
 
 
 @pytest.mark.parametrize("name", MESHES)
