@@ -310,9 +310,17 @@ _SLICED = """HloModule sliced, is_scheduled=true
   ROOT %all = bf16[80,8,128]{2,1,0:T(16,128)} dynamic-update-slice(%view, %new, %i, %i, %i)
 }
 
-ENTRY %main (stack: bf16[80,8,128], i: s32[]) -> bf16[80,8,128] {
+%rounded (wide: f32[80,8,128]) -> bf16[1,8,128] {
+  %wide = f32[80,8,128]{2,1,0} parameter(0)
+  %low = bf16[80,8,128]{2,1,0} convert(%wide)
+  ROOT %one = bf16[1,8,128]{2,1,0} slice(%low), slice={[3:4], [0:8], [0:128]}
+}
+
+ENTRY %main (stack: bf16[80,8,128], i: s32[], wide: f32[80,8,128]) -> bf16[80,8,128] {
   %stack = bf16[80,8,128]{2,1,0:T(16,128)} parameter(0)
   %i = s32[]{:S(6)} parameter(1)
+  %wide = f32[80,8,128]{2,1,0} parameter(2)
+  %low = bf16[1,8,128]{2,1,0} fusion(%wide), kind=kLoop, calls=%rounded
   %one = bf16[1,8,128]{2,1,0} fusion(%stack, %i), kind=kLoop, calls=%read
   ROOT %out = bf16[80,8,128]{2,1,0:T(16,128)} fusion(%stack, %i, %one), kind=kLoop, calls=%write
 }
@@ -325,7 +333,8 @@ def test_of_stacked_values_the_slice_is_moved():
     found = timing.account(hlo.parse(_SLICED), {"fsdp": 1}, chip)
     layer = 2 * 8 * 128
     moved = found.seconds * chip.chip.memory_efficiency * chip.chip.hbm_bytes_per_s
-    assert moved == pytest.approx(4 * layer)  # each of the two reads and writes one
+    # Two read and write one; the third reads one twice as wide.
+    assert moved == pytest.approx((2 * 2 + 3) * layer)
 
 
 _GATHERED = """

@@ -194,7 +194,7 @@ class _Walk:
         for i, operand in enumerate(each.operands):
             shape = computation.shape(operand)
             if shape is not None and shape.space == 0:
-                total += _read(shape.nbytes, i, inner)
+                total += _read(shape, i, inner)
         return total
 
     def _collective(self, each: Instruction, kind: str, opcode: str) -> None:
@@ -331,10 +331,10 @@ def _written(each: Instruction, inner: Computation | None) -> int:
     return total
 
 
-def _read(size: int, index: int, inner: Computation | None) -> int:
+def _read(shape: Shape, index: int, inner: Computation | None) -> float:
     """Returns the bytes read of an operand: of a slice, the slice alone."""
     if inner is None:
-        return size
+        return shape.nbytes
     name = next(
         (
             each.name
@@ -343,28 +343,33 @@ def _read(size: int, index: int, inner: Computation | None) -> int:
         ),
         "",
     )
-    users = _past_views(inner, name)
-    slices = ("dynamic-slice", "slice", "gather")
-    if users and all(user.opcode in slices for user, _ in users):
-        return min(size, sum(user.nbytes for user, _ in users))
+    users = _past(("bitcast", "convert"), inner, name)
+    if users and all(
+        user.opcode in ("dynamic-slice", "slice", "gather") for user, _ in users
+    ):
+        taken = sum(math.prod(user.shapes[0].dims) for user, _ in users)
+        return min(1, taken / max(1, math.prod(shape.dims))) * shape.nbytes
+    users = _past(("bitcast",), inner, name)
     if users and all(
         user.opcode == "dynamic-update-slice" and user.operands[0] == seen
         for user, seen in users
     ):
         return 0
-    return size
+    return shape.nbytes
 
 
-def _past_views(inner: Computation, name: str) -> list[tuple[Instruction, str]]:
-    """Returns what reads a value of a fusion, past views of it, and under which name.
+def _past(
+    opcodes: Sequence[str], inner: Computation, name: str
+) -> list[tuple[Instruction, str]]:
+    """Returns what reads a value of a fusion, past some operations, under which name.
 
-    A view is a bitcast, or the same bytes tiled in another way.
+    The same bytes tiled in another way are the same value.
     """
     found = []
     for user in inner.users.get(name, []):
         retiled = user.opcode == "fusion" and _RETILED in user.attributes
-        if user.opcode == "bitcast" or retiled:
-            found += _past_views(inner, user.name)
+        if user.opcode in opcodes or retiled:
+            found += _past(opcodes, inner, user.name)
         else:
             found.append((user, name))
     return found
