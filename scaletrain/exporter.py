@@ -19,6 +19,7 @@ from scaletrain import (
     data,
     families,
     mesh,
+    metrics,
     origin,
     safetensors,
     step,
@@ -236,12 +237,10 @@ def _source(run: RunConfig) -> str:
 
 def _evaluation(workdir: pathlib.Path, at: int) -> list[str]:
     """Returns a line for each number of the last evaluation up to step `at`."""
-    path, found = workdir / "metrics.jsonl", {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            if "eval_loss" in record and record["step"] <= at:
-                found = record
+    found = {}
+    for record in metrics.records(workdir):
+        if "eval_loss" in record and record["step"] <= at:
+            found = record
     if not found:
         return ["- none"]
     names = ("eval_loss", "eval_perplexity", "eval_bits_per_byte")

@@ -28,7 +28,7 @@ class Account:
     def __init__(self, workdir: pathlib.Path, phases: Phases):
         self._path, self._phases = workdir / "attempts.json", phases
         self._over, self._writing = threading.Event(), threading.Lock()
-        self._attempts, elapsed = self._read(), phases.elapsed()
+        elapsed = phases.elapsed()
         self._now: dict[str, Any] = {
             "began": time.time() - elapsed,
             # The time of day may jump, this clock does not while its machine is up.
@@ -38,8 +38,8 @@ class Account:
             "to": None,  # the step it is at
             "taken": 0,  # steps
         }
-        self._attempts.append(self._now)
         self._measure()
+        self._attempts = [*self._read(), self._now]
 
     def __enter__(self) -> Self:
         """Starts to write."""
@@ -57,8 +57,8 @@ class Account:
     def _read(self) -> list[dict[str, Any]]:
         try:
             found = json.loads(self._path.read_text(encoding="utf-8"))
-            return [attempt for attempt in found if "taken" in attempt]
-        except (OSError, ValueError):
+            return [attempt for attempt in found if self._now.keys() <= set(attempt)]
+        except (OSError, ValueError, TypeError):
             return []  # a lost account is no reason not to train
 
     def begin(self, step: int) -> None:

@@ -12,6 +12,7 @@ import json
 import math
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -113,13 +114,11 @@ class Recorder:
         """Drops records of steps that are about to be taken again, and half lines."""
         if not self._path.exists():
             return
-        lines = self._path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if _step_of(line) <= start_step]
+        told = [pair for pair in _told(self._path) if pair[1]["step"] <= start_step]
         self.evaluated = any(
-            _step_of(line) == start_step and "eval_loss" in json.loads(line)
-            for line in kept
+            record["step"] == start_step and "eval_loss" in record for _, record in told
         )
-        rewrite(self._path, b"".join(kept))
+        rewrite(self._path, b"".join(line for line, _ in told))
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one record; it must hold "step"."""
@@ -190,20 +189,24 @@ class Recorder:
 
 def newest_saved(workdir: pathlib.Path) -> int | None:
     """Returns the newest step that a run here knew to be saved."""
-    path = workdir / "metrics.jsonl"
+    told = [record.get("newest_saved") for record in records(workdir)]
+    return max((step for step in told if step), default=None)
+
+
+def records(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns what a run's metrics.jsonl holds, but a line that is cut off."""
+    return [record for _, record in _told(workdir / "metrics.jsonl")]
+
+
+def _told(path: pathlib.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yields the lines that are records, and the records."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    records = [json.loads(line) for line in lines if _step_of(line) < math.inf]
-    return max(
-        (r["newest_saved"] for r in records if r.get("newest_saved")), default=None
-    )
-
-
-def _step_of(line: bytes) -> float:
-    """Returns the step a record is of; one that is cut off is of none."""
-    try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
-    except ValueError:
-        return math.inf
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            whole = line.endswith(b"\n") and isinstance(record, dict)
+            if whole and isinstance(record.get("step"), int):
+                yield line, record
 
 
 def peak_memory_bytes(devices: list[Any]) -> int | None:

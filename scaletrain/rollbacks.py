@@ -99,8 +99,11 @@ class Rollbacks:
         if not self._path.exists():
             return []
         try:
-            return json.loads(self._path.read_text(encoding="utf-8"))
-        except ValueError as err:
+            found = list(json.loads(self._path.read_text("utf-8", "replace")))
+            if not all({"step", "left_out"} <= set(record) for record in found):
+                raise ValueError("a record without its step")
+            return found
+        except (ValueError, TypeError) as err:
             raise CheckpointError(
                 f"{self._path}; damaged ({err}); without it the run would read batches "
                 "it left out; remove it to go by the newest checkpoint alone."

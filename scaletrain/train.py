@@ -149,7 +149,7 @@ def _as_begun(run: RunConfig, folder: pathlib.Path) -> RunConfig:
     path = folder / "config.json"
     if not run.init_from or not path.is_file():
         return run
-    then = config.from_json(path.read_text(encoding="utf-8")).init_from
+    then = config.from_json(path.read_text("utf-8", "replace"), str(path)).init_from
     workdir = os.path.abspath(run.init_from)
     same = origin.parsed(then)[0] == workdir
     return dataclasses.replace(run, init_from=then) if same else run

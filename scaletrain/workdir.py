@@ -121,5 +121,5 @@ def _holder(lock: pathlib.Path) -> str:
     try:
         said = json.loads(lock.read_text(encoding="utf-8"))
         return f"process {said['pid']} on {said['host']}, since {said['since']},"
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return "another process"

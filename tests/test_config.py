@@ -35,6 +35,16 @@ def test_round_trips():
     assert config.from_json(config.to_json(run)) == run
 
 
+@pytest.mark.parametrize("text", ["", "3", "[]", "null", '{"seed": 1'])
+def test_what_is_no_object_is_refused(text, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"--config=.*config.json; .*JSON"):
+        config.load(str(path))
+    with pytest.raises(ConfigError, match="there; .*JSON"):
+        config.from_json(text, "there")
+
+
 def test_defaults_are_sound():
     assert config.problems(RunConfig()) == []
 

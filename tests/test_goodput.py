@@ -84,7 +84,13 @@ def test_steps_that_did_not_end_are_lost(tmp_path, monkeypatch):
 
 
 def test_an_account_that_is_lost_or_not_ours_is_begun_anew(tmp_path):
-    for content in ("[{", '[{"began": 1.0, "seconds": 3.0}]'):
+    for content in (
+        "[{",
+        "3",
+        "[3]",
+        '[{"taken": 1}]',
+        '[{"began": 1.0, "seconds": 3.0}]',
+    ):
         (tmp_path / "attempts.json").write_text(content)
         with goodput.Account(tmp_path, Phases()) as account:
             assert account.total()["attempts"] == 1

@@ -49,6 +49,16 @@ def test_flops_of_llama_1b():
     )
 
 
+def test_lines_that_are_no_records_are_passed_over(tmp_path):
+    whole = [{"step": 1, "newest_saved": 1}, {"step": 2}]
+    others = ["3", "null", "[1]", '{"a": 1}', '{"step": "x"}', "{", ""]
+    lines = [json.dumps(whole[0]), *others, json.dumps(whole[1]), '{"step": 3}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))  # the last is cut off
+    assert metrics.records(tmp_path) == whole
+    assert metrics.newest_saved(tmp_path) == 1
+    assert metrics.newest_saved(tmp_path / "none") is None
+
+
 def test_mfu_is_told_for_known_chips_alone():
     run = small.changed(small.RUN, batch_size=8, seq_len=4096)
     known = types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")

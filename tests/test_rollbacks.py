@@ -12,7 +12,7 @@ import small
 from scaletrain import checkpoint, data, evaluate, rollbacks, train, writer
 from scaletrain.config import MeshConfig
 from scaletrain.data.sequences import RandomSequences
-from scaletrain.errors import DivergedError
+from scaletrain.errors import CheckpointError, DivergedError
 
 # Steps 1 to 4 read batches 0 to 3, of which one is skipped. Steps 6 to 8 read three bad
 # ones; from step 4 the run goes on with batch 8. Steps 7 to 9 read three bad ones; from
@@ -185,6 +185,13 @@ class Listed:
         self.latest, self.steps = lambda: max(known), lambda: sorted(known)
         self.sound = self.latest
         self.data = lambda at: {"rollbacks": [{}] * known[at]}
+
+
+@pytest.mark.parametrize("text", ["x", "3", "null", '["a"]', '[{"step": 1}]'])
+def test_a_damaged_account_of_what_was_left_out_is_refused(text, tmp_path):
+    (tmp_path / "rollbacks.json").write_text(text)
+    with pytest.raises(CheckpointError, match="rollbacks.json; damaged .*remove it"):
+        rollbacks.Rollbacks(tmp_path, Listed({0: 0}), print)
 
 
 def test_what_did_not_help_once_is_not_gone_back_to_again(tmp_path):

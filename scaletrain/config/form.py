@@ -119,7 +119,7 @@ def _experiment(spec: str) -> config_dict.ConfigDict:
         hint = f"did you mean {near[0]}?" if near else "give the path of a .py file."
         raise ConfigError([f"{where}; no such file; {hint}"])
     if path.endswith(".json"):
-        return config_dict.ConfigDict(json.loads(pathlib.Path(path).read_text()))
+        return _object(pathlib.Path(path).read_text("utf-8", "replace"), where)
     module_spec = importlib.util.spec_from_file_location("experiment", path)
     if module_spec is None or module_spec.loader is None:
         raise ConfigError([f"{where}; not a Python file; give the path of a .py file."])
@@ -138,6 +138,20 @@ def _experiment(spec: str) -> config_dict.ConfigDict:
             ]
         )
     return form
+
+
+def _object(text: str, where: str) -> config_dict.ConfigDict:
+    try:
+        found = json.loads(text)
+    except ValueError as err:
+        found, why = None, f"no JSON: {err}"
+    else:
+        why = "another JSON than an object"
+    if not isinstance(found, dict):
+        raise ConfigError(
+            [f"{where}; {why}; give settings as a run writes them, in its config.json."]
+        )
+    return config_dict.ConfigDict(found)
 
 
 def _siblings(path: str) -> list[pathlib.Path]:
@@ -191,13 +205,16 @@ def to_json(run: RunConfig) -> str:
     return json.dumps(dataclasses.asdict(run), indent=2) + "\n"
 
 
-def from_json(text: str) -> RunConfig:
+def from_json(text: str, where: str = "config.json") -> RunConfig:
     """Returns the run that `to_json` wrote.
 
+    Args:
+      where: the text is from.
+
     Raises:
-      ConfigError: the text holds settings this version does not know or accept.
+      ConfigError: it is not JSON, or has settings this version does not know or accept.
     """
-    run, problems = from_config_dict(config_dict.ConfigDict(json.loads(text)))
+    run, problems = from_config_dict(_object(text, where))
     problems += rules.problems(run)
     if problems:
         raise ConfigError(problems)

@@ -385,7 +385,7 @@ def load_tokenizer(folder: pathlib.Path) -> Tokenizer:
         paths = {name: folder / name for name in sidecars.NAMES}
         files = {n: path.read_bytes() for n, path in paths.items() if path.is_file()}
         return JsonTokenizer(text, about["end_of_text"], files)
-    except (OSError, ValueError, KeyError) as err:
+    except (OSError, ValueError, KeyError, TypeError) as err:
         raise DataError(
             f"{folder}; no tokenizer can be read there: {err}; give the folder of a "
             "run that was started on text."
