@@ -326,8 +326,11 @@ class Checkpoints:
         """Returns whether `step` holds weights alone, brought from elsewhere."""
         return self.data(step) is None
 
-    def agree(self, step: int, data_fingerprint: str) -> list[str]:
+    def agree(self, step: int, state: TrainState, data_fingerprint: str) -> list[str]:
         """Returns the harmless differences between the settings of `step` and now.
+
+        Args:
+          state: shapes of what `step` is to be restored as.
 
         Raises:
           CheckpointError: a difference that changes the model or the data.
@@ -345,6 +348,9 @@ class Checkpoints:
                 f"{self.folder / str(step)} was made with other settings:\n{lines}\n"
                 "set them back, or train in an empty workdir."
             )
+        for item, wanted in _items(state).items():
+            if item == "params" or data is not None:
+                self._compare(step, item, wanted)
         return free
 
     def restore(self, step: int, state: TrainState) -> TrainState:

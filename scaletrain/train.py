@@ -75,7 +75,7 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
                 with phases("check"):
                     checkpoints.sound()
                     back = rollbacks.Rollbacks(folder, checkpoints, say)
-                    start = _agreed(checkpoints, back, corpus)
+                    start = _agreed(checkpoints, back, corpus, program)
                     _leave_settings(folder, run, corpus)
                     say(sharding.table(program.state.params))
                 with phases("compile"):
@@ -118,7 +118,10 @@ def _not_anew(folder: pathlib.Path) -> None:
 
 
 def _agreed(
-    checkpoints: checkpoint.Checkpoints, back: rollbacks.Rollbacks, corpus: data.Corpus
+    checkpoints: checkpoint.Checkpoints,
+    back: rollbacks.Rollbacks,
+    corpus: data.Corpus,
+    program: Program,
 ) -> int | None:
     """Returns the step to go on from, which all processes and settings agree on."""
     cluster.agree(
@@ -130,7 +133,7 @@ def _agreed(
     )
     start = back.clear()
     if start is not None:
-        for line in checkpoints.agree(start, corpus.fingerprint):
+        for line in checkpoints.agree(start, program.state, corpus.fingerprint):
             say(f"changed since step {start}: {line}")
     return start
 
