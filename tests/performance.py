@@ -3,8 +3,8 @@
     python tests/performance.py [--rows=1b,muon] [--results=DIR] [--table]
 
 Each row is `scaletrain bench` (or `train`) of one experiment in a process of its own,
-with the overrides that the table shows. What it finds lies in DIR, a file a row, so
-that several calls make one table; `--table` makes it without measuring.
+with the overrides that the table shows. What it finds lies in DIR, docs/performance, a
+file a row, so that several calls make one table; `--table` makes it without measuring.
 """
 
 import argparse
@@ -301,7 +301,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     one = [key for key, row in ROWS.items() if row.devices == 1]
     parser.add_argument("--rows", default=",".join(one), help="of " + ",".join(ROWS))
-    parser.add_argument("--results", default=str(ROOT / "runs" / "performance"))
+    parser.add_argument("--results", default=str(ROOT / "docs" / "performance"))
     parser.add_argument("--table", action="store_true", help="measure nothing")
     args = parser.parse_args()
     folder = pathlib.Path(args.results)
