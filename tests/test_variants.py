@@ -6,6 +6,7 @@ import small
 
 from scaletrain import losses
 from scaletrain.config import MeshConfig
+from scaletrain.kernels.cross_entropy import cross_entropy
 from scaletrain.kernels.norm import add_norm
 from scaletrain.models import attention, layers
 
@@ -13,7 +14,7 @@ RUN = small.changed(small.RUN, seq_len=128, batch_size=8)  # 128: what splash ta
 EXACT, ROUNDED = 2e-6, 1e-2  # of a loss; fewer bits are coarser
 VARIANTS = {
     "splash": ({"model__attention": "xla"}, EXACT),
-    "norm kernel": ({}, EXACT),
+    "kernels of a GPU": ({}, EXACT),
     "unrolled": ({"model__layers": "unroll"}, EXACT),
     "remat full": ({"model__remat": "full"}, EXACT),
     "remat dots": ({"model__remat": "dots"}, EXACT),
@@ -64,25 +65,32 @@ def alone():
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_reaches_the_losses_of_the_plain_step(name, alone, monkeypatch):
     settings, tolerance = VARIANTS[name]
-    used = []
+    used = set()
 
-    def interpreted(*given):
-        used.append(name)
-        if name == "splash":
-            return attention._splash(*given, interpret=True)
-        return add_norm(*given, True)
+    def interpreted(kernel):
+        def call(*given, **settings):
+            used.add(kernel)
+            return kernel(*given, **settings, interpret=True)
 
+        return call
+
+    kernels = {
+        "splash": {attention._splash},
+        "kernels of a GPU": {add_norm, cross_entropy},
+    }.get(name, set())
     if name == "splash":
-        monkeypatch.setitem(attention.IMPLEMENTATIONS, "xla", interpreted)
-    if name == "norm kernel":
-        monkeypatch.setattr(layers, "add_norm", interpreted)
+        splash = interpreted(attention._splash)
+        monkeypatch.setitem(attention.IMPLEMENTATIONS, "xla", splash)
+    elif kernels:
+        monkeypatch.setattr(layers, "add_norm", interpreted(add_norm))
+        monkeypatch.setattr(losses, "cross_entropy", interpreted(cross_entropy))
         monkeypatch.setattr(layers.sharding, "platform", lambda: "gpu")
     if "chunks" in name:
         monkeypatch.setattr(losses, "LOGITS", 100 * RUN.model.vocab_size)
     run = small.changed(RUN, **({"mesh": MeshConfig(fsdp=4)} | settings))
     found = learned(run)
     np.testing.assert_allclose(found, alone, rtol=tolerance)
-    assert bool(used) == (name in ("splash", "norm kernel"))
+    assert used == kernels
     if tolerance == ROUNDED:  # a variant that is not taken is exact
         assert np.abs(np.array(found) / alone - 1).max() > EXACT
 
