@@ -299,13 +299,20 @@ def initial_state(run: RunConfig, tx: optax.GradientTransformation) -> TrainStat
     key = jax.random.key(run.seed)
     model_key, run_key = jax.random.split(key)
     model = Decoder(run.model, run.precision, model_key, run.lora)
-    params, frozen, amax = _parted(nnx.to_pure_dict(nnx.state(model)), run)
+    return _first_state(run, tx, nnx.to_pure_dict(nnx.state(model)), run_key)
+
+
+def _first_state(
+    run: RunConfig, tx: optax.GradientTransformation, weights: Tree, key: jax.Array
+) -> TrainState:
+    """Returns the state that a run begins with, of its weights and its random key."""
+    params, frozen, amax = _parted(weights, run)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         frozen=_as_multiplied(frozen, run),
         opt_state=tx.init(optim.as_sums(params)),
-        key=jax.random.key_data(run_key),
+        key=jax.random.key_data(key),
         amax=jax.tree.map(lambda leaf: jnp.zeros((HISTORY, *leaf.shape)), amax),
     )
 
@@ -368,7 +375,8 @@ def build(run: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
     plain = run.precision.plain
     logical, logical_frozen, _ = _parted(sharding.logical_axes(abstract), run)
     tx = optim.optimizer(run, logical)
-    state = jax.eval_shape(functools.partial(initial_state, run, tx))
+    begin = functools.partial(_first_state, run, tx)
+    state = jax.eval_shape(begin, nnx.to_pure_dict(abstract), key)
     params = sharding.of_params(state.params, logical, mesh)
     frozen = sharding.of_params(state.frozen, logical_frozen, mesh)
     layout = sharding.of_state(state, state.params, params, mesh)

@@ -115,8 +115,7 @@ def _normed(norm: Norm | None, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B 
 
 def _stacked(make: Callable[[jax.Array], nnx.Module], keys: jax.Array) -> nnx.Module:
     """Returns one module whose parameters hold a layer for each key, stacked."""
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(keys[0])))
-    state = jax.vmap(lambda key: nnx.state(make(key)))(keys)
+    graphdef, state = jax.vmap(lambda key: nnx.split(make(key)))(keys)
     for _, leaf in nnx.to_flat_state(state):
         leaf.set_metadata("logical", ("layers", *leaf.get_metadata("logical")))
     return nnx.merge(graphdef, state)
