@@ -184,7 +184,7 @@ def _describe(
             (folder / name).write_bytes(content)
     imported = tokenizer / "generation_config.json"
     if imported.is_file():
-        generation = json.loads(imported.read_text(encoding="utf-8"))
+        generation = safetensors.json_object(imported)
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     settings |= {name: generation[name] for name in ids if name in generation}
     kinds = {str(dtype) for _, dtype in tensors.values()}
@@ -244,10 +244,12 @@ def _evaluation(workdir: pathlib.Path, at: int) -> list[str]:
     if not found:
         return ["- none"]
     names = ("eval_loss", "eval_perplexity", "eval_bits_per_byte")
+    told = {name: found[name] for name in names if name in found}
     return [f"- step: {found['step']}"] + [
-        f"- {name.removeprefix('eval_')}: {found[name]:.4f}"
-        for name in names
-        if name in found
+        # What is not finite is written as null.
+        f"- {name.removeprefix('eval_')}: "
+        + (f"{value:.4f}" if isinstance(value, (int, float)) else "not finite")
+        for name, value in told.items()
     ]
 
 

@@ -22,13 +22,32 @@ _EVERY_S = 2.0
 _BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")  # of Linux
 
 
+_NUMBER = (int, float)
+_FIELDS = {
+    "began": _NUMBER, "up": _NUMBER, "boot": str, "taken": int, "phases": dict,
+    "seconds": _NUMBER,
+}  # fmt: skip
+
+
+def _is_attempt(found: Any) -> bool:
+    """Whether it is what an account writes of an attempt."""
+    if not isinstance(found, dict) or not all(
+        isinstance(found.get(name), kind) for name, kind in _FIELDS.items()
+    ):
+        return False
+    steps = [found.get("from"), found.get("to")]
+    began = all(isinstance(step, int) for step in steps)
+    whole = began or (steps == [None, None] and not found["taken"])
+    return whole and all(isinstance(s, _NUMBER) for s in found["phases"].values())
+
+
 class Account:
     """What became of the time of a run's attempts; kept up to date inside a `with`."""
 
     def __init__(self, workdir: pathlib.Path, phases: Phases):
         self._path, self._phases = workdir / "attempts.json", phases
         self._over, self._writing = threading.Event(), threading.Lock()
-        elapsed = phases.elapsed()
+        self._attempts, elapsed = self._read(), phases.elapsed()
         self._now: dict[str, Any] = {
             "began": time.time() - elapsed,
             # The time of day may jump, this clock does not while its machine is up.
@@ -38,8 +57,8 @@ class Account:
             "to": None,  # the step it is at
             "taken": 0,  # steps
         }
+        self._attempts.append(self._now)
         self._measure()
-        self._attempts = [*self._read(), self._now]
 
     def __enter__(self) -> Self:
         """Starts to write."""
@@ -57,9 +76,9 @@ class Account:
     def _read(self) -> list[dict[str, Any]]:
         try:
             found = json.loads(self._path.read_text(encoding="utf-8"))
-            return [attempt for attempt in found if self._now.keys() <= set(attempt)]
-        except (OSError, ValueError, TypeError):
-            return []  # a lost account is no reason not to train
+        except (OSError, ValueError, RecursionError):
+            found = []  # a lost account is no reason not to train
+        return list(filter(_is_attempt, found)) if isinstance(found, list) else []
 
     def begin(self, step: int) -> None:
         """Says which step this attempt goes on from, or went back to."""

@@ -190,7 +190,7 @@ class Recorder:
 def newest_saved(workdir: pathlib.Path) -> int | None:
     """Returns the newest step that a run here knew to be saved."""
     told = [record.get("newest_saved") for record in records(workdir)]
-    return max((step for step in told if step), default=None)
+    return max((step for step in told if isinstance(step, int)), default=None)
 
 
 def records(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -202,7 +202,7 @@ def _told(path: pathlib.Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yields the lines that are records, and the records."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     for line in lines:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
             whole = line.endswith(b"\n") and isinstance(record, dict)
             if whole and isinstance(record.get("step"), int):

@@ -75,6 +75,13 @@ class Diverged(Exception):
         super().__init__(f"steps {first} to {last}")
 
 
+def _is_record(record: Any) -> bool:
+    """Whether a record tells where a run went back to, and what it left out."""
+    return isinstance(record, dict) and all(
+        type(record.get(name)) is int for name in ("step", "left_out")
+    )
+
+
 class Rollbacks:
     """How often a run went back, where to, and what it left out for good."""
 
@@ -99,11 +106,11 @@ class Rollbacks:
         if not self._path.exists():
             return []
         try:
-            found = list(json.loads(self._path.read_text("utf-8", "replace")))
-            if not all({"step", "left_out"} <= set(record) for record in found):
-                raise ValueError("a record without its step")
+            found = json.loads(self._path.read_text("utf-8", "replace"))
+            if not isinstance(found, list) or not all(map(_is_record, found)):
+                raise ValueError("not what a run writes there")
             return found
-        except (ValueError, TypeError) as err:
+        except (ValueError, RecursionError) as err:
             raise CheckpointError(
                 f"{self._path}; damaged ({err}); without it the run would read batches "
                 "it left out; remove it to go by the newest checkpoint alone."
@@ -210,8 +217,9 @@ class Rollbacks:
             f"step {why.last}: no update for {why.last - why.first + 1} steps in a row "
             f"(optim.max_skipped_steps); {end}:",
             *(
-                f"  steps {r['first_skip']} to {r['last_skip']} skipped; back to step "
-                f"{r['step']} without {r['left_out']} batches"
+                # What a checkpoint knows of it does not say which steps.
+                f"  steps {r.get('first_skip', '?')} to {r.get('last_skip', '?')} "
+                f"skipped; back to step {r['step']} without {r['left_out']} batches"
                 for r in self.records
                 if "skips" in r
             ),

@@ -35,14 +35,25 @@ def test_round_trips():
     assert config.from_json(config.to_json(run)) == run
 
 
-@pytest.mark.parametrize("text", ["", "3", "[]", "null", '{"seed": 1'])
-def test_what_is_no_object_is_refused(text, tmp_path):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "3", "[]", "null", '{"seed": 1', '{"model.d_model": 3}',
+        '{"__class__": 1}', 100_000 * "[",
+    ],
+)  # fmt: skip
+def test_what_are_no_settings_is_refused(text, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=r"--config=.*config.json; .*JSON"):
+    with pytest.raises(ConfigError, match=r"--config=.*config.json; .*as a run"):
         config.load(str(path))
-    with pytest.raises(ConfigError, match="there; .*JSON"):
+    with pytest.raises(ConfigError, match="there; .*as a run"):
         config.from_json(text, "there")
+
+
+def test_a_number_that_no_float_holds_is_refused():
+    with pytest.raises(ConfigError, match="learning_rate=1000.*int where float"):
+        config.from_json(json.dumps({"optim": {"learning_rate": 10**400}}))
 
 
 def test_defaults_are_sound():

@@ -95,6 +95,13 @@ def test_an_account_that_is_lost_or_not_ours_is_begun_anew(tmp_path):
         with goodput.Account(tmp_path, Phases()) as account:
             assert account.total()["attempts"] == 1
         assert len(json.loads((tmp_path / "attempts.json").read_text())) == 1
+    path = tmp_path / "attempts.json"
+    (ours,) = json.loads(path.read_text())
+    others = [3, ours | {"phases": None}, ours | {"taken": 4}, ours | {"up": "x"}]
+    path.write_text(json.dumps([ours, *others]))
+    with goodput.Account(tmp_path, Phases()) as account:
+        assert account.total()["attempts"] == 2  # it and what was ours
+    path.write_text(json.dumps([ours]))
     (tmp_path / "attempts.partial").mkdir()  # nothing can be written
     with goodput.Account(tmp_path, Phases()) as account:
         assert account.total()["attempts"] == 2

@@ -84,6 +84,18 @@ def test_a_cut_vocabulary_has_no_kernel(kernel, monkeypatch):
     assert not kernel
 
 
+def test_a_row_may_begin_with_what_cannot_be():
+    logits = jnp.zeros((1, V)).at[:, :20].set(-jnp.inf)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cross_entropy, "_BLOCK", 16)
+        log_z, _, grad = cross_entropy.cross_entropy(
+            logits, jnp.array([20]), jnp.ones(1), soft_cap=0.0, z_loss=0.0,
+            interpret=True,
+        )  # fmt: skip
+    np.testing.assert_allclose(log_z, np.log(V - 20), rtol=1e-6)
+    np.testing.assert_allclose(grad[0, 20:], [-0.75, 0.25, 0.25, 0.25], rtol=1e-6)
+
+
 def test_gradients_of_16_bits_are_rounded_once():
     """And an infinity, which the loss has to show, is not lost on the way."""
     rng = np.random.default_rng(0)

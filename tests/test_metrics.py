@@ -50,7 +50,7 @@ def test_flops_of_llama_1b():
 
 
 def test_lines_that_are_no_records_are_passed_over(tmp_path):
-    whole = [{"step": 1, "newest_saved": 1}, {"step": 2}]
+    whole = [{"step": 1, "newest_saved": 1}, {"step": 2, "newest_saved": "x"}]
     others = ["3", "null", "[1]", '{"a": 1}', '{"step": "x"}', "{", ""]
     lines = [json.dumps(whole[0]), *others, json.dumps(whole[1]), '{"step": 3}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))  # the last is cut off

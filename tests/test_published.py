@@ -720,3 +720,10 @@ def test_an_import_needs_little_more_memory_than_its_weights(tmp_path):
     own = 150e6  # the backend and its compiler, whatever the model's size
     assert sum(nbytes.values()) > 6e8
     assert int(done.stdout) < limit + own
+
+
+def test_a_card_tells_of_evaluations_that_are_not_finite(tmp_path):
+    told = ['{"step": 3, "eval_loss": 2.5}', '{"step": 4, "eval_loss": null}', "{"]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(told))
+    assert exporter._evaluation(tmp_path, 3) == ["- step: 3", "- loss: 2.5000"]
+    assert exporter._evaluation(tmp_path, 9) == ["- step: 4", "- loss: not finite"]

@@ -187,7 +187,13 @@ class Listed:
         self.data = lambda at: {"rollbacks": [{}] * known[at]}
 
 
-@pytest.mark.parametrize("text", ["x", "3", "null", '["a"]', '[{"step": 1}]'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x", "3", "null", "{}", '["a"]', '[["step", "left_out"]]', '[{"step": 1}]',
+        '[{"step": 1, "left_out": "x"}]', '[{"step": null, "left_out": 1}]',
+    ],
+)  # fmt: skip
 def test_a_damaged_account_of_what_was_left_out_is_refused(text, tmp_path):
     (tmp_path / "rollbacks.json").write_text(text)
     with pytest.raises(CheckpointError, match="rollbacks.json; damaged .*remove it"):

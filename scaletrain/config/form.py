@@ -6,6 +6,7 @@ not run again after an override. Every function here returns what it could read 
 the list of problems it met, so that a user hears of all of them at once.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -44,7 +45,8 @@ def _nearest(path: str, known: Iterable[str]) -> str:
 def _typed(path: str, kind: type, value: Any) -> tuple[Any, str]:
     """Returns (value as `kind`, "") or (None, the problem)."""
     if kind is float and type(value) is int:
-        return float(value), ""
+        with contextlib.suppress(OverflowError):
+            value = float(value)
     if typing.get_origin(kind) is tuple:
         if isinstance(value, (tuple, list)) and all(type(v) is str for v in value):
             return tuple(value), ""
@@ -143,15 +145,13 @@ def _experiment(spec: str) -> config_dict.ConfigDict:
 def _object(text: str, where: str) -> config_dict.ConfigDict:
     try:
         found = json.loads(text)
-    except ValueError as err:
-        found, why = None, f"no JSON: {err}"
-    else:
-        why = "another JSON than an object"
-    if not isinstance(found, dict):
+        if not isinstance(found, dict):
+            raise ValueError("it is not an object")
+        return config_dict.ConfigDict(found)
+    except (ValueError, AttributeError, RecursionError) as err:
         raise ConfigError(
-            [f"{where}; {why}; give settings as a run writes them, in its config.json."]
-        )
-    return config_dict.ConfigDict(found)
+            [f"{where}; {err}; give settings as a run writes them in config.json."]
+        ) from err
 
 
 def _siblings(path: str) -> list[pathlib.Path]:

@@ -77,7 +77,8 @@ def _row(
         return higher, total, picked + jnp.sum(jnp.where(hit, x, 0.0))
 
     blocks = pl.cdiv(V, block)
-    none = jnp.float32(-jnp.inf), jnp.float32(0), jnp.float32(0)
+    lowest = jnp.float32(jnp.finfo(jnp.float32).min)  # -inf - -inf is not a number
+    none = lowest, jnp.float32(0), jnp.float32(0)
     top, total, picked = jax.lax.fori_loop(0, blocks, add, none)
     log_z = top + jnp.log(total)
     log_z_ref[row], picked_ref[row] = log_z, picked
