@@ -279,6 +279,8 @@ positions and what of SwiGLU is not inside its matmuls.
   Without an epilogue such a matmul takes 5% longer than the vendor's. Rows `fp8`,
   `accumulate`, `accumulateh128`, `muon4`, `train`, `350m` and `124m` were measured
   before that, and are divided by rows of before.
+- No row has the kernel that writes gradients over logits, and "plan s" is of before
+  `plan` was fitted to rows `1b`, `1bh128`, `scan`, `muon`, `350m` and `124m`.
 - The card's power seems to be the limit of the matmuls: one after another they draw
   all of its 700 W. Gradients in bfloat16 save 6.6 GB of traffic, 0.5% of the step at
   the memory's speed, and made it 0.2% faster.

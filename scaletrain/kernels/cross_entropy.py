@@ -1,8 +1,8 @@
 """Cross-entropy of rows of logits on GPUs, its gradient in their place.
 
 XLA reads logits three times, for the largest, for the sum and for the gradient, and
-has that written beside them. Here they are read from memory once: the second time a
-block reads its row, the row is in the chip's cache.
+has that written beside them. Here a block reads its row twice, and writes over it. The
+second time the row comes from the chip's cache, if that holds all rows under way.
 """
 
 import functools

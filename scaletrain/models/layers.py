@@ -142,9 +142,9 @@ class Linear(nnx.Module):
         *,
         std: float,
         precision: PrecisionConfig,
+        lora: LoraConfig,
         name: str = "",
         bias: bool = False,
-        lora: LoraConfig = LoraConfig(),  # noqa: B008 (frozen)
     ):
         """Makes the matrix of einsum(letters, x, weight); no letter is "r".
 

@@ -182,6 +182,7 @@ class Decoder(nnx.Module):
                 ("embed", "vocab"),
                 std=D**-0.5,
                 precision=precision,
+                lora=lora,
             )
             if model.head == "untied"
             else None
