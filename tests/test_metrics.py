@@ -57,6 +57,8 @@ def test_lines_that_are_no_records_are_passed_over(tmp_path):
     assert metrics.records(tmp_path) == whole
     assert metrics.newest_saved(tmp_path) == 1
     assert metrics.newest_saved(tmp_path / "none") is None
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "newest_saved": 0}\n')
+    assert metrics.newest_saved(tmp_path) == 0  # an import
 
 
 def test_mfu_is_told_for_known_chips_alone():
