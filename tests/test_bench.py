@@ -395,6 +395,7 @@ ENTRY %main (a: f32[8], b: f32[8,8]) -> f32[8] {
   %pallas.10 = f32[8,8]{1,0} custom-call(%b), custom_call_target="tpu_custom_call", metadata={op_name="jit(train_step)/jvp(attention)/splash_mha_fwd"}
   %triton.11 = f32[8,8]{1,0} custom-call(%b), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(train_step)/jvp(jit(layer))/attention/add_norm_forward/pallas_call"}
   %triton.13 = (f32[8]{0}, f32[8,8]{1,0}) custom-call(%b), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(train_step)/jvp(head)/while/body/cross_entropy/pallas_call"}
+  %triton.14 = f32[8,8]{1,0} custom-call(%b), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(train_step)/transpose(jvp(jit(layer)))/attention/rotary_backward/pallas_call"}
   %mosaic.12 = f32[8,8]{1,0} custom-call(%b, %b), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(train_step)/transpose(jvp(jit(layer)))/mlp/matmul/mpmd_map"}
   %copy_fusion = f32[8]{0} fusion(%a), kind=kLoop, calls=%fused_copy
   %all-gather-start.6 = f32[8]{0} all-gather-start(%a), metadata={op_name="jit(train_step)/optimizer/mul"}
@@ -410,6 +411,7 @@ KNOWN = [
     ("pallas.10", "attention", "attention"),
     ("triton.11", "element-wise fusion", "attention"),
     ("triton.13", "element-wise fusion", "head"),
+    ("triton.14", "element-wise fusion", "attention"),
     ("mosaic.12", "matmul", "mlp"),
     ("copy_fusion", "copy", "other"),
     ("all-gather-start.6", "collective", "optimizer"),

@@ -14,10 +14,11 @@ from jax.experimental.pallas import mosaic_gpu
 
 from scaletrain import mesh, sharding
 from scaletrain.config import LoraConfig, MeshConfig, PrecisionConfig
-from scaletrain.kernels import gated
+from scaletrain.kernels import gated, rotary
 from scaletrain.kernels.matmul import takes
 from scaletrain.kernels.norm import add_norm
-from scaletrain.models import Decoder, mlp
+from scaletrain.kernels.rotary import Heads, split_rotated
+from scaletrain.models import Decoder, layers, mlp
 
 EPS = 1e-6
 
@@ -87,6 +88,98 @@ def test_norm_on_a_mesh_is_that_of_one_device():
         many = jax.jit(both)(*inputs)
     for ours, theirs in zip(many, one, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def rotated(heads_BTF, angle_BTP, heads):
+    """Returns what the kernel promises, in the precision of its inputs."""
+    N, K, H = heads
+    every_BTnH = heads_BTF.reshape(*heads_BTF.shape[:2], -1, H)
+    q, k, v = jnp.split(every_BTnH, (N, N + K), axis=2)
+    sin, cos = jnp.sin(angle_BTP)[:, :, None], jnp.cos(angle_BTP)[:, :, None]
+
+    def turned(x):
+        one, two = jnp.split(x, 2, axis=-1)
+        return jnp.concatenate([one * cos - two * sin, two * cos + one * sin], axis=-1)
+
+    return turned(q), turned(k), v
+
+
+@pytest.mark.parametrize("grid", [None, MeshConfig(data=2, fsdp=2, context=2)])
+@pytest.mark.parametrize(
+    "heads", [Heads(4, 2, 8), Heads(3, 3, 12)]
+)  # 12: pairs that fill no block; blocks that the last heads do not fill
+def test_heads_are_split_and_turned(heads, grid, monkeypatch):
+    """Values and gradients, of one device and of several."""
+    monkeypatch.setattr(rotary, "_PAIRS", 128)
+    N, K, H = heads
+    rng = np.random.default_rng(0)
+    B, T = 4, 10
+    wide = rng.standard_normal((B, T, (N + 2 * K) * H))
+    angles = rng.uniform(0, 9, (B, T, H // 2))
+    cotangents = tuple(rng.standard_normal((B, T, n, H)) for n in (N, K, K))
+    with jax.enable_x64(True):
+        wanted = pulled(
+            lambda x: rotated(x, jnp.asarray(angles), heads),
+            (as_dtype(wide, "float64"),),
+            as_dtype(cotangents, "float64"),
+        )
+
+    def found(wide, angles, cotangents):
+        sin, cos = jnp.sin(angles), jnp.cos(angles)
+        return pulled(
+            lambda x: split_rotated(x, sin, cos, heads, True), (wide,), cotangents
+        )
+
+    given = as_dtype((wide, angles, cotangents), "float32")
+    with jax.set_mesh(mesh.build(grid)) if grid else contextlib.nullcontext():
+        ours = jax.jit(found)(*given)
+    for one, two in zip(ours, wanted, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "called"),
+    [
+        ({}, True),
+        ({"mesh": MeshConfig(data=2, fsdp=2, context=2)}, True),
+        ({"mesh": MeshConfig(tensor=2)}, False),
+        ({"mesh": MeshConfig(fsdp=2), "shape": (1, 8)}, False),
+        ({"model": {"bias": "qkv"}}, False),
+        ({"model": {"qk_norm": "head"}}, False),
+        ({"model": {"positions": "learned"}}, False),
+        ({"lora": LoraConfig(rank=2)}, False),
+        ({"precision": PrecisionConfig(matmul="fp8")}, False),
+        ({"platform": "tpu"}, False),
+    ],
+)
+def test_where_heads_are_turned_by_the_kernel(settings, called, monkeypatch):
+    """What comes between the matmul and the positions is not left out."""
+    given = []
+
+    def split(heads_BTF, sin_BTP, cos_BTP, heads):
+        given.append(heads)
+        return rotated(heads_BTF, sin_BTP, heads)
+
+    monkeypatch.setattr(layers, "split_rotated", split)
+    platform = settings.get("platform", "gpu")
+    monkeypatch.setattr(sharding, "platform", lambda: platform)
+    model = dataclasses.replace(small.MODEL, **settings.get("model", {}))
+    grid = settings.get("mesh", MeshConfig())
+    devices = jax.devices()[: math.prod(dataclasses.astuple(grid)[:6])]
+    shape = settings.get("shape", (4, 8))
+    x = jax.ShapeDtypeStruct((*shape, model.d_model), jnp.float32)
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    def run(x_BTD, ids_BT):
+        lora = settings.get("lora", LoraConfig())
+        precision = settings.get("precision", PrecisionConfig())
+        branch = layers.Attention(model, precision, lora, jax.random.key(0))
+        return branch(x_BTD, ids_BT, ids_BT, True)
+
+    with jax.set_mesh(mesh.build(grid, devices)):
+        jax.eval_shape(run, x, ids)
+    sizes = Heads(model.num_heads, model.num_kv_heads, model.d_head)
+    assert given == [sizes] * called
 
 
 GATES = {

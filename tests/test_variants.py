@@ -8,6 +8,7 @@ from scaletrain import losses
 from scaletrain.config import MeshConfig
 from scaletrain.kernels.cross_entropy import cross_entropy
 from scaletrain.kernels.norm import add_norm
+from scaletrain.kernels.rotary import split_rotated
 from scaletrain.models import attention, layers
 
 RUN = small.changed(small.RUN, seq_len=128, batch_size=8)  # 128: what splash takes
@@ -76,13 +77,14 @@ def test_every_variant_reaches_the_losses_of_the_plain_step(name, alone, monkeyp
 
     kernels = {
         "splash": {attention._splash},
-        "kernels of a GPU": {add_norm, cross_entropy},
+        "kernels of a GPU": {add_norm, cross_entropy, split_rotated},
     }.get(name, set())
     if name == "splash":
         splash = interpreted(attention._splash)
         monkeypatch.setitem(attention.IMPLEMENTATIONS, "xla", splash)
     elif kernels:
         monkeypatch.setattr(layers, "add_norm", interpreted(add_norm))
+        monkeypatch.setattr(layers, "split_rotated", interpreted(split_rotated))
         monkeypatch.setattr(losses, "cross_entropy", interpreted(cross_entropy))
         monkeypatch.setattr(layers.sharding, "platform", lambda: "gpu")
     if "chunks" in name:

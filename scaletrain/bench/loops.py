@@ -37,7 +37,8 @@ def looped(op: Callable, first: jax.Array, outs: Any, *rest: jax.Array) -> Any:
 
     def again(_, carry):
         first, _ = carry
-        outs = op(first, *rest)
+        # Apart from `op`: in one kernel with it, all of `first` would be written anew.
+        outs = jax.lax.optimization_barrier(op(first, *rest))
         corners = [leaf[(0,) * leaf.ndim] for leaf in jax.tree.leaves(outs)]
         # Bounded, lest numbers grow from call to call.
         corner = jnp.tanh(sum(corner.astype("float32") for corner in corners))

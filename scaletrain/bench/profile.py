@@ -39,7 +39,10 @@ _WORDS = (
     ("collective", r"nccl|all[-_]?reduce|all[-_]?gather|reduce[-_]?scatter"),
     ("matmul", r"gemm|matmul|cutlass|nvjet|xmma|\bdot\b"),
     ("copy", r"memcpy|memset|copy|transpose"),
-    ("element-wise fusion", r"fusion|loop_|input_|wrapped_|add_norm|cross_entropy"),
+    (
+        "element-wise fusion",
+        r"fusion|loop_|input_|wrapped_|add_norm|cross_entropy|rotary",
+    ),
 )
 
 

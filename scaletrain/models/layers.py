@@ -25,6 +25,7 @@ from scaletrain.config import (
     quantised,
 )
 from scaletrain.kernels.norm import LARGEST, add_norm
+from scaletrain.kernels.rotary import Heads, Parts, split_rotated
 from scaletrain.models.attention import Scores, attend
 from scaletrain.models.lowbits import project_fp8, project_int8
 from scaletrain.sharding import constrain, param
@@ -90,8 +91,8 @@ def project_all(
     x_BTD: Float[Array, "B T D"],
     ws: tuple[Float[Array, "D _"], ...],
     precision: PrecisionConfig,
-) -> tuple[Float[Array, "B T _"], ...]:
-    """Returns what `project` makes of `x` with each of `ws`, in one matmul."""
+) -> Float[Array, "B T F"]:
+    """Returns what `project` makes of `x` with `ws` beside each other."""
     return _project_all_forward(x_BTD, ws, precision)[0]
 
 
@@ -106,13 +107,12 @@ def _parts(whole: Array, ws: tuple[Array, ...]) -> tuple[Array, ...]:
 def _project_all_forward(x_BTD, ws, precision):
     low_DF = _beside(ws, precision)
     y_BTF = jnp.einsum("btd,df->btf", x_BTD, low_DF)
-    return _parts(y_BTF, ws), (x_BTD, ws, gathered(low_DF))
+    return y_BTF, (x_BTD, ws, gathered(low_DF))
 
 
-def _project_all_backward(precision, residuals, dys):
+def _project_all_backward(precision, residuals, dy_BTF):
     x_BTD, ws, low_DF = residuals
     low_DF = _beside(ws, precision) if low_DF is None else low_DF
-    dy_BTF = jnp.concatenate(dys, axis=2)
     dx_BTD, dw_DF = gradients("btd,df->btf", precision, x_BTD, low_DF, dy_BTF)
     dw_DF = constrain(dw_DF, "embed", "head", cut_first=True)
     dws = zip(_parts(dw_DF, ws), ws, strict=True)
@@ -251,7 +251,7 @@ def together(
     weights = [linear.weight[...] for linear in linears]
     ws = tuple(w.reshape(D, -1) for w in weights)
     if kinds == {"compute"}:
-        ys = project_all(x_BTD, ws, linears[0].precision)
+        ys = _parts(project_all(x_BTD, ws, linears[0].precision), ws)
     elif alone or all(w.shape[1] > D for w in ws):
         # Wide matrices fill the chip each on its own. Their gradients, side by side,
         # could not be quantised and transposed by the kernel that makes them.
@@ -372,11 +372,18 @@ def rotate(
     Dim i turns with dim i + H/2, the pairing of published Llama checkpoints. Angles
     are float32: bfloat16 cannot tell neighbouring positions apart past 256.
     """
-    angle_BT1P = positions_BT[:, :, None, None] * rates_P[None, None, None]
-    sin, cos = jnp.sin(angle_BT1P), jnp.cos(angle_BT1P)
+    sin, cos = (each[:, :, None] for each in _angles(positions_BT, rates_P))
     one, two = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([one * cos - two * sin, two * cos + one * sin], axis=-1)
     return turned.astype(x_BTNH.dtype)
+
+
+def _angles(
+    positions_BT: Int[Array, "B T"], rates_P: Float[Array, " P"]
+) -> tuple[Float[Array, "B T P"], Float[Array, "B T P"]]:
+    """Returns sine and cosine."""
+    angle_BTP = positions_BT[:, :, None] * rates_P[None, None]
+    return jnp.sin(angle_BTP), jnp.cos(angle_BTP)
 
 
 def dropped(
@@ -464,13 +471,7 @@ class Attention(nnx.Module):
             already holding this call's tokens.
         """
         model = self.model
-        q_BTNH, k_BTKH, v_BTKH = together(x_BTD, (self.q, self.k, self.v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        if model.positions == "rope":
-            rates_P = self._rates(local)
-            q_BTNH = rotate(q_BTNH, positions_BT, rates_P)
-            k_BTKH = rotate(k_BTKH, positions_BT, rates_P)
+        q_BTNH, k_BTKH, v_BTKH = self._heads(x_BTD, positions_BT, local)
         q_BTNH = checkpoint_name(
             constrain(q_BTNH, "batch", "tokens", "heads", "head"), "query"
         )
@@ -499,6 +500,40 @@ class Attention(nnx.Module):
             implementation=model.attention if cache is None else "xla",
         )
         return self.o(out_BTNH), None if cache is None else (k_BSKH, v_BSKH)
+
+    def _heads(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        local: bool | Bool[Array, ""],
+    ) -> Parts:
+        """Returns queries, keys and values, with their positions."""
+        model, linears = self.model, (self.q, self.k, self.v)
+        rope = model.positions == "rope"
+        if rope and self._has_kernel(x_BTD.shape):
+            ws = tuple(each.weight[...].reshape(x_BTD.shape[2], -1) for each in linears)
+            sin_BTP, cos_BTP = _angles(positions_BT, self._rates(local))
+            heads = Heads(model.num_heads, model.num_kv_heads, model.d_head)
+            heads_BTF = project_all(x_BTD, ws, self.precision)
+            return split_rotated(heads_BTF, sin_BTP, cos_BTP, heads)
+        q_BTNH, k_BTKH, v_BTKH = together(x_BTD, linears)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        if rope:
+            rates_P = self._rates(local)
+            q_BTNH = rotate(q_BTNH, positions_BT, rates_P)
+            k_BTKH = rotate(k_BTKH, positions_BT, rates_P)
+        return q_BTNH, k_BTKH, v_BTKH
+
+    def _has_kernel(self, shape: tuple[int, ...]) -> bool:
+        """Whether nothing comes between the matmul and the positions."""
+        if sharding.platform() != "gpu" or sharding.axis_size("tensor") > 1:
+            return False
+        even = sharding.share(shape[:2], "batch", "tokens") is not None
+        alone = self.q_norm is None and all(
+            each.plain for each in (self.q, self.k, self.v)
+        )
+        return even and alone
 
     def _rates(self, local: bool | Bool[Array, ""]) -> Float[Array, " P"]:
         rope, H = self.model.rope, self.model.d_head
