@@ -13,13 +13,8 @@ from flax import nnx
 from scaletrain.config import PrecisionConfig, RopeConfig
 from scaletrain.models import Cache, Decoder
 from scaletrain.models.embedding import look_up
-from scaletrain.models.layers import (
-    Norm,
-    dropped,
-    project,
-    rotary_rates,
-    rotate,
-)
+from scaletrain.models.layers import Norm, dropped, rotary_rates, rotate
+from scaletrain.models.linear import project
 
 FLOAT32 = PrecisionConfig(compute="float32")
 # Settings beyond the default, each of which every property below must survive.

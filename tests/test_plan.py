@@ -383,6 +383,30 @@ def test_a_matmul_with_an_epilogue_has_the_flops_of_its_product():
     assert found == [2 * 128 * 64 * 512, 0]
 
 
+_ATTENDED = """
+HloModule step, is_scheduled=true
+
+ENTRY %main (q: bf16[2,128,4,64], k: bf16[2,128,1,64], v: bf16[2,128,1,64]) -> bf16[2,128,4,64] {
+  %q = bf16[2,128,4,64]{3,2,1,0} parameter(0)
+  %k = bf16[2,128,1,64]{3,2,1,0} parameter(1)
+  %v = bf16[2,128,1,64]{3,2,1,0} parameter(2)
+  ROOT %out = bf16[2,128,4,64]{3,2,1,0} custom-call(%q, %k, %v), custom_call_target="__cudnn$fmhaSoftmax"
+}
+"""  # noqa: E501
+
+
+def test_attention_of_a_gpu_reads_beside_its_products():
+    slice_ = slices.parse("h100:1")
+    chip = slice_.chip
+    found = timing.account(hlo.parse(_ATTENDED), {"data": 1}, slice_).seconds
+    flops = 2 * 2 * (2 * 4 * 128 * 128 * 64) / 2  # two products, causal
+    moved = 2 * 2 * 128 * 64 * (4 + 1 + 1 + 4)
+    assert found == pytest.approx(
+        flops / (chip.attention_efficiency * chip.peak_flops)
+        + moved / (chip.memory_efficiency * chip.hbm_bytes_per_s)
+    )
+
+
 @pytest.mark.parametrize(
     "name",
     [

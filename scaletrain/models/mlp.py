@@ -19,7 +19,7 @@ from scaletrain.config import (
 )
 from scaletrain.kernels import gated
 from scaletrain.kernels.matmul import takes
-from scaletrain.models.layers import Linear, gathered, gradients, together
+from scaletrain.models.linear import Linear, gathered, gradients, together
 from scaletrain.sharding import constrain
 
 

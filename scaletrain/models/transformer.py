@@ -18,13 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from scaletrain.config import LoraConfig, ModelConfig, PrecisionConfig
 from scaletrain.models.embedding import look_up
-from scaletrain.models.layers import (
-    Attention,
-    Linear,
-    Norm,
-    dropped,
-    project,
-)
+from scaletrain.models.layers import Attention, Norm, dropped
+from scaletrain.models.linear import Linear, project
 from scaletrain.models.mlp import Mlp
 from scaletrain.sharding import constrain, param
 

@@ -10,6 +10,7 @@ dispatch, input and checkpoints are left out.
 import collections
 import dataclasses
 import math
+import operator
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -151,7 +152,10 @@ class _Walk:
         traffic = self._traffic(each, computation) / self._memory()
         if _is_attention(each):
             peak = self._chip.attention_efficiency * self._chip.peak_flops
-            return "attention", max(_kernel_flops(each, computation) / peak, traffic)
+            products = _kernel_flops(each, computation) / peak
+            # A GPU's is several kernels: what they read beside the products takes time.
+            one = max if self._slice.is_tpu else operator.add
+            return "attention", one(products, traffic)
         attention = "bkgts" in inside or "splash" in inside or "flash" in inside
         peak = self._chip.matmul_efficiency * self._chip.peak_flops
         what = "matmul" if flops else "elementwise"
