@@ -57,7 +57,7 @@ def _allocated(gpu: str) -> int:
 
 # What a profile of row 1b of docs/performance.md showed; other GPUs are taken to be
 # like the H100. All rows, those in fp8 too, are predicted within 5% with these, but for
-# short sequences: 350m and 124m are 5% and 9% slower than predicted.
+# the shortest sequences: 124m is 7% slower than predicted.
 _gpu = functools.partial(
     Chip,
     attention_efficiency=0.33,
@@ -65,7 +65,7 @@ _gpu = functools.partial(
     matmul_efficiency=0.72,
     memory_efficiency=0.78,
 )
-_MEASURED = "+-5% of measured steps on H100s, 9% at T 1024"
+_MEASURED = "+-5% of measured steps on H100s, 7% at T 1024"
 
 # The prediction of TPU steps was compared with published MaxText steps.
 _BAND = "+-{} of published FSDP steps, more with a tensor axis"
