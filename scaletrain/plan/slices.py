@@ -33,7 +33,7 @@ class Chip:
     hbm_bytes: int  # what a program may use
     hbm_bytes_per_s: float
     link_bytes_per_s: float  # one link, one way
-    attention_efficiency: float  # of the peak, in a TPU kernel's schedule
+    attention_efficiency: float  # of the peak, of a kernel's products
     chips: float = 1.0  # a device is this much of a chip
     host_chips: int = 4  # chips a host has
     matmul_efficiency: float = 0.85  # of the peak, in the compiler's cycle counts
@@ -56,8 +56,8 @@ def _allocated(gpu: str) -> int:
 
 
 # What a profile of row 1b of docs/performance.md showed; other GPUs are taken to be
-# like the H100. All rows, those in fp8 too, are predicted within 5% with these, but for
-# the shortest sequences: 124m is 7% slower than predicted.
+# like the H100. All rows, those in fp8 too, are predicted within 5% with these; 124m,
+# whose sequences are the shortest, took 7% longer than predicted.
 _gpu = functools.partial(
     Chip,
     attention_efficiency=0.33,
@@ -65,7 +65,7 @@ _gpu = functools.partial(
     matmul_efficiency=0.72,
     memory_efficiency=0.78,
 )
-_MEASURED = "+-5% of measured steps on H100s, 7% at T 1024"
+_MEASURED = "+-5% of measured steps on one and two H100s, more not compared"
 
 # The prediction of TPU steps was compared with published MaxText steps.
 _BAND = "+-{} of published FSDP steps, more with a tensor axis"

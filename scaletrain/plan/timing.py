@@ -1,10 +1,10 @@
 """How long a compiled step takes: a roofline over the schedule, wire and arithmetic.
 
 The scheduled program is walked in order. An operation takes the larger of its
-arithmetic and its memory traffic; a synchronous collective takes its time on the wire;
-an asynchronous one occupies its links from its start, and what is not over at its end
-is waited for, be it of another device or of the host's memory. Nothing is measured:
-dispatch, input and checkpoints are left out.
+arithmetic and its memory traffic, attention on GPUs their sum; a synchronous collective
+takes its time on the wire; an asynchronous one occupies its links from its start, and
+what is not over at its end is waited for, be it of another device or of the host's
+memory. Nothing is measured: dispatch, input and checkpoints are left out.
 """
 
 import collections
