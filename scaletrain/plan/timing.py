@@ -10,7 +10,6 @@ memory. Nothing is measured: dispatch, input and checkpoints are left out.
 import collections
 import dataclasses
 import math
-import operator
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -154,8 +153,8 @@ class _Walk:
             peak = self._chip.attention_efficiency * self._chip.peak_flops
             products = _kernel_flops(each, computation) / peak
             # A GPU's is several kernels: what they read beside the products takes time.
-            one = max if self._slice.is_tpu else operator.add
-            return "attention", one(products, traffic)
+            both = products + traffic
+            return "attention", max(products, traffic) if self._slice.is_tpu else both
         attention = "bkgts" in inside or "splash" in inside or "flash" in inside
         peak = self._chip.matmul_efficiency * self._chip.peak_flops
         what = "matmul" if flops else "elementwise"
