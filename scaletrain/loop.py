@@ -24,8 +24,8 @@ from scaletrain import (
 from scaletrain.errors import Interrupted
 from scaletrain.metrics import say
 from scaletrain.phases import STEP, WAIT, Phases
+from scaletrain.program import Program, TrainState
 from scaletrain.rollbacks import Diverged
-from scaletrain.step import Program, TrainState
 
 
 @dataclasses.dataclass
@@ -135,16 +135,10 @@ class Loop:
     def _step(
         self, state: TrainState, batches: Iterator
     ) -> tuple[TrainState, dict[str, Any]]:
-        """Takes one optimizer step, of one batch or of its parts in turn."""
-        hashes, numbers = [], {}
-        parts = self.program.run.batch_size // self.program.batch["tokens"].shape[0]
-        for _ in range(parts):
-            with self.phases(WAIT):
-                rows = next(batches)
-            batch = sharding.place(rows, self.program.batch)
-            state, numbers = self.execute(state, batch)
-            hashes.append(numbers["batch_hash"])
-        return state, numbers | {"batch_hash": hashes}
+        """Takes one optimizer step."""
+        with self.phases(WAIT):
+            rows = next(batches)
+        return self.execute(state, sharding.place(rows, self.program.batch))
 
     def _record(self) -> None:
         """Reads the pending step's numbers; logs, shows and judges them."""
@@ -165,7 +159,7 @@ class Loop:
                 "tokens": now * run.batch_size * run.seq_len,
                 "skipped": int(numbers["skipped"]),
                 "rollbacks": len(self.back.records),
-                "batch_hash": int(sum(map(int, numbers["batch_hash"])) % 2**32),
+                "batch_hash": int(numbers["batch_hash"]),
                 **metrics.throughput(run, pace, jax.devices()),
                 "peak_memory_bytes": metrics.peak_memory_bytes(jax.local_devices()),
             }

@@ -17,6 +17,7 @@ from scaletrain import cluster, config, flags, stops
 from scaletrain.config import RunConfig
 from scaletrain.errors import ScaletrainError
 from scaletrain.phases import Phases
+from scaletrain.program import build
 
 _COMPILED_BYTES = 2**31  # in a workdir; beyond it those used least recently go
 
@@ -146,12 +147,12 @@ def _export(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], s
 def _config(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import jax
 
-    from scaletrain import mesh, sharding, step
+    from scaletrain import mesh, sharding
 
     run = config.resolve(run, config.mesh_size(run.mesh) or jax.device_count())
     grid = mesh.abstract(run.mesh)
     with jax.sharding.use_abstract_mesh(grid):
-        table = sharding.table(step.build(run, grid).state.params)
+        table = sharding.table(build(run, grid).state.params)
     settings = config.to_json(run)
     return json.loads(settings), f"{settings}\n{table}"
 

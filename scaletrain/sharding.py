@@ -170,15 +170,19 @@ def param(
     *axes: str,
     std: float,
     dtype: Any,
+    kind: type[nnx.Param] = nnx.Param,
 ) -> nnx.Param:
     """Returns a parameter drawn from N(0, std^2) that knows its logical axes.
 
     A `std` of 0 gives zeros. Unknown axes raise here, where they are written.
+
+    Args:
+      kind: the type of the variable; it decides whether it is trained.
     """
     spec(*axes)
     zeros = jnp.zeros(shape, dtype)
     value = jax.random.normal(key, shape, dtype) * std if std else zeros
-    return nnx.Param(value, logical=axes)
+    return kind(value, logical=axes)
 
 
 def constrain(
@@ -197,12 +201,20 @@ def constrain(
     return jax.lax.optimization_barrier(x) if cut_first and mesh.manual_axes else x
 
 
-def logical_axes(params: nnx.State) -> Tree:
-    """Returns the logical axes of every parameter, as nested dicts."""
-    flat = nnx.to_flat_state(params)
-    return _nested(
-        {tuple(map(str, path)): leaf.get_metadata("logical") for path, leaf in flat}
-    )
+def is_matrix(axes: tuple[str, ...]) -> bool:
+    """Whether a parameter with these logical axes is multiplied, not added."""
+    return "embed" in axes or "rank" in axes
+
+
+def logical_axes(variables: nnx.State) -> Tree:
+    """Returns the logical axes of every variable, as nested dicts."""
+    return of_variables(variables, lambda leaf: leaf.get_metadata("logical"))
+
+
+def of_variables(variables: nnx.State, function: Callable[[nnx.Variable], Any]) -> Tree:
+    """Returns `function` of every variable, as nested dicts."""
+    flat = nnx.to_flat_state(variables)
+    return _nested({tuple(map(str, path)): function(leaf) for path, leaf in flat})
 
 
 def of_params(params: Tree, logical: Tree, mesh: Mesh | AbstractMesh) -> Tree:

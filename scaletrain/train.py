@@ -11,6 +11,7 @@ import jax
 from scaletrain import (
     checkpoint,
     cluster,
+    compilation,
     config,
     data,
     feed,
@@ -18,10 +19,8 @@ from scaletrain import (
     mesh,
     metrics,
     origin,
-    remat,
     rollbacks,
     sharding,
-    step,
     stops,
 )
 from scaletrain import workdir as workdirs
@@ -30,8 +29,8 @@ from scaletrain.errors import ConfigError
 from scaletrain.loop import Loop
 from scaletrain.metrics import say
 from scaletrain.phases import Phases
+from scaletrain.program import Program, TrainState, build, initial
 from scaletrain.rollbacks import Diverged
-from scaletrain.step import Program, TrainState
 from scaletrain.watchdog import Watchdog
 
 
@@ -58,7 +57,7 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
     with stops.at_once(), phases("data"):
         corpus = feed.prepare(run)
         sequences = {s: data.sequences(corpus, s, run) for s in ("train", "validation")}
-    program = step.build(run, grid)
+    program = build(run, grid)
     with contextlib.ExitStack() as held:
         held.enter_context(jax.set_mesh(grid))
         if jax.process_index() == 0:
@@ -79,7 +78,7 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
                     _leave_settings(folder, run, corpus)
                     say(sharding.table(program.state.params))
                 with phases("compile"):
-                    program, execute = remat.compiled(program, run, reserved)
+                    program, execute = compilation.decided(program, run, reserved)
             with phases("restore"):
                 state = _first(program, checkpoints, start)
         # 4. The loop, begun again where it goes back.
@@ -167,7 +166,7 @@ def _first(
     if start is not None and not checkpoints.is_import(start):
         say(f"resuming from step {start} of {checkpoints.folder}")
         return checkpoints.restore(start, dataclasses.replace(wanted, frozen=frozen))
-    state = dataclasses.replace(initial(program), frozen=frozen)
+    state = dataclasses.replace(initial(program, with_frozen=False), frozen=frozen)
     if start is not None:
         say(f"starting from the import in {checkpoints.folder}")
         params = checkpoints.restore_params(start, wanted.params)
@@ -177,15 +176,3 @@ def _first(
     else:
         return state
     return dataclasses.replace(state, params=params)
-
-
-def initial(program: Program) -> TrainState:
-    """Returns the state of the seed, without what is frozen."""
-    layout = jax.tree.map(lambda leaf: leaf.sharding, program.state)
-    layout = dataclasses.replace(layout, frozen={})
-
-    def make() -> TrainState:
-        state = step.initial_state(program.run, program.tx)
-        return dataclasses.replace(state, frozen={})
-
-    return jax.jit(make, out_shardings=layout)()

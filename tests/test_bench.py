@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import bench, config, flags, mesh, metrics, step
+from scaletrain import bench, config, flags, mesh, metrics
 from scaletrain.bench import command, loops, profile, roofline, shapes, sweep, timing
 from scaletrain.config import LoraConfig, MeshConfig
 from scaletrain.errors import BenchError, CheckpointError, ConfigError
 from scaletrain.plan import hlo
+from scaletrain.program import build
 
 KEYS = {
     "step_time_s", "step_time_spread", "tokens_per_s_per_device", "mfu", "mfu_palm",
@@ -199,7 +200,7 @@ def test_steps_are_those_of_training():
     run = small.changed(small.RUN, accumulate_steps=2, optim__accumulate="multi_steps")
     run = config.resolve(run, 1)
     grid = mesh.build(run.mesh, jax.devices()[:1])
-    program = step.build(run, grid)
+    program = build(run, grid)
     with jax.set_mesh(grid):
         steps = timing.Steps(program, run, timing.synthetic)
         times, waits = steps.take(3)
@@ -218,7 +219,7 @@ def test_steps_are_those_of_training():
 
 def test_synthetic_batches_are_whole_documents():
     run = config.resolve(small.RUN, 1)
-    program = step.build(run, mesh.build(run.mesh, jax.devices()[:1]))
+    program = build(run, mesh.build(run.mesh, jax.devices()[:1]))
     batch = timing.synthetic(program)()
     assert batch.keys() == program.batch.keys()
     for name, shape in program.batch.items():

@@ -23,7 +23,17 @@ import small
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from scaletrain import chips, config, main, mesh, metrics, sharding, step, train
+from scaletrain import (
+    chips,
+    compilation,
+    config,
+    main,
+    mesh,
+    metrics,
+    sharding,
+    step,
+    train,
+)
 from scaletrain.config import AxesConfig, MeshConfig, PrecisionConfig
 from scaletrain.errors import ConfigError, PlanError
 from scaletrain.models import attention
@@ -44,6 +54,7 @@ from scaletrain.plan import (
     worker,
 )
 from scaletrain.plan.record import Wanted
+from scaletrain.program import build
 
 KEYS = {
     "fits", "hbm_peak_bytes", "hbm_limit_bytes", "hbm_by_class", "parameters",
@@ -279,7 +290,7 @@ def test_a_buffer_of_no_origin_is_told_of_by_its_shape():
         (100, "f32[5] fusion.8"),
     ]
     run = config.resolve(config.check(RUN), 4)
-    weights = step.build(run, mesh.build(run.mesh, jax.devices()[:4])).state.weights
+    weights = build(run, mesh.build(run.mesh, jax.devices()[:4])).state.weights
     shapes = worker.shapes(weights)
     rows, model = run.model.vocab_size, run.model
     assert "embedding" in shapes[f"{rows},{model.d_model}"]
@@ -430,7 +441,7 @@ def test_the_compiler_sees_the_step_that_trains(planned):
     """Parameters and bytes of a device are those of the program on CPU devices."""
     run, said = planned
     grid = mesh.build(run.mesh, jax.devices()[:4])
-    state = step.build(run, grid).state
+    state = build(run, grid).state
     assert said.parameters == sum(x.size for x in jax.tree.leaves(state.weights))
     assert said.by_class["parameters"] == sharding.nbytes(state.weights)
     assert said.by_class["optimizer"] == sharding.nbytes(state.opt_state)
@@ -885,9 +896,9 @@ def test_experiments_fit_their_slices(experiment, name, overrides):
     """Those of `make plan-all`: compiled if that is quick, or else lowered."""
     run, slice_ = plans.resolved(experiment, name, overrides)
     if slice_.devices > 64:
-        program = step.build(run, mesh.build(run.mesh, _devices(name)))
+        program = build(run, mesh.build(run.mesh, _devices(name)))
         with jax.set_mesh(program.mesh):
-            step.jitted(program).lower(program.state, program.batch)
+            compilation.jitted(program).lower(program.state, program.batch)
         assert sharding.nbytes(program.state) < slice_.hbm_bytes
     else:
         said = compiler.compile(run, slice_)
@@ -946,7 +957,7 @@ def test_collectives_are_as_few_and_as_late_as_promised(name, monkeypatch):
     assert {opcode for opcode, _, _ in sums} == {"all-reduce"}, backward
     assert len(sums) == 4  # the norms' go with a matrix's
 
-    state = step.build(run, mesh.build(run.mesh, _devices(name))).state
+    state = build(run, mesh.build(run.mesh, _devices(name))).state
     sizes = {
         int(each.operands[0]): each.nbytes
         for each in module.computations[module.entry].instructions
@@ -1020,13 +1031,13 @@ def test_options_that_the_compiler_does_not_know_are_named(monkeypatch):
     run = config.resolve(small.RUN, 1)
     kind = jax.devices()[0].device_kind
     options = {"xla_no_such_option": 3, "xla_cpu_enable_fast_math": False}
-    monkeypatch.setitem(step.COMPILER_OPTIONS, kind, options)
-    program = step.build(run, mesh.build(run.mesh, jax.devices()[:1]))
+    monkeypatch.setitem(compilation.COMPILER_OPTIONS, kind, options)
+    program = build(run, mesh.build(run.mesh, jax.devices()[:1]))
     with (
         jax.set_mesh(program.mesh),
         pytest.warns(UserWarning, match="compiler option xla_no_such_option=3"),
     ):
-        step.compiled(program)
+        compilation.compiled(program)
     assert "xla_no_such_option" in options  # the table is as it was
 
 
@@ -1104,7 +1115,7 @@ def test_small_runs_are_the_same_everywhere(monkeypatch):
             "config": config.to_json(run), "topology": slice_.topology,
             "platform": slice_.platform, "kwargs": slice_.kwargs,
         })  # fmt: skip
-        program = step.build(run, mesh.build(run.mesh, jax.devices()))
+        program = build(run, mesh.build(run.mesh, jax.devices()))
         with jax.set_mesh(program.mesh):
             # train's own takes a second to compile; it begins with these shapes.
             state = train.initial(program) if i < 3 else _placed(program.state)

@@ -14,10 +14,10 @@ import jax
 from scaletrain import config, metrics
 from scaletrain.bench.timing import Timed
 from scaletrain.chips import LOW_PRECISION, does_not_fit
+from scaletrain.compilation import CANDIDATES
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError
 from scaletrain.plan import search
-from scaletrain.remat import CANDIDATES
 
 Overrides = dict[str, Any]
 _BATCHES = (0.5, 1, 1.5, 2)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from scaletrain import sharding
 from scaletrain.config import LoraConfig, PrecisionConfig, adapted, quantised
-from scaletrain.models.lowbits import project_fp8, project_int8
+from scaletrain.models.quantised import Amax, project_fp8, project_int8
 from scaletrain.sharding import constrain, param
 
 
@@ -110,8 +110,8 @@ def _project_all_backward(precision, residuals, dy_BTF):
 project_all.defvjp(_project_all_forward, _project_all_backward)
 
 
-class Amax(nnx.Variable):
-    """The largest magnitudes a matmul scales its input and its gradient for."""
+class Adapter(nnx.Param):
+    """A matrix of a low-rank update: trained where the weights are frozen."""
 
 
 class Linear(nnx.Module):
@@ -163,6 +163,7 @@ class Linear(nnx.Module):
                 "rank",
                 std=math.prod(_picked(shape, ins)) ** -0.5,
                 dtype=dtype,
+                kind=Adapter,
             )
             if adapts
             else None
@@ -175,6 +176,7 @@ class Linear(nnx.Module):
                 *_picked(axes, outs),
                 std=0.0,
                 dtype=dtype,
+                kind=Adapter,
             )
             if adapts
             else None

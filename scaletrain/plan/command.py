@@ -139,9 +139,9 @@ def _candidates(run: RunConfig) -> tuple[Overrides, ...]:
     """Returns what model.remat=auto tries in turn, or no change."""
     if run.model.remat != "auto":
         return ({},)
-    from scaletrain import remat  # with the model; an error is told without
+    from scaletrain import compilation  # with the model; errors come without it
 
-    return remat.CANDIDATES
+    return compilation.CANDIDATES
 
 
 def resolved(run: RunConfig, slice_: Slice) -> RunConfig:
