@@ -15,7 +15,7 @@ from scaletrain.bench import command, loops, profile, roofline, shapes, sweep, t
 from scaletrain.config import LoraConfig, MeshConfig
 from scaletrain.errors import BenchError, CheckpointError, ConfigError
 from scaletrain.plan import hlo
-from scaletrain.program import build
+from scaletrain.program import build, initial
 
 KEYS = {
     "step_time_s", "step_time_spread", "tokens_per_s_per_device", "mfu", "mfu_palm",
@@ -204,7 +204,7 @@ def test_steps_are_those_of_training():
     with jax.set_mesh(grid):
         steps = timing.Steps(program, run, timing.synthetic)
         times, waits = steps.take(3)
-        state = timing.initial_state(program)
+        state = initial(program, with_frozen=True)
         feed = timing.synthetic(program)
         for _ in range(6):
             state, _ = steps.compiled(state, feed())
