@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import bench, config, flags, mesh, metrics, step
+from scaletrain import bench, config, flags, hlo, mesh, metrics, step
 from scaletrain.bench import command, loops, profile, roofline, shapes, sweep, timing
 from scaletrain.config import LoraConfig, MeshConfig
 from scaletrain.errors import BenchError, CheckpointError, ConfigError
-from scaletrain.plan import hlo
 
 KEYS = {
     "step_time_s", "step_time_spread", "tokens_per_s_per_device", "mfu", "mfu_palm",

@@ -23,7 +23,7 @@ import small
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from scaletrain import chips, config, main, mesh, metrics, sharding, step, train
+from scaletrain import chips, config, hlo, main, mesh, metrics, sharding, step, train
 from scaletrain.config import AxesConfig, MeshConfig, PrecisionConfig
 from scaletrain.errors import ConfigError, PlanError
 from scaletrain.models import attention
@@ -32,7 +32,6 @@ from scaletrain.plan import (
     compiler,
     cost,
     estimate,
-    hlo,
     launch,
     memory,
     record,

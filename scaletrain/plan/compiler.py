@@ -17,12 +17,12 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from scaletrain import config
+from scaletrain import config, hlo
 from scaletrain.chips import does_not_fit
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError, PlanError
 from scaletrain.mesh import AXES
-from scaletrain.plan import hlo, memory, timing
+from scaletrain.plan import memory, timing
 from scaletrain.plan.slices import Slice
 
 _TIMEOUT_S = 1800

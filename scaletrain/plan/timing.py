@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from scaletrain.plan import hlo
-from scaletrain.plan.hlo import COLLECTIVES, Computation, Instruction, Module, Shape
+from scaletrain import hlo
+from scaletrain.hlo import COLLECTIVES, Computation, Instruction, Module, Shape
 from scaletrain.plan.slices import DCN_BYTES_PER_S, HOST_BYTES_PER_S, Slice
 
 _FREE = (
