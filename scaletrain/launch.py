@@ -16,8 +16,8 @@ import sys
 from scaletrain import config, flags
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError, ScaletrainError
-from scaletrain.plan import slices
-from scaletrain.plan.slices import Slice
+from scaletrain.hardware import slices
+from scaletrain.hardware.slices import Slice
 
 
 def check(run: RunConfig, where: str, devices: int) -> RunConfig:

@@ -17,8 +17,8 @@ from typing import Any
 
 import jax
 
-from scaletrain.chips import BF16_PEAK_FLOPS
 from scaletrain.config import GATED, LINEARS, ModelConfig, RunConfig, adapted
+from scaletrain.hardware.chips import BF16_PEAK_FLOPS
 from scaletrain.tensorboard import Board
 from scaletrain.workdir import rewrite
 

@@ -16,9 +16,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from scaletrain import step
-from scaletrain.chips import does_not_fit
 from scaletrain.config import REMAT_NAMES, RunConfig
 from scaletrain.errors import ConfigError
+from scaletrain.hardware.chips import does_not_fit
 from scaletrain.metrics import say
 from scaletrain.step import Program
 

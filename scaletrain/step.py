@@ -14,9 +14,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from scaletrain import config, optim, sharding
-from scaletrain.chips import COMPILER_OPTIONS, LOW_PRECISION
 from scaletrain.config import PrecisionConfig, RunConfig
 from scaletrain.errors import ConfigError
+from scaletrain.hardware.chips import COMPILER_OPTIONS, LOW_PRECISION
 from scaletrain.losses import Head, LossSums, head_loss
 from scaletrain.models import Decoder
 

@@ -18,7 +18,8 @@ import jax
 from scaletrain import config
 from scaletrain.config import DataConfig, MeshConfig, PrecisionConfig
 from scaletrain.config.form import from_config_dict
-from scaletrain.plan import compiler, slices
+from scaletrain.hardware import slices
+from scaletrain.plan import compiler
 
 ROOT = pathlib.Path(__file__).parent.parent
 FULL = {"remat": "full"}

@@ -23,22 +23,21 @@ import small
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from scaletrain import chips, config, hlo, main, mesh, metrics, sharding, step, train
+from scaletrain import config, hlo, main, mesh, metrics, sharding, step, train
 from scaletrain.config import AxesConfig, MeshConfig, PrecisionConfig
 from scaletrain.errors import ConfigError, PlanError
+from scaletrain.footprint import cost
+from scaletrain.hardware import chips, gpu_targets, slices
 from scaletrain.models import attention
 from scaletrain.plan import (
     command,
     compiler,
-    cost,
     estimate,
     launch,
     memory,
     record,
     report,
     search,
-    slices,
-    targets,
     timing,
     worker,
 )
@@ -122,7 +121,7 @@ def test_of_a_gpu_counts_what_a_run_may_allocate(name, monkeypatch):
     sold = {"a100": 80, "h100": 80, "h200": 141, "b200": 180}[name] * 1e9
     whole = slices.parse(f"{name}:1").hbm_bytes / share
     assert sold <= whole <= 1.07 * sold  # 80 GB are somewhat more
-    (told,) = re.findall(r"device_memory_size: (\d+)", targets.text(name))
+    (told,) = re.findall(r"device_memory_size: (\d+)", gpu_targets.text(name))
     assert whole == pytest.approx(int(told))  # the compiler's limits are of the same
 
 

@@ -6,9 +6,10 @@ import jax
 import pytest
 import small
 
-from scaletrain import chips, config, mesh, remat, step
+from scaletrain import config, mesh, remat, step
 from scaletrain.errors import ConfigError
-from scaletrain.plan import command, slices
+from scaletrain.hardware import chips, slices
+from scaletrain.plan import command
 
 RUN = config.resolve(small.changed(small.RUN, model__remat="auto"), 1)
 NEEDS = (80, 60, 50, 40, 30)  # GB, of the candidates in turn

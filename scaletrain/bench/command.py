@@ -11,9 +11,9 @@ from scaletrain import config, mesh, metrics, step, workdir
 from scaletrain.bench import profile, roofline, timing
 from scaletrain.bench.sweep import Sweep
 from scaletrain.bench.timing import Timed
-from scaletrain.chips import does_not_fit
 from scaletrain.config import RunConfig
 from scaletrain.errors import BenchError, ConfigError
+from scaletrain.hardware.chips import does_not_fit
 from scaletrain.step import Program
 
 

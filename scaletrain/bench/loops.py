@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scaletrain.chips import COMPILER_OPTIONS
+from scaletrain.hardware.chips import COMPILER_OPTIONS
 
 REPEATS = 8  # inside a loop
 _ROUNDS = 3  # of which the median counts

@@ -18,8 +18,8 @@ from jax.sharding import Mesh, NamedSharding
 from scaletrain import optim
 from scaletrain.bench import loops, shapes, timing
 from scaletrain.bench.shapes import Attention, Gemm
-from scaletrain.chips import BF16_PEAK_FLOPS
 from scaletrain.config import RunConfig
+from scaletrain.hardware.chips import BF16_PEAK_FLOPS
 from scaletrain.models.attention import Scores, attend
 from scaletrain.step import Program
 

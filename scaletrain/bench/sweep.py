@@ -13,9 +13,9 @@ import jax
 
 from scaletrain import config, metrics
 from scaletrain.bench.timing import Timed
-from scaletrain.chips import LOW_PRECISION, does_not_fit
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError
+from scaletrain.hardware.chips import LOW_PRECISION, does_not_fit
 from scaletrain.plan import search
 from scaletrain.remat import CANDIDATES
 

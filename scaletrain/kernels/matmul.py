@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from scaletrain import sharding
-from scaletrain.chips import HOPPER
+from scaletrain.hardware.chips import HOPPER
 
 
 class _Mosaic:

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from scaletrain import sharding
-from scaletrain.chips import SPLASH_BLOCKS
+from scaletrain.hardware.chips import SPLASH_BLOCKS
 from scaletrain.models import cudnn
 from scaletrain.models.mask import visible
 

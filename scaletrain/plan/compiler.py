@@ -18,12 +18,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from scaletrain import config, hlo
-from scaletrain.chips import does_not_fit
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError, PlanError
+from scaletrain.hardware.chips import does_not_fit
+from scaletrain.hardware.slices import Slice
 from scaletrain.mesh import AXES
 from scaletrain.plan import memory, timing
-from scaletrain.plan.slices import Slice
 
 _TIMEOUT_S = 1800
 _POLL_S = 0.02

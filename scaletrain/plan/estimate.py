@@ -9,8 +9,8 @@ import math
 
 from scaletrain import config, metrics
 from scaletrain.config import GATED, ModelConfig, RunConfig
+from scaletrain.hardware.slices import Slice
 from scaletrain.mesh import AXES
-from scaletrain.plan.slices import Slice
 
 _MATMUL_EFFICIENCY = 0.6  # of the peak, over a whole step
 # Of a score of plain attention: bytes held at once, times it is written or read.

@@ -3,8 +3,8 @@
 import shlex
 from collections.abc import Sequence
 
+from scaletrain.hardware.slices import Slice
 from scaletrain.plan import search
-from scaletrain.plan.slices import Slice
 
 
 def command(

@@ -6,11 +6,12 @@ from typing import Any
 
 from scaletrain import metrics
 from scaletrain.config import RunConfig
-from scaletrain.plan import cost, launch
+from scaletrain.footprint import cost
+from scaletrain.hardware.slices import Slice
+from scaletrain.plan import launch
 from scaletrain.plan.compiler import Report
 from scaletrain.plan.estimate import estimate, parameters
 from scaletrain.plan.search import Overrides
-from scaletrain.plan.slices import Slice
 
 Record = dict[str, Any]
 BEST = {  # of slices that are compared: the figure that is to be small

@@ -11,9 +11,9 @@ from typing import Any
 from scaletrain import config
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError
+from scaletrain.hardware.slices import Slice
 from scaletrain.mesh import AXES
 from scaletrain.plan.estimate import estimate, factors
-from scaletrain.plan.slices import Slice
 
 MOST = 22  # layouts that are compiled, with scanned layers
 _LARGEST = 8  # parts of a tensor or context axis; more has not paid in a public recipe

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from scaletrain import hlo
+from scaletrain.hardware.slices import DCN_BYTES_PER_S, HOST_BYTES_PER_S, Slice
 from scaletrain.hlo import COLLECTIVES, Computation, Instruction, Module, Shape
-from scaletrain.plan.slices import DCN_BYTES_PER_S, HOST_BYTES_PER_S, Slice
 
 _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from scaletrain.errors import ConfigError
-from scaletrain.plan import targets
+from scaletrain.hardware import gpu_targets
 
 _GIB = 2**30
 # Of any generation, for want of better, and where each is from.
@@ -52,7 +52,7 @@ _GPU_SHARES = "what a profile of a step on an H100 showed, see docs/performance.
 
 def _allocated(gpu: str) -> int:
     """Returns what `main` lets a run allocate."""
-    return int(0.92 * targets.memory_bytes(gpu))
+    return int(0.92 * gpu_targets.memory_bytes(gpu))
 
 
 # What a profile of row 1b of docs/performance.md showed; other GPUs are taken to be
@@ -192,7 +192,10 @@ class Slice:
         """What the compiler is told beside the topology's name."""
         if not self.is_tpu:
             grid = f"1x{self.hosts}x{self.chips // self.hosts}"
-            return {"topology": grid, "target_config": targets.text(self.generation)}
+            return {
+                "topology": grid,
+                "target_config": gpu_targets.text(self.generation),
+            }
         found: dict[str, Any] = {"wrap": self._wrap()}
         if self.generation == "v4":
             found["chip_config_name"] = "megacore"
