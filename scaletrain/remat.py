@@ -17,8 +17,7 @@ from jax.sharding import Mesh
 
 from scaletrain import step
 from scaletrain.config import REMAT_NAMES, RunConfig
-from scaletrain.errors import ConfigError
-from scaletrain.hardware.chips import does_not_fit
+from scaletrain.errors import ConfigError, does_not_fit
 from scaletrain.metrics import say
 from scaletrain.step import Program
 

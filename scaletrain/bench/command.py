@@ -12,8 +12,7 @@ from scaletrain.bench import profile, roofline, timing
 from scaletrain.bench.sweep import Sweep
 from scaletrain.bench.timing import Timed
 from scaletrain.config import RunConfig
-from scaletrain.errors import BenchError, ConfigError
-from scaletrain.hardware.chips import does_not_fit
+from scaletrain.errors import BenchError, ConfigError, does_not_fit
 from scaletrain.step import Program
 
 

@@ -14,8 +14,8 @@ import jax
 from scaletrain import config, metrics
 from scaletrain.bench.timing import Timed
 from scaletrain.config import RunConfig
-from scaletrain.errors import ConfigError
-from scaletrain.hardware.chips import LOW_PRECISION, does_not_fit
+from scaletrain.errors import ConfigError, does_not_fit
+from scaletrain.hardware.chips import LOW_PRECISION
 from scaletrain.plan import search
 from scaletrain.remat import CANDIDATES
 

@@ -103,12 +103,3 @@ SPLASH_BLOCKS = {
     "TPU v6 lite": 1024,  # 3010 (4524)
     "TPU7x": 1024,  # 2886 (4527)
 }
-
-
-def does_not_fit(said: str) -> bool:
-    """Whether a compiler or allocator says that a device's memory is too small.
-
-    Of a TPU's fast memory, `vmem`, the same is said: there a kernel's blocks are too
-    large, and nothing that makes a step smaller helps.
-    """
-    return "RESOURCE_EXHAUSTED" in said and "memory space vmem" not in said

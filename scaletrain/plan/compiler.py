@@ -19,8 +19,7 @@ from typing import Any
 
 from scaletrain import config, hlo
 from scaletrain.config import RunConfig
-from scaletrain.errors import ConfigError, PlanError
-from scaletrain.hardware.chips import does_not_fit
+from scaletrain.errors import ConfigError, PlanError, does_not_fit
 from scaletrain.hardware.slices import Slice
 from scaletrain.mesh import AXES
 from scaletrain.plan import memory, timing
