@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from scaletrain import config, optim, sharding
 from scaletrain.config import PrecisionConfig, RunConfig
 from scaletrain.errors import ConfigError
-from scaletrain.hardware.chips import COMPILER_OPTIONS, LOW_PRECISION
+from scaletrain.hardware import chips
 from scaletrain.losses import Head, LossSums, head_loss
 from scaletrain.models import Decoder
 
@@ -347,7 +347,7 @@ def _check_units(run: RunConfig, mesh: Mesh | AbstractMesh) -> None:
     if asked == "compute" or not isinstance(mesh, Mesh):
         return
     kind = mesh.devices.flat[0].device_kind
-    able = ["compute", *LOW_PRECISION.get(kind, {})]
+    able = ["compute", *chips.low_precision(kind)]
     if asked not in able:
         raise ConfigError(
             [
@@ -420,7 +420,7 @@ def compiled(
     """
     kind = cast(Mesh, program.mesh).devices.flat[0].device_kind
     lowered = jitted(program).lower(program.state, program.batch)
-    wanted = COMPILER_OPTIONS.get(kind, {}) | (options or {})
+    wanted = chips.compiler_options(kind) | (options or {})
     ready()
     while True:
         try:

@@ -14,6 +14,7 @@ from scaletrain import bench, config, flags, hlo, mesh, metrics, step
 from scaletrain.bench import command, loops, profile, roofline, shapes, sweep, timing
 from scaletrain.config import LoraConfig, MeshConfig
 from scaletrain.errors import BenchError, CheckpointError, ConfigError
+from scaletrain.hardware import chips
 
 KEYS = {
     "step_time_s", "step_time_spread", "tokens_per_s_per_device", "mfu", "mfu_palm",
@@ -294,7 +295,7 @@ def test_a_sweep_tries_the_units_that_the_device_has(monkeypatch):
         return [each["overrides"].get("precision.matmul", "") for each in found]
 
     assert not any(matmuls())  # a CPU emulates both
-    monkeypatch.setitem(sweep.LOW_PRECISION, "cpu", {"fp8": 2, "int8": 2})
+    monkeypatch.setattr(chips, "low_precision", lambda kind: {"fp8": 2, "int8": 2})
     assert matmuls()[0] == "fp8"
     assert {"fp8", "int8", ""} == set(matmuls())
 

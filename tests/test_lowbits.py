@@ -13,6 +13,7 @@ import small
 from scaletrain import checkpoint, config, mesh, step
 from scaletrain.config import MeshConfig, PrecisionConfig
 from scaletrain.errors import ConfigError
+from scaletrain.hardware import chips
 from scaletrain.models import lowbits
 
 DELAYED = small.changed(
@@ -161,7 +162,7 @@ def test_what_is_named_has_a_history(settings, names):
 
 
 def test_units_that_a_device_lacks_are_refused(monkeypatch):
-    monkeypatch.setitem(step.LOW_PRECISION, "cpu", {"int8": 2})
+    monkeypatch.setattr(chips, "low_precision", lambda kind: {"int8": 2})
     with pytest.raises(
         ConfigError, match="precision.matmul=fp8; cpu is not.*use compute or int8"
     ):

@@ -1,73 +1,29 @@
-"""GPUs as the CUDA compiler is told of them, for where there is none.
+"""GPUs described to the CUDA compiler, for a machine that has none."""
 
-Facts are of the vendor's architecture white papers and data sheets, but for memory:
-CUDA tells of somewhat less than there is.
-"""
-
-import dataclasses
-
-_GIB = 2**30
+from scaletrain.hardware.chip import Chip
 
 
-@dataclasses.dataclass(frozen=True)
-class _Target:
-    """What differs between the GPUs a slice may have."""
-
-    name: str  # as jax's `device_kind`
-    capability: tuple[int, int]
-    cores: int  # streaming multiprocessors
-    shared_bytes: int  # memory a core shares, all of it
-    cache_bytes: int  # second level
-    clock_ghz: float
-    memory_bytes: int  # that CUDA tells of
-    memory_bytes_per_s: int
-
-
-_TARGETS = {
-    "a100": _Target(
-        "NVIDIA A100-SXM4-80GB", (8, 0), 108, 164 * 2**10, 40 * 2**20, 1.41,
-        int(79.1 * _GIB), 2_039_000_000_000,
-    ),
-    "h100": _Target(
-        "NVIDIA H100 80GB HBM3", (9, 0), 132, 228 * 2**10, 50 * 2**20, 1.98,
-        int(79.1 * _GIB), 3_350_000_000_000,
-    ),
-    "h200": _Target(
-        "NVIDIA H200", (9, 0), 132, 228 * 2**10, 50 * 2**20, 1.98,
-        int(139.8 * _GIB), 4_800_000_000_000,
-    ),
-    "b200": _Target(
-        "NVIDIA B200", (10, 0), 148, 228 * 2**10, 126 * 2**20, 1.97,
-        int(178.3 * _GIB), 8_000_000_000_000,
-    ),
-}  # fmt: skip
-
-
-def memory_bytes(generation: str) -> int:
-    """Returns how much memory a GPU has."""
-    return _TARGETS[generation].memory_bytes
-
-
-def text(generation: str) -> str:
+def text(chip: Chip) -> str:
     """Returns a GPU as XLA's `GpuTargetConfigProto` in protobuf's text format."""
-    of = _TARGETS[generation]
-    major, minor = of.capability
+    gpu, name = chip.gpu, chip.device_kinds[0]
+    assert gpu is not None, f"{chip.generation} is no GPU"
+    major, minor = gpu.capability
     # Hopper's and Blackwell's matmul units are features of the exact architecture.
     exact = "feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
     return f"""
 gpu_device_info {{
-  name: "{of.name}"
+  name: "{name}"
   device_vendor: "NVIDIA Corporation"
   cuda_compute_capability {{ major: {major} minor: {minor} {exact} }}
-  core_count: {of.cores}
+  core_count: {gpu.cores}
   fpus_per_core: {128 if major >= 9 else 64}
-  clock_rate_ghz: {of.clock_ghz}
-  device_memory_size: {of.memory_bytes}
-  memory_bandwidth: {of.memory_bytes_per_s}
-  l2_cache_size: {of.cache_bytes}
-  shared_memory_per_core: {of.shared_bytes}
+  clock_rate_ghz: {gpu.clock_ghz}
+  device_memory_size: {chip.memory_bytes}
+  memory_bandwidth: {int(chip.hbm_bytes_per_s)}
+  l2_cache_size: {gpu.cache_bytes}
+  shared_memory_per_core: {gpu.shared_bytes}
   shared_memory_per_block: {48 * 2**10}
-  shared_memory_per_block_optin: {of.shared_bytes - 2**10}
+  shared_memory_per_block_optin: {gpu.shared_bytes - 2**10}
   threads_per_warp: 32
   threads_per_block_limit: 1024
   threads_per_core_limit: 2048
@@ -88,5 +44,5 @@ gpu_device_info {{
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 }}
-device_description_str: "{of.name}"
+device_description_str: "{name}"
 """

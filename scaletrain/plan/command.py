@@ -197,7 +197,7 @@ def _searched(run: RunConfig, slice_: Slice, request: Request) -> tuple[Record, 
         raise PlanError("no layout was compiled; there is nothing to propose.")
     if not interrupted:
         roomy = [
-            (each["overrides"], each["hbm_peak_bytes"] / slice_.hbm_bytes)
+            (each["overrides"], each["hbm_peak_bytes"] / slice_.chip.hbm_bytes)
             for each in record.best_first(found)
             if each["fits"]
         ]

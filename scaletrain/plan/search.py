@@ -41,7 +41,7 @@ def layouts(run: RunConfig, slice_: Slice, most: int = MOST) -> list[Overrides]:
         except ConfigError:
             continue
         guess = estimate(candidate, slice_)
-        if guess.peak_bytes <= _SLACK * slice_.hbm_bytes:
+        if guess.peak_bytes <= _SLACK * slice_.chip.hbm_bytes:
             scored.append((guess.step_time_s, guess.peak_bytes, overrides))
     scored.sort(key=lambda entry: entry[:2])
     return _spread([overrides for _, _, overrides in scored], most)
