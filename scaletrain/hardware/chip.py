@@ -19,6 +19,9 @@ class Figure(float):
         return figure
 
 
+PCIE = Figure(64e9, "16 lanes of PCIe 5, an assumption")
+
+
 @dataclasses.dataclass(frozen=True)
 class Rates:
     """What an hour of one chip takes."""
@@ -76,7 +79,7 @@ class Chip:
     hbm_bytes_per_s: Figure  # of a device
     link_bytes_per_s: Figure  # of a chip: one link, one way
     network_bytes_per_s: Figure  # of a chip, one way: to other slices, or other hosts
-    host_bytes_per_s: Figure  # of a chip, each way: to the memory of its host
+    host_bytes_per_s: Figure = PCIE  # of a chip, each way: to the memory of its host
     matmul_efficiency: Figure  # of the peak
     attention_efficiency: Figure  # of the peak: the products of the kernel
     memory_efficiency: Figure  # of the bandwidth: element-wise operations

@@ -15,6 +15,13 @@ _AMAZON = "AWS list price, N. Virginia, 2026-07: {} at ${} an hour / 8"
 _TDP = "vendor's data sheet: TDP of the {} module"
 _HOST_WATTS = Figure(575.0, "estimate: DGX H100 10.2 kW less 8 x 700 W, a GPU")
 
+_HOPPER = Gpu(
+    capability=(9, 0),
+    cores=132,
+    shared_bytes=228 * 2**10,
+    cache_bytes=50 * 2**20,
+    clock_ghz=1.98,
+)
 _HOPPER_OPTIONS = {
     # The vendor's matmuls instead of generated ones: 7% of a step of 1.1B on an H100.
     "xla_gpu_enable_triton_gemm": False,
@@ -35,7 +42,6 @@ _gpu = functools.partial(
     Chip,
     memory_fraction=MEMORY_FRACTION,
     network_bytes_per_s=Figure(50e9, "400 Gb/s InfiniBand for each GPU, an assumption"),
-    host_bytes_per_s=Figure(64e9, "16 lanes of PCIe 5, an assumption"),
     matmul_efficiency=Figure(0.72, _PROFILE),
     attention_efficiency=Figure(0.33, _PROFILE),
     memory_efficiency=Figure(0.78, _PROFILE),
@@ -83,13 +89,7 @@ GPUS = (
             ),
             host_watts=_HOST_WATTS,
         ),
-        gpu=Gpu(
-            capability=(9, 0),
-            cores=132,
-            shared_bytes=228 * 2**10,
-            cache_bytes=50 * 2**20,
-            clock_ghz=1.98,
-        ),
+        gpu=_HOPPER,
     ),
     _gpu(
         generation="h200",
@@ -106,13 +106,7 @@ GPUS = (
             watts=Figure(700.0, _TDP.format("SXM")),
             host_watts=_HOST_WATTS,
         ),
-        gpu=Gpu(
-            capability=(9, 0),
-            cores=132,
-            shared_bytes=228 * 2**10,
-            cache_bytes=50 * 2**20,
-            clock_ghz=1.98,
-        ),
+        gpu=_HOPPER,
     ),
     _gpu(
         generation="b200",

@@ -39,7 +39,6 @@ _SPARSE_CORE_GATHERS = {
 _tpu = functools.partial(
     Chip,
     network_bytes_per_s=Figure(3.1e9, _ADAPTERS),
-    host_bytes_per_s=Figure(64e9, "16 lanes of PCIe 5, an assumption"),
     matmul_efficiency=Figure(0.85, _CYCLES),
     memory_efficiency=Figure(0.60, _CYCLES),
     chips_per_host=4,
