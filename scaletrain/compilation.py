@@ -18,9 +18,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
-from scaletrain.chips import COMPILER_OPTIONS, does_not_fit
 from scaletrain.config import REMAT_NAMES, RunConfig
-from scaletrain.errors import ConfigError
+from scaletrain.errors import ConfigError, does_not_fit
+from scaletrain.hardware import chips
 from scaletrain.metrics import say
 from scaletrain.program import Program, build
 from scaletrain.step import train_step
@@ -56,7 +56,7 @@ def compiled(
     """
     kind = cast(Mesh, program.mesh).devices.flat[0].device_kind
     lowered = jitted(program).lower(program.state, program.batch)
-    wanted = COMPILER_OPTIONS.get(kind, {}) | (options or {})
+    wanted = chips.compiler_options(kind) | (options or {})
     ready()
     while True:
         try:

@@ -16,6 +16,7 @@ from absl import logging as absl_logging
 from scaletrain import cluster, config, flags, stops
 from scaletrain.config import RunConfig
 from scaletrain.errors import ScaletrainError
+from scaletrain.hardware.gpus import MEMORY_FRACTION
 from scaletrain.phases import Phases
 from scaletrain.program import build
 
@@ -29,7 +30,7 @@ def main() -> None:
     absl_logging.set_verbosity(absl_logging.FATAL)
     _leave_out_last_writes()
     # Of a GPU's memory; by default jax leaves a quarter of it unused.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
     # Of the host's, for arrays on their way to a checkpoint; by default 64, which is
     # less than eight GPUs hold of a state that fills them.
     os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(_host_gib()))

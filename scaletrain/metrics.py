@@ -17,8 +17,8 @@ from typing import Any
 
 import jax
 
-from scaletrain.chips import BF16_PEAK_FLOPS
 from scaletrain.config import GATED, LINEARS, ModelConfig, RunConfig, adapted
+from scaletrain.hardware.chips import by_kind
 from scaletrain.tensorboard import Board
 from scaletrain.workdir import rewrite
 
@@ -76,7 +76,8 @@ def throughput(
 ) -> dict[str, Any]:
     """Returns speed and both MFUs; None where the chip's peak is not known."""
     tokens_per_s = run.batch_size * run.seq_len / step_time_s
-    peak = BF16_PEAK_FLOPS.get(devices[0].device_kind)
+    chip = by_kind(devices[0].device_kind)
+    peak = chip and chip.peak_flops
     share = tokens_per_s / (peak * len(devices)) if peak else None
     causal, palm = flops_per_token(run)
     return {

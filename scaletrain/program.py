@@ -15,9 +15,9 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from scaletrain import config, objective, optim, sharding
-from scaletrain.chips import LOW_PRECISION
 from scaletrain.config import PrecisionConfig, RunConfig
 from scaletrain.errors import ConfigError
+from scaletrain.hardware import chips
 from scaletrain.models import Decoder
 from scaletrain.models.linear import Adapter
 from scaletrain.models.quantised import Amax, empty_history
@@ -187,7 +187,7 @@ def _check_units(run: RunConfig, mesh: Mesh | AbstractMesh) -> None:
     if asked == "compute" or not isinstance(mesh, Mesh):
         return
     kind = mesh.devices.flat[0].device_kind
-    able = ["compute", *LOW_PRECISION.get(kind, {})]
+    able = ["compute", *chips.low_precision(kind)]
     if asked not in able:
         raise ConfigError(
             [

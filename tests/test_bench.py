@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import bench, config, flags, mesh, metrics
+from scaletrain import bench, config, flags, hlo, mesh, metrics
 from scaletrain.bench import command, loops, profile, roofline, shapes, sweep, timing
 from scaletrain.config import LoraConfig, MeshConfig
 from scaletrain.errors import BenchError, CheckpointError, ConfigError
-from scaletrain.plan import hlo
+from scaletrain.hardware import chips
 from scaletrain.program import build, initial
 
 KEYS = {
@@ -296,7 +296,7 @@ def test_a_sweep_tries_the_units_that_the_device_has(monkeypatch):
         return [each["overrides"].get("precision.matmul", "") for each in found]
 
     assert not any(matmuls())  # a CPU emulates both
-    monkeypatch.setitem(sweep.LOW_PRECISION, "cpu", {"fp8": 2, "int8": 2})
+    monkeypatch.setattr(chips, "low_precision", lambda kind: {"fp8": 2, "int8": 2})
     assert matmuls()[0] == "fp8"
     assert {"fp8", "int8", ""} == set(matmuls())
 

@@ -6,9 +6,10 @@ import jax
 import pytest
 import small
 
-from scaletrain import chips, compilation, config, mesh
-from scaletrain.errors import ConfigError
-from scaletrain.plan import command, slices
+from scaletrain import compilation, config, mesh
+from scaletrain.errors import ConfigError, does_not_fit
+from scaletrain.hardware import slices
+from scaletrain.plan import command
 from scaletrain.program import build
 
 RUN = config.resolve(small.changed(small.RUN, model__remat="auto"), 1)
@@ -115,9 +116,9 @@ def test_a_kernels_own_memory_is_not_the_devices():
     refused = (
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in"
     )
-    assert chips.does_not_fit(f"{refused} memory space hbm. Used 17.40G of 15.75G hbm.")
-    assert chips.does_not_fit("RESOURCE_EXHAUSTED: Out of memory while trying to")
-    assert not chips.does_not_fit(f"{refused} memory space vmem. Used 81.41M of 63.94M")
+    assert does_not_fit(f"{refused} memory space hbm. Used 17.40G of 15.75G hbm.")
+    assert does_not_fit("RESOURCE_EXHAUSTED: Out of memory while trying to")
+    assert not does_not_fit(f"{refused} memory space vmem. Used 81.41M of 63.94M")
 
 
 def test_kernels_are_timed_once_the_devices_are_ready(monkeypatch):

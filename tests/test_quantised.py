@@ -11,9 +11,9 @@ import pytest
 import small
 
 from scaletrain import checkpoint, compilation, config, mesh, step
-from scaletrain import program as programs
 from scaletrain.config import MeshConfig, PrecisionConfig
 from scaletrain.errors import ConfigError
+from scaletrain.hardware import chips
 from scaletrain.models import quantised
 from scaletrain.program import build, initial_state
 
@@ -169,7 +169,7 @@ def test_what_is_named_has_a_history(settings, names):
 
 
 def test_units_that_a_device_lacks_are_refused(monkeypatch):
-    monkeypatch.setitem(programs.LOW_PRECISION, "cpu", {"int8": 2})
+    monkeypatch.setattr(chips, "low_precision", lambda kind: {"int8": 2})
     with pytest.raises(
         ConfigError, match="precision.matmul=fp8; cpu is not.*use compute or int8"
     ):

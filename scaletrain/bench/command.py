@@ -11,9 +11,8 @@ from scaletrain import config, mesh, metrics, workdir
 from scaletrain.bench import profile, roofline, timing
 from scaletrain.bench.sweep import Sweep
 from scaletrain.bench.timing import Timed
-from scaletrain.chips import does_not_fit
 from scaletrain.config import RunConfig
-from scaletrain.errors import BenchError, ConfigError
+from scaletrain.errors import BenchError, ConfigError, does_not_fit
 from scaletrain.program import Program, build
 
 

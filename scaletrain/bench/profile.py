@@ -16,9 +16,8 @@ from typing import Any
 
 import jax
 
-from scaletrain import compilation
+from scaletrain import compilation, hlo
 from scaletrain.bench.timing import Steps
-from scaletrain.plan import hlo
 
 STEPS = 3  # that are traced
 _LARGEST = 12  # kernels that are listed

@@ -17,8 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from scaletrain.bench import loops, shapes
 from scaletrain.bench.shapes import Attention, Gemm
-from scaletrain.chips import BF16_PEAK_FLOPS
 from scaletrain.config import RunConfig
+from scaletrain.hardware.chips import by_kind
 from scaletrain.models.attention import Scores, attend
 from scaletrain.program import Program, initial
 
@@ -89,12 +89,12 @@ def _gemms(run: RunConfig) -> dict[str, Any]:
         dot = functools.partial(jnp.einsum, letters, preferred_element_type=dtype)
         return loops.seconds(dot, x, y)
 
-    found = {}
+    chip, found = by_kind(loops.kind()), {}
     for name, gemm in shapes.gemms(run).items():
         alike = dataclasses.replace(gemm, count=1)
         times = {f"{each}_s": seconds(alike, each) for each in gemm.passes}
         speed = gemm.flops * len(times) / sum(times.values())
-        peak = BF16_PEAK_FLOPS.get(loops.kind(), math.inf)
+        peak = chip.peak_flops if chip else math.inf
         assert speed <= peak, f"{name}: {speed:.3g} FLOP/s, and the peak is {peak:.3g}"
         found[name] = {
             "rows": gemm.rows,

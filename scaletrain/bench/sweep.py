@@ -13,10 +13,10 @@ import jax
 
 from scaletrain import config, metrics
 from scaletrain.bench.timing import Timed
-from scaletrain.chips import LOW_PRECISION, does_not_fit
 from scaletrain.compilation import CANDIDATES
 from scaletrain.config import RunConfig
-from scaletrain.errors import ConfigError
+from scaletrain.errors import ConfigError, does_not_fit
+from scaletrain.hardware import chips
 from scaletrain.plan import search
 
 Overrides = dict[str, Any]
@@ -142,7 +142,7 @@ def _matmuls(kind: str) -> list[Overrides]:
         "fp8": {"precision.matmul": "fp8", "precision.scaling": "delayed"},
         "int8": {"precision.matmul": "int8", "precision.scaling": "current"},
     }
-    units = LOW_PRECISION.get(kind, {})
+    units = chips.low_precision(kind)
     return [{}, *(low[each] for each in units if units[each] > 1)]
 
 

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from scaletrain import sharding
-from scaletrain.chips import SPLASH_BLOCKS
+from scaletrain.hardware.chips import by_kind
 from scaletrain.models import cudnn
 from scaletrain.models.mask import visible
 
@@ -194,8 +194,8 @@ def _splash_here(
 
 def _splash_block() -> int:
     """Returns the side of the kernel's blocks on the mesh's devices, at most."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return SPLASH_BLOCKS.get(getattr(device, "device_kind", ""), 512)
+    chip = by_kind(sharding.device_kind())
+    return chip.tpu.splash_block if chip and chip.tpu else 512
 
 
 IMPLEMENTATIONS = {

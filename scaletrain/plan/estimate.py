@@ -9,8 +9,8 @@ import math
 
 from scaletrain import config, metrics
 from scaletrain.config import GATED, ModelConfig, RunConfig
+from scaletrain.hardware.slices import Slice
 from scaletrain.mesh import AXES
-from scaletrain.plan.slices import Slice
 
 _MATMUL_EFFICIENCY = 0.6  # of the peak, over a whole step
 # Of a score of plain attention: bytes held at once, times it is written or read.
@@ -116,7 +116,7 @@ def _compute_s(run: RunConfig, slice_: Slice, rows: int) -> float:
     flops = causal * again * run.batch_size * run.seq_len / slice_.devices
     scores = _scores(run, slice_, rows) * run.accumulate_steps * run.model.num_layers
     moved = _SCORE_PASSES * _SCORE_BYTES * scores / slice_.chip.hbm_bytes_per_s
-    return flops / (_MATMUL_EFFICIENCY * slice_.peak_flops) + moved
+    return flops / (_MATMUL_EFFICIENCY * slice_.chip.peak_flops) + moved
 
 
 def _recomputed(run: RunConfig) -> float:
