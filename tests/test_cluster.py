@@ -10,8 +10,8 @@ import time
 import pytest
 
 from scaletrain import cluster
-from scaletrain.cluster import meeting, peers, place
-from scaletrain.cluster.place import Place
+from scaletrain.cluster import discovery, liveness, rendezvous
+from scaletrain.cluster.discovery import Place
 from scaletrain.errors import ClusterError, ConfigError, LostError
 
 NOBODY = {
@@ -61,12 +61,12 @@ TPU_VM = {
 
 def find(env, metadata=None, **flags):
     args = argparse.Namespace(**NOBODY | flags)
-    return place.find(args, env, (metadata or {}).get)
+    return discovery.find(args, env, (metadata or {}).get)
 
 
 @pytest.fixture
 def with_tpu(monkeypatch):
-    monkeypatch.setattr(place, "_has_tpu", lambda env: True)
+    monkeypatch.setattr(discovery, "_has_tpu", lambda env: True)
 
 
 @pytest.mark.parametrize(
@@ -174,10 +174,10 @@ class Company:
         where = coordinator()
         places = [Place("test", count, i, where) for i in range(count)]
         with concurrent.futures.ThreadPoolExecutor(count) as pool:
-            met = list(pool.map(lambda p: meeting.meet(p, 20.0), places))
+            met = list(pool.map(lambda p: rendezvous.meet(p, 20.0), places))
         self.links = [links for _, links in met]
         self.peers = [
-            peers.Peers(i, names, links, heartbeat_s, self._end(i))
+            liveness.Peers(i, names, links, heartbeat_s, self._end(i))
             for i, (names, links) in enumerate(met)
         ]
 
@@ -304,7 +304,7 @@ def test_who_ends_without_a_word_is_named_at_once(company):
 
 
 def test_who_fails_takes_the_others_along(company, monkeypatch):
-    monkeypatch.setattr(peers, "_OWN_WORDS_S", 0.2)
+    monkeypatch.setattr(liveness, "_OWN_WORDS_S", 0.2)
     found = company(3)
     found.peers[1].leave(2)
     assert found.ends[1] == ("", 2)
@@ -329,7 +329,7 @@ def meeting_of(count, *ids, wait_s=2.0):
 
     def come(i):
         try:
-            return meeting.meet(Place("test", count, i, where), wait_s)
+            return rendezvous.meet(Place("test", count, i, where), wait_s)
         except ClusterError as err:
             return err
 
@@ -356,10 +356,10 @@ def test_strangers_at_the_port_change_nothing():
     where = coordinator()
     host, _, port = where.partition(":")
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        first = pool.submit(meeting.meet, Place("test", 2, 0, where), 20.0)
+        first = pool.submit(rendezvous.meet, Place("test", 2, 0, where), 20.0)
         with contextlib.closing(connected(host, int(port))) as stranger:
             stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-            second = pool.submit(meeting.meet, Place("test", 2, 1, where), 20.0)
+            second = pool.submit(rendezvous.meet, Place("test", 2, 1, where), 20.0)
             assert first.result()[0] == second.result()[0]
             for met in (first, second):
                 met.result()[1][0].close()

@@ -143,8 +143,9 @@ def test_processes_that_differ_end_and_say_in_what(tmp_path):
 # Asks whether to stop, as between steps, until it is so; then hangs.
 ASKING = """\
 import sys, time
-from scaletrain import cluster, flags, stops
-stops.catch()
+from scaletrain import cluster, flags
+from scaletrain.cluster import signals
+signals.catch()
 cluster.join(flags.read(["train", *sys.argv[1:-1]])[0])
 print("joined", flush=True)
 asked = 1

@@ -1,8 +1,9 @@
 """The processes of a run: where this one is, that all agree, and that all live.
 
-    place    which processes there are and which is this: flags, TPU, Slurm, JobSet, MPI
-    meeting  all come to process 0  (link: what they talk over)
-    peers    they are heard; one that is lost is named, and ends the others
+    discovery   which processes there are and which is this: flags, TPU, Slurm, ...
+    rendezvous  all come to process 0  (connection: what they talk over)
+    liveness    they are heard; one that is lost is named, and ends the others
+    signals     requests to stop
 
 What is imported here is all that the rest of scaletrain uses. With one process nothing
 of it is done.
@@ -21,10 +22,10 @@ import time
 import types
 from collections.abc import Mapping
 
-from scaletrain import stops
-from scaletrain.cluster.meeting import meet
-from scaletrain.cluster.peers import WHY_S, Peers
-from scaletrain.cluster.place import ask_metadata, find
+from scaletrain.cluster import signals
+from scaletrain.cluster.discovery import ask_metadata, find
+from scaletrain.cluster.liveness import WHY_S, Peers
+from scaletrain.cluster.rendezvous import meet
 from scaletrain.errors import ConfigError
 
 __all__ = [
@@ -75,7 +76,7 @@ def join(args: argparse.Namespace) -> None:
         # Of an executable that XLA:CPU has read back, a device was seen in two
         # collectives at once. Gloo knows them by their order: they mix, or hang.
         jax.config.update("jax_enable_compilation_cache", False)
-    stops.share()
+    signals.share()
     kind = jax.local_devices()[0].device_kind
     agree(
         {"the devices": f"{jax.local_device_count()} x {kind}", "jax": jax.__version__}
@@ -132,11 +133,11 @@ def stopped_since() -> float | None:
     """
     global _stopped_since
     if _peers is None:
-        return stops.since()
+        return signals.since()
     from jax.experimental import multihost_utils
 
     if multihost_utils.reached_preemption_sync_point(next(_asked)):
-        now, since = time.monotonic(), stops.since()
+        now, since = time.monotonic(), signals.since()
         ago = str(0.0 if since is None else now - since)
         _stopped_since = now - max(map(float, _peers.gather("stopped", ago)))
     return _stopped_since

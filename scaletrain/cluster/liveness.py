@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from scaletrain.cluster.link import Link, Message
+from scaletrain.cluster.connection import Link, Message
 from scaletrain.errors import ClusterError, LostError
 
 _BEATS = 5  # in the time after which silence means that a process is lost

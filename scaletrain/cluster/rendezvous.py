@@ -4,8 +4,8 @@ import os
 import socket
 import time
 
-from scaletrain.cluster.link import Link, Message
-from scaletrain.cluster.place import Place
+from scaletrain.cluster.connection import Link, Message
+from scaletrain.cluster.discovery import Place
 from scaletrain.errors import ClusterError, LostError
 
 _HELLO_S = 5.0  # for a connection to say who it is
