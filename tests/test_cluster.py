@@ -1,4 +1,4 @@
-"""Which processes there are, that they meet and agree, and that a lost one is named."""
+"""That processes meet and agree, and that a lost one is named."""
 
 import argparse
 import concurrent.futures
@@ -10,155 +10,9 @@ import time
 import pytest
 
 from scaletrain import cluster
-from scaletrain.cluster import discovery, liveness, rendezvous
-from scaletrain.cluster.discovery import Place
-from scaletrain.errors import ClusterError, ConfigError, LostError
-
-NOBODY = {
-    "coordinator": None,
-    "num_processes": None,
-    "process_id": None,
-    "heartbeat": 100.0,
-}
-SLURM = {
-    "SLURM_JOB_ID": "77",
-    "SLURM_STEP_ID": "0",
-    "SLURM_STEP_NODELIST": "rack[07-09,12]n2,other",
-    "SLURM_STEP_NUM_TASKS": "8",
-    "SLURM_STEP_TASKS_PER_NODE": "2(x3),1(x2)",
-    "SLURM_PROCID": "3",
-    "SLURM_LOCALID": "1",
-    "SLURM_NODEID": "1",
-}
-JOBSET = {
-    "JOBSET_NAME": "run",
-    "REPLICATED_JOB_NAME": "workers",
-    "PODS_PER_JOB": "4",
-    "JOB_COMPLETION_INDEX": "3",
-    "NUM_JOBS": "2",
-    "JOB_INDEX": "1",
-}
-OPEN_MPI = {
-    "OMPI_COMM_WORLD_SIZE": "4",
-    "OMPI_COMM_WORLD_RANK": "2",
-    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
-    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
-    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
-}
-GKE_TPU = {
-    "TPU_WORKER_HOSTNAMES": "t-0.svc,t-1.svc",
-    "TPU_WORKER_ID": "1",
-    "MEGASCALE_NUM_SLICES": "3",
-    "MEGASCALE_SLICE_ID": "2",
-    "MEGASCALE_COORDINATOR_ADDRESS": "first.svc:8080",
-}
-TPU_VM = {
-    "agent-worker-number": "2",
-    "worker-network-endpoints": "a:b:10.0.0.7,a:b:10.0.0.8,a:b:10.0.0.9",
-    "tpu-env": "ZONE: 'here'\nMEGASCALE_NUM_SLICES: ''\n",
-}
-
-
-def find(env, metadata=None, **flags):
-    args = argparse.Namespace(**NOBODY | flags)
-    return discovery.find(args, env, (metadata or {}).get)
-
-
-@pytest.fixture
-def with_tpu(monkeypatch):
-    monkeypatch.setattr(discovery, "_has_tpu", lambda env: True)
-
-
-@pytest.mark.parametrize(
-    ("env", "words"),
-    [
-        (SLURM, "processes: 8 by Slurm, this is 3, coordinator rack07n2:"),
-        (JOBSET, "processes: 8 by JobSet, this is 7, coordinator run-workers-0-0.run:"),
-        (OPEN_MPI, "processes: 4 by Open MPI, this is 2, coordinator 10.96.0.1:"),
-        (OPEN_MPI | SLURM | JOBSET, "processes: 8 by Slurm,"),
-        (OPEN_MPI | JOBSET, "processes: 8 by JobSet,"),
-    ],
-)
-def test_launchers_are_known(env, words):
-    found = find(env)
-    assert str(found).startswith(words)
-    port = int(found.coordinator.rpartition(":")[2])
-    assert 1024 < port < 2**16
-    # What a person says goes before what a launcher does.
-    flags = {"coordinator": "h:1", "num_processes": 2, "process_id": 1}
-    assert str(find(env, **flags)) == (
-        "processes: 2 by flags, this is 1, coordinator h:1"
-    )
-    assert find(env, coordinator="[::1]:5").coordinator == "[::1]:5"
-
-
-def test_tpus_are_known(with_tpu):
-    assert str(find(GKE_TPU | SLURM)) == (
-        "processes: 6 by TPU metadata, this is 5, coordinator first.svc:8482"
-    )
-    assert str(find({}, TPU_VM)) == (
-        "processes: 3 by TPU metadata, this is 2, coordinator 10.0.0.7:8482"
-    )
-    newer = TPU_VM | {"worker-network-endpoints": "w0,w1,w2"}
-    assert find({}, newer).coordinator == "w0:8482"
-    assert find({}, {}) is None
-    assert find({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}) is None
-    with pytest.raises(ConfigError, match="TPU metadata: TPU_WORKER_ID=; not what"):
-        find({"TPU_WORKER_HOSTNAMES": "a,b"})
-
-
-def test_a_single_process_is_alone():
-    allocation = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
-    shell = SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}
-    shell |= {"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_NODEID": "0"}
-    for env in ({}, allocation, shell, {"JOB_COMPLETION_INDEX": "3"}):
-        assert find(env) is None
-    assert find({}, coordinator="h:1", num_processes=1, process_id=0) is None
-
-
-@pytest.mark.parametrize(
-    ("env", "flags", "words"),
-    [
-        ({}, {"num_processes": 2}, "only some are given; give all three"),
-        ({}, {"coordinator": "h:1"}, "only some are given; give all three"),
-        (SLURM, {"process_id": 2}, "only some are given; give all three"),
-        (
-            {},
-            {"coordinator": "h", "num_processes": 2, "process_id": 2},
-            "(?s)flags: process_id=2; not one of 2 processes.*coordinator=h; give HOST",
-        ),
-        (SLURM | {"SLURM_PROCID": "8"}, {}, "Slurm: process_id=8; not one of 8"),
-        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "x"}, {}, "TASKS_PER_NODE=x; not what"),
-        ({"JOBSET_NAME": "run"}, {}, "JobSet: PODS_PER_JOB=; not what JobSet sets"),
-        (
-            OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": ""},
-            {},
-            "Open MPI: coordinator; not said where process 0 runs; give --coordinator",
-        ),
-        (
-            SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2"},
-            {},
-            "2 processes of this host cannot share 3 GPUs evenly",
-        ),
-    ],
-)
-def test_contradictions_are_told(env, flags, words):
-    with pytest.raises(ConfigError, match=words):
-        find(env, **flags)
-
-
-@pytest.mark.parametrize(
-    ("env", "gpus"),
-    [
-        ({"CUDA_VISIBLE_DEVICES": "4,5,6,7"}, (2, 3)),
-        ({"CUDA_VISIBLE_DEVICES": "4"}, None),  # each has its own
-        ({"CUDA_VISIBLE_DEVICES": "4,5", "SLURM_GPUS_PER_TASK": "2"}, None),
-        ({}, (1,)),
-        ({"SLURM_STEP_TASKS_PER_NODE": "1(x8)", "SLURM_LOCALID": "0"}, None),
-    ],
-)
-def test_tasks_of_a_host_share_its_gpus(env, gpus):
-    assert find(SLURM | env).gpus == gpus
+from scaletrain.cluster import liveness, rendezvous
+from scaletrain.cluster.discovery import Membership
+from scaletrain.errors import ClusterError, LostError
 
 
 def coordinator():
@@ -172,7 +26,7 @@ class Company:
     def __init__(self, count, heartbeat_s=100.0):
         self.ends = [None] * count
         where = coordinator()
-        places = [Place("test", count, i, where) for i in range(count)]
+        places = [Membership("test", count, i, where) for i in range(count)]
         with concurrent.futures.ThreadPoolExecutor(count) as pool:
             met = list(pool.map(lambda p: rendezvous.meet(p, 20.0), places))
         self.links = [links for _, links in met]
@@ -329,7 +183,7 @@ def meeting_of(count, *ids, wait_s=2.0):
 
     def come(i):
         try:
-            return rendezvous.meet(Place("test", count, i, where), wait_s)
+            return rendezvous.meet(Membership("test", count, i, where), wait_s)
         except ClusterError as err:
             return err
 
@@ -356,10 +210,10 @@ def test_strangers_at_the_port_change_nothing():
     where = coordinator()
     host, _, port = where.partition(":")
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        first = pool.submit(rendezvous.meet, Place("test", 2, 0, where), 20.0)
+        first = pool.submit(rendezvous.meet, Membership("test", 2, 0, where), 20.0)
         with contextlib.closing(connected(host, int(port))) as stranger:
             stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
-            second = pool.submit(rendezvous.meet, Place("test", 2, 1, where), 20.0)
+            second = pool.submit(rendezvous.meet, Membership("test", 2, 1, where), 20.0)
             assert first.result()[0] == second.result()[0]
             for met in (first, second):
                 met.result()[1][0].close()

@@ -23,7 +23,7 @@ import types
 from collections.abc import Mapping
 
 from scaletrain.cluster import signals
-from scaletrain.cluster.discovery import ask_metadata, find
+from scaletrain.cluster.discovery import discover
 from scaletrain.cluster.liveness import WHY_S, Peers
 from scaletrain.cluster.rendezvous import meet
 from scaletrain.errors import ConfigError
@@ -50,7 +50,7 @@ def join(args: argparse.Namespace) -> None:
     global _peers
     if args.heartbeat <= 0:
         raise ConfigError([f"--heartbeat={args.heartbeat}; not above 0 s; give more."])
-    place = find(args, os.environ, ask_metadata)
+    place = discover(args, os.environ)
     if place is None:
         return
     print(place, file=sys.stderr, flush=True)

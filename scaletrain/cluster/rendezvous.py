@@ -5,7 +5,7 @@ import socket
 import time
 
 from scaletrain.cluster.connection import Link, Message
-from scaletrain.cluster.discovery import Place
+from scaletrain.cluster.discovery import Membership
 from scaletrain.errors import ClusterError, LostError
 
 _HELLO_S = 5.0  # for a connection to say who it is
@@ -14,7 +14,7 @@ _BUSY_S = 30.0  # for the port of a process 0 that is ending to become free
 _LOOPBACK = ("127.0.0.1", "localhost")
 
 
-def meet(place: Place, wait_s: float) -> tuple[list[str], list[Link]]:
+def meet(place: Membership, wait_s: float) -> tuple[list[str], list[Link]]:
     """Returns the hosts of all processes, in order, and this one's links to others.
 
     Process 0 has a link to each, they have one to it.
@@ -31,7 +31,7 @@ def meet(place: Place, wait_s: float) -> tuple[list[str], list[Link]]:
 
 
 def _receive(
-    place: Place, host: str, port: int, deadline: float, wait_s: float
+    place: Membership, host: str, port: int, deadline: float, wait_s: float
 ) -> tuple[list[str], list[Link]]:
     here, links = {0: _here()}, dict[int, Link]()
     with _listener(place, host, port) as listener:
@@ -48,7 +48,7 @@ def _receive(
     return names, list(links.values())
 
 
-def _listener(place: Place, host: str, port: int) -> socket.socket:
+def _listener(place: Membership, host: str, port: int) -> socket.socket:
     """Returns a socket that listens at the coordinator's port."""
     deadline = time.monotonic() + _BUSY_S
     everywhere = {"family": socket.AF_INET6, "dualstack_ipv6": True}
@@ -73,7 +73,7 @@ def _listener(place: Place, host: str, port: int) -> socket.socket:
 
 
 def _admit(
-    place: Place, link: Link, here: dict[int, str], links: dict[int, Link]
+    place: Membership, link: Link, here: dict[int, str], links: dict[int, Link]
 ) -> None:
     """Takes in a process that says who it is, in place of one that is gone."""
     hello = link.first(time.monotonic() + _HELLO_S)
@@ -100,7 +100,7 @@ def _admit(
     link.peer, links[peer], here[peer] = peer, link, hello["here"]
 
 
-def _missing(place: Place, links: dict[int, Link], wait_s: float) -> LostError:
+def _missing(place: Membership, links: dict[int, Link], wait_s: float) -> LostError:
     missing = [i for i in range(1, place.num_processes) if i not in links]
     listed = ", ".join(map(str, missing[:20])) + (", ..." if missing[20:] else "")
     error = LostError(
@@ -118,7 +118,7 @@ def _part(links: list[Link], last: Message) -> None:
 
 
 def _come(
-    place: Place, address: tuple[str, int], deadline: float, wait_s: float
+    place: Membership, address: tuple[str, int], deadline: float, wait_s: float
 ) -> tuple[list[str], list[Link]]:
     hello = {"process": place.process_id, "of": place.num_processes, "here": _here()}
     why = ""
