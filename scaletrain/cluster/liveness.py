@@ -1,34 +1,37 @@
-"""The other processes of a run: they are heard, and the one that is lost is named.
+"""The other processes of a run: values are exchanged with them, and losses named.
 
-Process 0 holds a link to each of the others. A thread in every process says something
-every fifth of `heartbeat_s` and listens. Who has not been heard for that long, or
-whose link closes before a goodbye, is lost; then nobody can go on, since every
-collective waits for it. Each process says who it was and ends with the code that means
-"start me again", from the thread: its main thread may be inside a collective for good.
-Time in which the thread itself did not run, on a machine that was paused, is nobody's
-silence.
+A thread in every process sends heartbeats and listens. A process that is silent for too
+long, or whose connection closes before it said goodbye, is lost. Then no process can go
+on, since every collective waits for all of them. Each prints which process is lost and
+ends with the exit code that asks for a restart. The thread ends the process, because
+the main thread may be inside a collective that never returns.
+
+The messages are described in docs/internals/cluster.md.
 """
 
-import collections
-import json
 import os
 import selectors
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
-from scaletrain.cluster.connection import Link, Message
-from scaletrain.errors import ClusterError, LostError
+from scaletrain.cluster.connection import Connection, Message
+from scaletrain.cluster.gathering import Gathering
+from scaletrain.errors import LostError
 
-_BEATS = 5  # in the time after which silence means that a process is lost
-WHY_S = 1.0  # for the news that a process is lost to overtake what it broke here
-_OWN_WORDS_S = 5.0  # for a process to fail by itself of what another failed of
-_LAST_S = 2.0  # for the others to end before process 0, which serves them
+_BEATS = 5  # heartbeats that are sent in the time after which silence is a loss
+# A loss breaks collectives in this process too. Errors wait this long, so that the
+# message that names the lost process arrives before them.
+LOSS_FIRST_S = 1.0
+_OWN_ERROR_S = 5.0  # for a process to report by itself the error that ended another
+# For the others to end before process 0, because jax aborts them when process 0 exits
+# first.
+_OTHERS_END_S = 2.0
 
 
-def end(line: str, code: int) -> None:
-    """Ends this process here and now, whatever its other threads are doing."""
+def end_process(line: str, code: int) -> None:
+    """Ends this process immediately, whatever its other threads are doing."""
     if line:
         print(f"scaletrain: {line}", file=sys.stderr)
     sys.stderr.flush()
@@ -37,207 +40,194 @@ def end(line: str, code: int) -> None:
 
 
 class Peers:
-    """The processes of this run, as this one knows them."""
+    """The processes of this run as this one knows them.
+
+    Args:
+      process_id: of this process.
+      names: of all processes, in order, such as "node1 (pid 7)".
+      connections: to each of the others in process 0, to process 0 in the others.
+      heartbeat_s: seconds of silence after which a process counts as lost.
+      end_process: what ends this process, given a line for the user and an exit code.
+    """
 
     def __init__(
         self,
         process_id: int,
         names: list[str],
-        links: list[Link],
+        connections: list[Connection],
         heartbeat_s: float,
-        end: Callable[[str, int], None] = end,
+        end_process: Callable[[str, int], None] = end_process,
     ):
-        self.process_id, self.names = process_id, names  # such as "node1 (pid 7)"
-        self._links, self._heartbeat_s, self._end = links, heartbeat_s, end
-        self._changed = threading.Condition()
-        self._said: dict[str, dict[int, str]] = {}  # process 0: what has come so far
-        self._gathered: dict[str, list[str]] = {}
-        self._counts = collections.Counter[str]()
-        self._failed: tuple[float, str, int] | None = None  # when to end, why, code
-        self._over = False
-        self._looked = time.monotonic()  # when the thread last ran
-        for link in links:
-            link.heard = self._looked
+        self.process_id, self.names = process_id, names
+        self._connections = connections
+        self._heartbeat_s = heartbeat_s
+        self._end_process = end_process
+        self._gathering = Gathering(len(names))
+        self._ending: tuple[float, str, int] | None = None  # deadline, line, code
+        self._ended = False
+        self._last_pass = time.monotonic()  # of the thread through its loop
+        for connection in connections:
+            connection.last_received = self._last_pass
         threading.Thread(target=self._watch, name="peers", daemon=True).start()
 
-    def gather(self, name: str, value: str) -> list[str]:
-        """Returns what each process says under `name`, in order, once all have.
+    def name(self, process: int) -> str:
+        """Returns a process's number and where it is: "1 on node1 (pid 7)"."""
+        return f"{process} on {self.names[process]}"
 
-        All processes gather each name as often, from any thread. However long the
-        slowest takes, the others wait; if one is lost they end.
+    def gather(self, name: str, value: str) -> list[str]:
+        """Returns the value of each process, in order, once all have given theirs.
+
+        All processes must gather each name equally often; any thread may. They wait
+        for the slowest however long it takes; if one is lost they end.
         """
-        with self._changed:
-            self._counts[name] += 1
-            key = f"{self._counts[name]} {name}"
+        key = self._gathering.begin(name)
         if self.process_id:
-            self._tell({"say": key, "value": value})
+            self._send_all({"gather": key, "value": value})
         else:
             self._collect(key, 0, value)
-        with self._changed:
-            self._changed.wait_for(lambda: key in self._gathered)
-            return self._gathered.pop(key)
-
-    def agree(self, facts: Mapping[str, object]) -> None:
-        """Compares what must be the same in all processes, by name.
-
-        Raises:
-          ClusterError: in every process, with all that differ from process 0.
-        """
-        mine = {name: str(value) for name, value in facts.items()}
-        first = json.loads(
-            self.gather("facts", json.dumps(mine) if self.process_id == 0 else "")[0]
-        )
-        found = [
-            f"{name} is {mine.get(name)}, in process 0 {first.get(name)}"
-            for name in first | mine
-            if mine.get(name) != first.get(name)
-        ]
-        answers = self.gather("differences", json.dumps(found))
-        problems = [
-            f"  process {self._name(i)}: {line}"
-            for i, answer in enumerate(answers)
-            for line in json.loads(answer)
-        ]
-        if problems:
-            listed = "\n".join(problems[:20])
-            raise ClusterError(
-                f"the processes do not agree:\n{listed}\n"
-                "start all of them with the same command, code and data."
-            )
+        return self._gathering.wait(key)
 
     def leave(self, code: int) -> None:
-        """Says goodbye and, with a code other than 0, ends this process with it.
+        """Says goodbye; with a code other than 0, ends this process with it.
 
-        Then the others end too, since this one will take part in nothing any more. An
-        ordinary end would wait for them as they wait for this process.
+        A code other than 0 ends the others as well, since this process takes part in
+        no collective any more. It is ended from here, since an ordinary exit runs jax's
+        shutdown, which waits for the others while they wait for this process.
         """
         if code == 0:
             self.gather("end", "")
         elif code != LostError.exit_code:
-            time.sleep(WHY_S)
-        self._tell({"bye": code})
+            time.sleep(LOSS_FIRST_S)
+        self._send_all({"bye": code})
         if code:
-            self._over = True
-            self._await_others(self._patience(code) + _LAST_S)
-            self._end("", code)
+            self._ended = True
+            self._await_others(self._grace_s(code) + _OTHERS_END_S)
+            self._end_process("", code)
 
-    def _patience(self, code: int) -> float:
-        """Returns how long the others have to end by themselves: a save may be long."""
-        return self._heartbeat_s if code == LostError.exit_code else _OWN_WORDS_S
+    def _grace_s(self, code: int) -> float:
+        """Returns the seconds that the others have to end by themselves.
+
+        With the code for a restart they may all be saving, which takes long.
+        """
+        return self._heartbeat_s if code == LostError.exit_code else _OWN_ERROR_S
 
     def _watch(self) -> None:
+        """Sends heartbeats, handles messages and notices losses, in a thread."""
         with selectors.DefaultSelector() as selector:
-            for link in self._links:
-                selector.register(link, selectors.EVENT_READ)
+            for connection in self._connections:
+                selector.register(connection, selectors.EVENT_READ)
             next_beat = time.monotonic()
-            while not self._over:
+            while not self._ended:
                 if time.monotonic() >= next_beat:
-                    self._tell({})
+                    self._send_all({})
                     next_beat = time.monotonic() + self._heartbeat_s / _BEATS
-                wait = self._until(next_beat) - time.monotonic()
-                # The second look is for what came while this process was stopped.
-                ready = selector.select(max(wait, 0.0)) or selector.select(0)
+                wait_s = self._next_event(next_beat) - time.monotonic()
+                # If this process was paused meanwhile, messages arrived although the
+                # wait timed out: they count before anyone's silence does.
+                ready = selector.select(max(wait_s, 0.0)) or selector.select(0)
                 for key, _ in ready:
-                    if not self._listen(key.fileobj):  # pyright: ignore
+                    if not self._receive(key.fileobj):  # pyright: ignore
                         selector.unregister(key.fileobj)
-                self._judge()
+                self._check_silence()
 
-    def _until(self, next_beat: float) -> float:
-        """Returns when there is something to do, if nothing comes before."""
-        silent = [k.heard + self._heartbeat_s for k in self._links if not k.left]
-        return min([next_beat, *silent, *(self._failed or ())[:1]])
+    def _next_event(self, next_beat: float) -> float:
+        """Returns when the thread must act even if no message arrives."""
+        silent = [
+            connection.last_received + self._heartbeat_s
+            for connection in self._connections
+            if not connection.said_goodbye
+        ]
+        return min([next_beat, *silent, *(self._ending or ())[:1]])
 
-    def _listen(self, link: Link) -> bool:
-        """Hears what has come over `link`; returns whether more can."""
-        messages = link.receive()
+    def _receive(self, connection: Connection) -> bool:
+        """Handles the messages of a connection; returns whether more can come."""
+        messages = connection.receive()
         for message in messages or ():
-            self._hear(link, message)
+            self._handle(connection, message)
         if messages is not None:
             return True
-        self._links = [other for other in self._links if other is not link]
-        if not (link.left or self._over or self._failed):
-            self._lost(link, "ended without a word")
+        self._drop(connection)
+        if not (connection.said_goodbye or self._ended or self._ending):
+            self._declare_lost(connection, "ended without a word")
         return False
 
-    def _hear(self, link: Link, message: Message) -> None:
-        if "say" in message:
-            self._collect(message["say"], link.peer, message["value"])
+    def _handle(self, connection: Connection, message: Message) -> None:
+        if "gather" in message:
+            self._collect(message["gather"], connection.peer, message["value"])
         elif "gathered" in message:
-            self._settle(message["gathered"], message["values"])
+            self._gathering.complete(message["gathered"], message["values"])
         elif "lost" in message:
-            self._stop(message["lost"], LostError.exit_code)
+            self._end_now(message["lost"], LostError.exit_code)
         elif "failed" in message:
-            self._fail(message["failed"], message["code"])
+            self._end_soon(message["failed"], message["code"])
         elif "bye" in message:
-            link.left = True
+            connection.said_goodbye = True
             if code := message["bye"]:
-                line = f"process {self._name(link.peer)} ended with exit code {code}."
-                self._tell({"failed": line, "code": code})
-                self._fail(line, code)
+                name = self.name(connection.peer)
+                line = f"process {name} ended with exit code {code}."
+                self._send_all({"failed": line, "code": code})
+                self._end_soon(line, code)
 
-    def _judge(self) -> None:
+    def _check_silence(self) -> None:
+        """Acts on deadlines that have passed: of this process's end, or of silence."""
         now = time.monotonic()
-        late_s = now - self._looked - self._heartbeat_s / _BEATS
-        self._looked = now
-        if late_s > 0:
-            for link in self._links:  # whose ends may have been paused as well
-                link.heard = min(now, link.heard + late_s)
-        if self._failed:
-            if now >= self._failed[0]:
-                self._stop(*self._failed[1:])
+        # Time in which this thread did not run, as on a machine that was paused, is no
+        # silence of the others. They may have been paused together with it.
+        paused_s = now - self._last_pass - self._heartbeat_s / _BEATS
+        self._last_pass = now
+        if paused_s > 0:
+            for connection in self._connections:
+                connection.last_received = min(now, connection.last_received + paused_s)
+        if self._ending:
+            deadline, line, code = self._ending
+            if now >= deadline:
+                self._end_now(line, code)
             return
-        for link in self._links:
-            if not link.left and now - link.heard >= self._heartbeat_s:
-                self._lost(link, f"has not been heard for {self._heartbeat_s:g} s")
+        for connection in self._connections:
+            silent_s = now - connection.last_received
+            if not connection.said_goodbye and silent_s >= self._heartbeat_s:
+                reason = f"has not been heard for {self._heartbeat_s:g} s"
+                self._declare_lost(connection, reason)
 
-    def _lost(self, link: Link, how: str) -> None:
+    def _declare_lost(self, connection: Connection, reason: str) -> None:
+        """Ends this process and the others, naming the one that is lost."""
         line = (
-            f"process {self._name(link.peer)} {how}; the others cannot go on without "
-            "it; start all of them again."
+            f"process {self.name(connection.peer)} {reason}; the others cannot go on "
+            "without it; start all of them again."
         )
-        self._links = [other for other in self._links if other is not link]
-        self._tell({"lost": line})
-        self._stop(line, LostError.exit_code)
+        self._drop(connection)
+        self._send_all({"lost": line})
+        self._end_now(line, LostError.exit_code)
 
-    def _fail(self, line: str, code: int) -> None:
-        """Ends this process soon, unless it fails of the same by itself."""
-        when = time.monotonic() + self._patience(code)
-        self._failed = self._failed or (when, line, code)
+    def _end_soon(self, line: str, code: int) -> None:
+        """Ends this process after a while, unless it reports the error by itself."""
+        deadline = time.monotonic() + self._grace_s(code)
+        self._ending = self._ending or (deadline, line, code)
 
-    def _stop(self, line: str, code: int) -> None:
-        if not self._over:
-            self._over = True
-            self._await_others(_LAST_S)
-            self._end(line, code)
+    def _end_now(self, line: str, code: int) -> None:
+        if not self._ended:
+            self._ended = True
+            self._await_others(_OTHERS_END_S)
+            self._end_process(line, code)
 
-    def _await_others(self, seconds: float) -> None:
-        """Lets the others end before process 0, of whose end jax would make a crash."""
-        deadline = time.monotonic() + seconds
+    def _await_others(self, timeout_s: float) -> None:
+        """Lets the others end first, because jax aborts them when process 0 exits."""
+        deadline = time.monotonic() + timeout_s
         while self.process_id == 0 and time.monotonic() < deadline:
-            if all(link.closed() for link in self._links):
+            if all(connection.is_closed() for connection in self._connections):
                 break
             time.sleep(0.02)
 
-    def _tell(self, message: Message) -> None:
-        for link in self._links:
-            link.send(message)
+    def _send_all(self, message: Message) -> None:
+        for connection in self._connections:
+            connection.send(message)
 
-    def _collect(self, key: str, peer: int, value: str) -> None:
-        """Takes one process's word at process 0; passes them on once all are there."""
-        with self._changed:
-            said = self._said.setdefault(key, {})
-            said[peer] = value
-            if len(said) < len(self.names):
-                return
-        values = [said[i] for i in range(len(self.names))]
-        self._tell({"gathered": key, "values": values})
-        self._settle(key, values)
+    def _drop(self, connection: Connection) -> None:
+        # A new list, since other threads may be sending to the old one.
+        self._connections = [c for c in self._connections if c is not connection]
 
-    def _settle(self, key: str, values: list[str]) -> None:
-        with self._changed:
-            self._said.pop(key, None)
-            self._gathered[key] = values
-            self._changed.notify_all()
-
-    def _name(self, peer: int) -> str:
-        return f"{peer} on {self.names[peer]}"
+    def _collect(self, key: str, process: int, value: str) -> None:
+        """Adds one process's value in process 0, which sends a complete gather on."""
+        if values := self._gathering.add(key, process, value):
+            self._send_all({"gathered": key, "values": values})
+            self._gathering.complete(key, values)

@@ -1,151 +1,182 @@
-"""How the processes of a run find each other: they all come to process 0."""
+"""How the processes of a run find each other: each connects to process 0.
+
+The messages are described in docs/internals/cluster.md.
+"""
 
 import os
 import socket
 import time
+from typing import Any
 
-from scaletrain.cluster.connection import Link, Message
+from scaletrain.cluster.connection import Connection, Message
 from scaletrain.cluster.discovery import Membership
 from scaletrain.errors import ClusterError, LostError
 
-_HELLO_S = 5.0  # for a connection to say who it is
-_RETRY_S = 0.5
-_BUSY_S = 30.0  # for the port of a process 0 that is ending to become free
+_HELLO_S = 5.0  # to connect, and for a connection to say who it is
+_RETRY_S = 0.5  # between attempts to connect or to listen
+_PORT_BUSY_S = 30.0  # for a process 0 that is still ending to free its port
 _LOOPBACK = ("127.0.0.1", "localhost")
 
 
-def meet(place: Membership, wait_s: float) -> tuple[list[str], list[Link]]:
-    """Returns the hosts of all processes, in order, and this one's links to others.
+def connect(
+    membership: Membership, timeout_s: float
+) -> tuple[list[str], list[Connection]]:
+    """Returns the names of all processes, in order, and this one's connections.
 
-    Process 0 has a link to each, they have one to it.
+    Process 0 has a connection to each of the others, which have one to it. A name is
+    a host and a process id, as messages to users show it: "node1 (pid 7)".
+
+    Args:
+      membership: of this process.
+      timeout_s: seconds for all processes to come.
 
     Raises:
       ClusterError: two processes claim one number, or differ in how many there are.
-      LostError: not all came within `wait_s`; it names who did not.
+      LostError: not all came in time; it names who did not.
     """
-    host, _, port = place.coordinator.rpartition(":")
-    host, deadline = host.strip("[]"), time.monotonic() + wait_s
-    if place.process_id:
-        return _come(place, (host, int(port)), deadline, wait_s)
-    return _receive(place, host, int(port), deadline, wait_s)
+    host, _, port = membership.coordinator.rpartition(":")
+    address = host.strip("[]"), int(port)
+    if membership.process_id:
+        return _call(membership, address, timeout_s)
+    return _Reception(membership).await_all(address, timeout_s)
 
 
-def _receive(
-    place: Membership, host: str, port: int, deadline: float, wait_s: float
-) -> tuple[list[str], list[Link]]:
-    here, links = {0: _here()}, dict[int, Link]()
-    with _listener(place, host, port) as listener:
-        while len(here) < place.num_processes:
-            listener.settimeout(max(deadline - time.monotonic(), 0.01))
-            try:
-                link = Link(listener.accept()[0])
-            except TimeoutError:
-                raise _missing(place, links, wait_s) from None
-            _admit(place, link, here, links)
-    names = [here[i] for i in range(place.num_processes)]
-    for link in links.values():
-        link.send({"names": names})
-    return names, list(links.values())
+class _Reception:
+    """Process 0 while the others come to it."""
+
+    def __init__(self, membership: Membership):
+        self.membership = membership
+        self.names = {0: _own_name()}
+        self.connections: dict[int, Connection] = {}
+
+    def await_all(
+        self, address: tuple[str, int], timeout_s: float
+    ) -> tuple[list[str], list[Connection]]:
+        """Returns what `connect` does, once all have come."""
+        deadline = time.monotonic() + timeout_s
+        num_processes = self.membership.num_processes
+        with _listener(self.membership, address) as listener:
+            while len(self.names) < num_processes:
+                listener.settimeout(max(deadline - time.monotonic(), 0.01))
+                try:
+                    connection = Connection(listener.accept()[0])
+                except TimeoutError:
+                    raise self._missing(timeout_s) from None
+                self._admit(connection)
+        names = [self.names[i] for i in range(num_processes)]
+        for connection in self.connections.values():
+            connection.send({"names": names})
+        return names, list(self.connections.values())
+
+    def _admit(self, connection: Connection) -> None:
+        """Adds a process that says who it is, replacing one of its number that died."""
+        hello = connection.receive_first(time.monotonic() + _HELLO_S)
+        peer, count = hello.get("process"), hello.get("num_processes")
+        if not (isinstance(peer, int) and isinstance(count, int) and "name" in hello):
+            connection.close()  # not a process of a run
+            return
+        if problem := self._problem(peer, count, hello["name"]):
+            error = ClusterError(f"{problem}; start all of them with the same command.")
+            connection.send({"refused": str(error)})
+            connection.close()
+            self._send_last({"refused": str(error)})
+            raise error
+        if peer in self.connections:
+            self.connections[peer].close()
+        connection.peer = peer
+        self.connections[peer], self.names[peer] = connection, hello["name"]
+
+    def _problem(self, peer: int, count: int, name: str) -> str:
+        """Returns why a process cannot be one of this run, "" if it can."""
+        num_processes = self.membership.num_processes
+        if count != num_processes or not 0 < peer < count:
+            return (
+                f"process 0 on {self.names[0]} has {num_processes} processes, "
+                f"process {peer} on {name} has {count}"
+            )
+        if peer in self.connections and not self.connections[peer].is_closed():
+            return (
+                f"both {self.names[peer]} and {name} say that they are process {peer}"
+            )
+        return ""
+
+    def _missing(self, timeout_s: float) -> LostError:
+        """Returns the error that names who did not come; tells those who did."""
+        num_processes = self.membership.num_processes
+        missing = [i for i in range(1, num_processes) if i not in self.connections]
+        listed = ", ".join(map(str, missing[:20])) + (", ..." if missing[20:] else "")
+        error = LostError(
+            f"{len(missing)} of {num_processes} processes did not come to "
+            f"{self.membership.coordinator} within {timeout_s:g} s: {listed}; "
+            "start all of them again."
+        )
+        self._send_last({"missing": str(error)})
+        return error
+
+    def _send_last(self, message: Message) -> None:
+        for connection in self.connections.values():
+            connection.send(message)
+            connection.close()
 
 
-def _listener(place: Membership, host: str, port: int) -> socket.socket:
+def _listener(membership: Membership, address: tuple[str, int]) -> socket.socket:
     """Returns a socket that listens at the coordinator's port."""
-    deadline = time.monotonic() + _BUSY_S
-    everywhere = {"family": socket.AF_INET6, "dualstack_ipv6": True}
+    host, port = address
+    deadline = time.monotonic() + _PORT_BUSY_S
+    interface, family = "", dict[str, Any]()
     if host in _LOOPBACK:
-        address, how = "127.0.0.1", {}
+        interface = "127.0.0.1"  # a run on one host is nobody else's to reach
     elif socket.has_dualstack_ipv6():
-        address, how = "", everywhere
-    else:
-        address, how = "", {}
+        family = {"family": socket.AF_INET6, "dualstack_ipv6": True}
     while True:
         try:
             return socket.create_server(
-                (address, port), backlog=place.num_processes, **how
+                (interface, port), backlog=membership.num_processes, **family
             )
         except OSError as err:
             if time.monotonic() > deadline:
                 raise ClusterError(
-                    f"coordinator={place.coordinator}; process 0 cannot listen there "
-                    f"({err.strerror}); give another port."
+                    f"coordinator={membership.coordinator}; process 0 cannot listen "
+                    f"there ({err.strerror}); give another port."
                 ) from err
         time.sleep(_RETRY_S)
 
 
-def _admit(
-    place: Membership, link: Link, here: dict[int, str], links: dict[int, Link]
-) -> None:
-    """Takes in a process that says who it is, in place of one that is gone."""
-    hello = link.first(time.monotonic() + _HELLO_S)
-    peer, count = hello.get("process"), hello.get("of")
-    if not (isinstance(peer, int) and isinstance(count, int) and "here" in hello):
-        link.close()  # whoever that was
-        return
-    problem = ""
-    if count != place.num_processes or not 0 < peer < count:
-        problem = (
-            f"process 0 on {here[0]} has {place.num_processes} processes, "
-            f"process {peer} on {hello['here']} has {count}"
-        )
-    elif peer in links and not links[peer].closed():
-        problem = (
-            f"both {here[peer]} and {hello['here']} say that they are process {peer}"
-        )
-    if problem:
-        error = ClusterError(f"{problem}; start all of them with the same command.")
-        _part([link, *links.values()], {"refused": str(error)})
-        raise error
-    if peer in links:
-        links[peer].close()
-    link.peer, links[peer], here[peer] = peer, link, hello["here"]
-
-
-def _missing(place: Membership, links: dict[int, Link], wait_s: float) -> LostError:
-    missing = [i for i in range(1, place.num_processes) if i not in links]
-    listed = ", ".join(map(str, missing[:20])) + (", ..." if missing[20:] else "")
-    error = LostError(
-        f"{len(missing)} of {place.num_processes} processes did not come to "
-        f"{place.coordinator} within {wait_s:g} s: {listed}; start all of them again."
-    )
-    _part(list(links.values()), {"missing": str(error)})
-    return error
-
-
-def _part(links: list[Link], last: Message) -> None:
-    for link in links:
-        link.send(last)
-        link.close()
-
-
-def _come(
-    place: Membership, address: tuple[str, int], deadline: float, wait_s: float
-) -> tuple[list[str], list[Link]]:
-    hello = {"process": place.process_id, "of": place.num_processes, "here": _here()}
-    why = ""
+def _call(
+    membership: Membership, address: tuple[str, int], timeout_s: float
+) -> tuple[list[str], list[Connection]]:
+    """Returns what `connect` does, in a process other than 0."""
+    deadline = time.monotonic() + timeout_s
+    hello = {
+        "process": membership.process_id,
+        "num_processes": membership.num_processes,
+        "name": _own_name(),
+    }
+    reason = ""
     while time.monotonic() < deadline:
         try:
-            link = Link(socket.create_connection(address, timeout=_HELLO_S))
+            connection = Connection(socket.create_connection(address, timeout=_HELLO_S))
         except OSError as err:
-            why = err.strerror or str(err)
+            reason = err.strerror or str(err)
             time.sleep(_RETRY_S)
             continue
-        link.send(hello)
-        # Process 0 gives up first, and says of whom.
-        answer = link.first(deadline + _HELLO_S)
+        connection.send(hello)
+        # Process 0 gives up first, so that its answer can name who is missing.
+        answer = connection.receive_first(deadline + _HELLO_S)
         if "names" in answer:
-            return answer["names"], [link]
-        link.close()
+            return answer["names"], [connection]
+        connection.close()
         if "refused" in answer:
             raise ClusterError(answer["refused"])
         if "missing" in answer:
             raise LostError(answer["missing"])
-        why = "it does not answer"
+        reason = "it does not answer"
         time.sleep(_RETRY_S)
     raise LostError(
-        f"process 0 was not found at {place.coordinator} within {wait_s:g} s ({why}); "
-        "start all of them again."
+        f"process 0 was not found at {membership.coordinator} within {timeout_s:g} s "
+        f"({reason}); start all of them again."
     )
 
 
-def _here() -> str:
+def _own_name() -> str:
     return f"{socket.gethostname()} (pid {os.getpid()})"

@@ -1,13 +1,13 @@
-"""Requests to stop: the first signal is one, the second ends the process.
+"""Requests to stop this process: the first signal asks, the second one kills.
 
-Handlers are installed before anything slow begins, jax's import among it, so that a
-signal is never met by the default. The loop asks between steps and between batches of
-an evaluation. Before its first step there is nothing to save: inside `at_once` a signal
-ends the run where it is.
+Handlers are installed before anything slow begins, jax's import among it, so that no
+signal kills a run that could have saved. The loop asks `since()` between steps and
+between batches of an evaluation. Before its first step there is nothing to save: inside
+`at_once` a signal ends the run immediately.
 
-Python runs its handler once the main thread is back from C, which may take a whole
-compilation, or for ever in a collective that hangs. A thread hears of the signal
-without it.
+Python runs its handler once the main thread is back from C. That may take as long as a
+compilation, or forever in a collective that hangs. A thread therefore reads signals
+from a pipe (`signal.set_wakeup_fd`) and does what the handler cannot.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from scaletrain.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _UNWIND_S = 2.0  # for the main thread to end by itself
-_DEFAULT = 0  # C's SIG_DFL
+_SIG_DFL = 0  # C's default action: the signal kills the process
 
 _libc = ctypes.CDLL(None)
 _libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
@@ -33,40 +33,47 @@ _Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
 
 
 class _Requests:
-    """What this process was asked; process-wide, as signals are."""
+    """The requests that this process has received."""
 
     def __init__(self) -> None:
-        self.first = threading.Lock()  # taken for good by who hears of it first
-        self.since: float | None = None  # monotonic seconds of the first
+        self.first = threading.Lock()  # acquired by the first signal, never released
+        self.since: float | None = None  # monotonic seconds of the first signal
         self.at_once = False
-        self.others: Callable[[int], None] = lambda number: None  # tells them
+        self.tell_others: Callable[[int], None] = lambda number: None
 
 
+# Global to the process, as signal handlers are. `catch` replaces it, so that a second
+# run in one process, as in tests, begins without a request.
 _requests = _Requests()
 
 
 def catch() -> None:
-    """Makes the first signal a request."""
+    """Installs the handlers: from now on the first signal is a request to stop."""
     global _requests
     _requests = _Requests()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer)
-    listening = (_requests, reader)
-    threading.Thread(target=_listen, args=listening, name="stops", daemon=True).start()
+    args = (_requests, reader)
+    threading.Thread(target=_listen, args=args, name="signals", daemon=True).start()
     for number in SIGNALS:
-        signal.signal(number, _request)
+        signal.signal(number, _handle)
 
 
 def share() -> None:
-    """Lets jax's preemption service, which took SIGTERM for itself, hear of signals."""
-    service = _libc.signal(signal.SIGTERM, _DEFAULT)
+    """Passes requests on to jax's preemption service, which tells the other processes.
+
+    The service installed its handler for SIGTERM in place of ours when jax started. We
+    take the signal back, and call the service's handler for either signal.
+    """
+    service = _libc.signal(signal.SIGTERM, _SIG_DFL)
     if service:
-        _requests.others = _Handler(service)
-    signal.signal(signal.SIGTERM, _request)
+        _requests.tell_others = _Handler(service)
+    signal.signal(signal.SIGTERM, _handle)
 
 
-def _request(number: int, frame: FrameType | None) -> None:
+def _handle(number: int, frame: FrameType | None) -> None:
+    """Python's handler, which runs in the main thread."""
     del frame
     _note(_requests, number)
     if _requests.at_once:
@@ -74,8 +81,9 @@ def _request(number: int, frame: FrameType | None) -> None:
 
 
 def _listen(requests: _Requests, reader: int) -> None:
-    """Does what `_request` does, in a thread, which cannot raise in the main one."""
+    """Handles the first signal in a thread, in case the main one is inside C."""
     _note(requests, os.read(reader, 1)[0])
+    # A thread cannot raise in the main one; it can end the process.
     time.sleep(_UNWIND_S)
     if requests.at_once:
         print(f"scaletrain: {_interrupted()}", file=sys.stderr, flush=True)
@@ -83,13 +91,14 @@ def _listen(requests: _Requests, reader: int) -> None:
 
 
 def _note(requests: _Requests, number: int) -> None:
-    """Takes the first signal; the next one ends the process, whatever it does then."""
+    """Records the first signal; from then on the next one kills the process."""
     if not requests.first.acquire(blocking=False):
         return
     requests.since = time.monotonic()
     for each in SIGNALS:
-        _libc.signal(each, _DEFAULT)  # Python's own is for the main thread alone
-    requests.others(signal.SIGTERM)
+        # C's function, because Python's may be called in the main thread alone.
+        _libc.signal(each, _SIG_DFL)
+    requests.tell_others(signal.SIGTERM)
     if not requests.at_once:
         print(
             f"{signal.Signals(number).name}: stopping after this step, or this batch "
@@ -101,20 +110,24 @@ def _note(requests: _Requests, number: int) -> None:
 
 @contextlib.contextmanager
 def at_once() -> Iterator[None]:
-    """Lets a signal end what happens inside, since there is nothing to save."""
+    """Returns a context that a signal ends at once, because there is nothing to save.
+
+    Raises:
+      Interrupted: a signal came inside or before.
+    """
     if _requests.since is not None:
         raise _interrupted()
     _requests.at_once = True
     try:
         yield
     except Exception as err:
-        # A library may raise an error of its own around what the handler raised.
+        # A library may raise an error of its own in place of the handler's.
         if _requests.since is None:
             raise
         raise _interrupted() from err
     finally:
         _requests.at_once = False
-    if _requests.since is not None:  # or it went on without a word
+    if _requests.since is not None:  # or catch the handler's and go on
         raise _interrupted()
 
 
@@ -126,5 +139,5 @@ def _interrupted() -> Interrupted:
 
 
 def since() -> float | None:
-    """Returns when this process was asked to stop, on the monotonic clock."""
+    """Returns when the first signal came, in monotonic seconds; None if none did."""
     return _requests.since
