@@ -47,7 +47,7 @@ class Peers:
       names: of all processes, in order, such as "node1 (pid 7)".
       connections: to each of the others in process 0, to process 0 in the others.
       heartbeat_s: seconds of silence after which a process counts as lost.
-      end_process: what ends this process, given a line for the user and an exit code.
+      end_process: ends this process with a line for the user and an exit code.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Peers:
         """Says goodbye; with a code other than 0, ends this process with it.
 
         A code other than 0 ends the others as well, since this process takes part in
-        no collective any more. It is ended from here, since an ordinary exit runs jax's
+        no collective any more. It ends by `os._exit`, since an ordinary exit runs jax's
         shutdown, which waits for the others while they wait for this process.
         """
         if code == 0:

@@ -1,4 +1,4 @@
-"""What the rest of scaletrain asks of the processes of its run.
+"""The processes of a run, as the rest of scaletrain sees them: join, gather, leave.
 
 The state is global to this module, because a Python process belongs to one run. Until
 `join` finds other processes, it is that of a run of one process.

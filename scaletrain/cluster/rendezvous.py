@@ -52,7 +52,7 @@ class _Reception:
     def await_all(
         self, address: tuple[str, int], timeout_s: float
     ) -> tuple[list[str], list[Connection]]:
-        """Returns what `connect` does, once all have come."""
+        """Returns all names and the connections to the others, see `connect`."""
         deadline = time.monotonic() + timeout_s
         num_processes = self.membership.num_processes
         with _listener(self.membership, address) as listener:
@@ -145,7 +145,7 @@ def _listener(membership: Membership, address: tuple[str, int]) -> socket.socket
 def _call(
     membership: Membership, address: tuple[str, int], timeout_s: float
 ) -> tuple[list[str], list[Connection]]:
-    """Returns what `connect` does, in a process other than 0."""
+    """Returns all names and the connection to process 0, see `connect`."""
     deadline = time.monotonic() + timeout_s
     hello = {
         "process": membership.process_id,

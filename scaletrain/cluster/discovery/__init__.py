@@ -1,8 +1,8 @@
 """Which processes a run has and which of them this one is.
 
-    flags                    what a person wrote; goes before every launcher
+    flags                    numbers given by a person; preferred to every launcher
     tpu  slurm  jobset  mpi  a launcher each, asked in the order of `LAUNCHERS`
-    membership               the answer  (environment, metadata: what launchers read)
+    membership               the answer  (environment, metadata: sources of launchers)
 
 Another launcher is a file with `detect(env)` and its line in `LAUNCHERS`.
 

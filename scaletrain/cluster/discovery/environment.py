@@ -1,4 +1,4 @@
-"""What launchers have in common: numbers in variables, ports and GPUs of a host."""
+"""Reading of launchers' variables: numbers, ports and the GPUs of a host."""
 
 import zlib
 from collections.abc import Iterable, Mapping
@@ -16,7 +16,7 @@ def numbers(source: str, env: Environ, names: Iterable[str]) -> list[int]:
 
     Args:
       source: the launcher, as messages name it.
-      env: the environment, or what stands for it.
+      env: the environment, or values read from elsewhere.
       names: of the variables, in the order of the values.
 
     Raises:

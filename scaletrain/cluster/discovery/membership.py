@@ -1,4 +1,4 @@
-"""This process's place among the processes of a run, whoever said so."""
+"""The membership of this process in a run: its number and where process 0 listens."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ class Membership:
     """The number of this process, how many there are, and where process 0 listens.
 
     Args:
-      source: who said so, as messages name it.
+      source: flags or launcher that gave the numbers, as messages name it.
       num_processes: of the run, on all hosts.
       process_id: of this process, from 0.
       coordinator: HOST:PORT at which process 0 awaits the others; "" if unknown.

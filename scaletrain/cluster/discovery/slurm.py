@@ -37,7 +37,7 @@ def detect(env: Environ) -> Membership | None:
 
 
 def _on_node(env: Environ) -> tuple[int, int]:
-    """Returns the number of this task on its node, and how many tasks run there."""
+    """Returns the number of this task on its node, and the count of tasks there."""
     local_id, node = numbers("Slurm", env, ("SLURM_LOCALID", "SLURM_NODEID"))
     counts = []
     for word in env.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
