@@ -9,7 +9,7 @@ from scaletrain.errors import ConfigError
 
 _HOST = "metadata.google.internal"
 _TIMEOUT_S = 5.0  # for one answer
-_TRIES = 6  # the server refuses requests while a machine starts
+_TRIES = 6
 _RETRY_S = 0.5
 
 
