@@ -12,14 +12,8 @@ from scaletrain.program import Program
 
 
 def prepare(run: RunConfig) -> data.Corpus:
-    """Returns the corpus, read by one process of a host before the others look."""
-    corpus = None
-    for turn in range(3):
-        if turn == cluster.turn():
-            corpus = data.prepare(run, say)
-        cluster.wait("corpus")
-    assert corpus is not None, "every process has a turn"
-    return corpus
+    """Returns the corpus, which the first process of a host makes for the others."""
+    return cluster.in_turns(lambda: data.prepare(run, say))
 
 
 def batches_of(

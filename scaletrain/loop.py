@@ -101,8 +101,7 @@ class Loop:
         run = self.program.run
         if not 0 < start < run.num_steps or not _due(start, run.eval_every_steps):
             return False
-        known = str(self.recorder.evaluated)
-        return cluster.first(f"evaluated at {start}", known) == str(False)
+        return not cluster.decide(f"evaluated at {start}", self.recorder.evaluated)
 
     def _stop_if_asked(self, now: int, state: TrainState) -> None:
         """Saves and ends the attempt if a process was asked to; in all at this place.
@@ -130,7 +129,7 @@ class Loop:
         if not c.every_minutes or not _due(now, run.log_every_steps):
             return False
         late = time.monotonic() - self._saved >= 60 * c.every_minutes
-        return cluster.first(f"save at {now}", str(late)) == str(True)
+        return cluster.decide(f"save at {now}", late)
 
     def _step(
         self, state: TrainState, batches: Iterator

@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 
 from absl import logging as absl_logging
 
-from scaletrain import cluster, config, flags, stops
+from scaletrain import cluster, config, flags
+from scaletrain.cluster import signals
 from scaletrain.config import RunConfig
 from scaletrain.errors import ScaletrainError
 from scaletrain.hardware.gpus import MEMORY_FRACTION
@@ -72,9 +73,9 @@ def _leave_out_last_writes() -> None:
 
 
 def _train(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    stops.catch()
+    signals.catch()
     phases = Phases()
-    with stops.at_once(), phases("start"):
+    with signals.at_once(), phases("start"):
         _join(run, args)
         _keep_compiled(args.workdir)
         from scaletrain import evaluate, train

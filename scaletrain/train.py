@@ -21,9 +21,9 @@ from scaletrain import (
     origin,
     rollbacks,
     sharding,
-    stops,
 )
 from scaletrain import workdir as workdirs
+from scaletrain.cluster import signals
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError
 from scaletrain.loop import Loop
@@ -54,7 +54,7 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
     folder = workdirs.prepare(workdir)
     run = origin.pinned(_as_begun(run, folder))
     # 2. What: the corpus as tokens, the step as a program.
-    with stops.at_once(), phases("data"):
+    with signals.at_once(), phases("data"):
         corpus = feed.prepare(run)
         sequences = {s: data.sequences(corpus, s, run) for s in ("train", "validation")}
     program = build(run, grid)
@@ -66,7 +66,7 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
         account = held.enter_context(goodput.Account(folder, phases))
         held.enter_context(Watchdog(phases, folder, run.watchdog_s))
         # 3. From where: the newest checkpoint, other weights, or the seed.
-        with stops.at_once():
+        with signals.at_once():
             _not_anew(folder)
             checkpoints = checkpoint.Checkpoints(folder, run, say=say)
             held.enter_context(contextlib.closing(checkpoints))

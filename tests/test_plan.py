@@ -1054,7 +1054,11 @@ def test_small_runs_are_the_same_everywhere(monkeypatch):
         program = build(run, mesh.build(run.mesh, jax.devices()))
         with jax.set_mesh(program.mesh):
             # train's own takes a second to compile; it begins with these shapes.
-            state = train.initial(program, with_frozen=False) if i < 3 else _placed(program.state)
+            state = (
+                train.initial(program, with_frozen=False)
+                if i < 3
+                else _placed(program.state)
+            )
             jaxpr = jax.make_jaxpr(functools.partial(step.train_step, program=program))(
                 program.state, program.batch
             )
