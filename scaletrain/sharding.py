@@ -107,6 +107,30 @@ def by_device(
     )
 
 
+def on_local_rows(
+    local: Callable[..., Any], inputs: Sequence[str], outputs: Sequence[str]
+) -> Callable[..., Any]:
+    """Returns `local` run on the rows that each device holds.
+
+    XLA cannot partition a kernel's call by itself.
+
+    Args:
+      inputs: dims of each argument. "BT..." is split over its rows; all else is
+        replicated.
+      outputs: dims of each result, in the same way; "P..." are partial sums, which lie
+        one after another.
+    """
+    rows = spec("batch", "tokens")
+    sums = mesh_axes("batch", "tokens")
+
+    def spec_of(dims: str) -> jax.P:
+        if dims.startswith("BT"):
+            return jax.P(*rows, *(None,) * (len(dims) - 2))
+        return jax.P(sums, *(None,) * (len(dims) - 1)) if dims[0] == "P" else jax.P()
+
+    return by_device(local, tuple(map(spec_of, inputs)), tuple(map(spec_of, outputs)))
+
+
 def mesh_axes(*axes: str) -> tuple[str, ...]:
     """Returns the mesh axes of several devices that split a tensor of these axes."""
     entries = ((e,) if isinstance(e, str) else e or () for e in spec(*axes))

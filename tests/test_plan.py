@@ -944,7 +944,7 @@ def test_the_attention_kernel_becomes_machine_code(name, not_kept):
 
     def run(q, k, v, segments):
         out = attention.attend(
-            q, k, v, q_segments_BT=segments, kv_segments_BS=segments, how=how,
+            q, k, v, q_segments_BT=segments, kv_segments_BS=segments, scores=how,
             implementation="splash",
         )  # fmt: skip
         return jnp.sum(out.astype(jnp.float32))

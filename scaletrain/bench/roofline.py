@@ -128,7 +128,7 @@ def _attention(shape: Attention, run: RunConfig) -> dict[str, Any]:
             v_BSKH,
             q_segments_BT=segments_BT,
             kv_segments_BS=segments_BS,
-            how=how,
+            scores=how,
             local=shape.local,
             implementation=model.attention,
         )
