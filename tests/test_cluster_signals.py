@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import checkpoint, data, feed, step, train
+from scaletrain import checkpoint, compilation, data, feed, train
 from scaletrain.cluster import signals
 from scaletrain.config import MeshConfig
 from scaletrain.errors import Interrupted
@@ -88,7 +88,7 @@ def outcome(workdir, taken):
 # Where the signal comes, the n-th time there; the step that is saved then.
 MOMENTS = [
     ("tokenisation", feed, "prepare", signalled, 1, None),
-    ("compile", step, "compiled", signalled, 1, None),
+    ("compile", compilation, "compiled", signalled, 1, None),
     ("evaluation", data, "validation_batches", in_batches, 2, 2),
     ("restore", checkpoint.Checkpoints, "restore", signalled, 1, 2),
     ("evaluation that is owed", data, "validation_batches", in_batches, 1, 2),
