@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from scaletrain import config, data, mesh, origin, sharding, step
+from scaletrain import config, data, mesh, sharding, step
+from scaletrain.checkpoint import warm_start
 from scaletrain.config import PrecisionConfig, RunConfig
 from scaletrain.errors import DataError
 from scaletrain.program import Program, build
@@ -84,7 +85,7 @@ def run(run: RunConfig, workdir: str, at: int | None, split: str) -> dict[str, A
     grid = mesh.build(run.mesh)
     program = build(run, grid)
     with jax.set_mesh(grid):
-        at, weights = origin.weights_of(workdir, run, at, program.state)
+        at, weights = warm_start.weights_of(workdir, run, at, program.state)
         corpus = data.prepare(run, lambda line: print(line, file=sys.stderr))
         sequences = data.sequences(corpus, split, run)
         found = evaluate(program, weights, corpus, sequences)
@@ -125,7 +126,7 @@ def score(
     nats = 0.0
     # TPUs and GPUs multiply float32 in shorter formats unless told otherwise.
     with jax.set_mesh(grid), jax.default_matmul_precision("highest"):
-        at, weights = origin.weights_of(workdir, run, at, program.state)
+        at, weights = warm_start.weights_of(workdir, run, at, program.state)
         with _logits_file(save_logits, (B, T, run.model.vocab_size)) as write:
             for first in range(0, B, ways):
                 rows_BT = np.zeros((ways, T), np.int32)

@@ -20,9 +20,9 @@ from scaletrain import (
     families,
     mesh,
     metrics,
-    origin,
     safetensors,
 )
+from scaletrain.checkpoint import warm_start
 from scaletrain.config import PrecisionConfig, RunConfig
 from scaletrain.errors import CheckpointError, ConfigError
 from scaletrain.families import Entry, Family, Piece, adapters
@@ -61,9 +61,10 @@ def run(
     family, settings = families.of_model(run.family, model)
     grid = mesh.build(run.mesh)
     program = build(run, grid)
-    with checkpoint.reading(workdir, run, at) as (checkpoints, at), jax.set_mesh(grid):
+    checkpoints, at = checkpoint.reading(workdir, run, at)
+    with jax.set_mesh(grid):
         stored = checkpoints.dtypes(at)
-        weights = origin.weights_in(checkpoints, at, program.state)
+        weights = warm_start.weights_in(checkpoints, at, program.state)
     weights = checkpoint.flat(weights)
     partial = target.parent / f".{target.name}.exporting"
     shutil.rmtree(partial, ignore_errors=True)
@@ -163,7 +164,7 @@ def _adapter(
     safetensors.write_file(
         folder / "adapter_model.safetensors", list(tensors), tensors, read
     )
-    base = origin.parsed(run.init_from)[0]
+    base = warm_start.parsed(run.init_from)[0]
     settings = adapters.config(family, run.lora, pieces, base)
     _json(folder / "adapter_config.json", settings)
     return tensors

@@ -13,7 +13,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from scaletrain import config, data, mesh, origin
+from scaletrain import config, data, mesh
+from scaletrain.checkpoint import warm_start
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError
 from scaletrain.models import Cache
@@ -134,7 +135,7 @@ def run(
     if problems := list(_problems(prompts, ids, run, sampling.max_new_tokens)):
         raise ConfigError(problems)
     with jax.set_mesh(grid):
-        _, weights = origin.weights_of(workdir, run, at, program.state)
+        _, weights = warm_start.weights_of(workdir, run, at, program.state)
         new = generate(
             program, weights, ids, sampling=sampling, end_id=end_id, seed=seed
         )

@@ -69,7 +69,7 @@ def run(
             tokenizer.save(partial / "tokenizer")
         _leave_generation(ids, partial / "tokenizer")
         weights = _weights(entries, stored, shapes)
-        with contextlib.closing(checkpoint.Checkpoints(partial, settings)) as new:
+        with contextlib.closing(checkpoint.Store(partial, settings)) as new:
             new.save_weights(weights)
         text = config.to_json(settings)
         (partial / "config.json").write_text(text, encoding="utf-8")

@@ -35,7 +35,7 @@ class Loop:
     program: Program
     execute: Callable
     recorder: metrics.Recorder
-    checkpoints: checkpoint.Checkpoints
+    checkpoints: checkpoint.Store
     corpus: data.Corpus
     sequences: dict[str, Any]
     back: rollbacks.Rollbacks

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from scaletrain import cluster
-from scaletrain.checkpoint import Checkpoints
+from scaletrain.checkpoint import Store
 from scaletrain.errors import CheckpointError, DivergedError
 
 _LISTED = 200  # documents of a skipped update that are written down
@@ -86,7 +86,7 @@ class Rollbacks:
     """How often a run went back, where to, and what it left out for good."""
 
     def __init__(
-        self, workdir: pathlib.Path, checkpoints: Checkpoints, say: Callable[[str], Any]
+        self, workdir: pathlib.Path, checkpoints: Store, say: Callable[[str], Any]
     ):
         """Reads what the workdir says.
 

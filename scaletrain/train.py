@@ -18,11 +18,11 @@ from scaletrain import (
     goodput,
     mesh,
     metrics,
-    origin,
     rollbacks,
     sharding,
 )
 from scaletrain import workdir as workdirs
+from scaletrain.checkpoint import warm_start
 from scaletrain.cluster import signals
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError
@@ -52,7 +52,7 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
     run = config.resolve(run, jax.device_count())
     grid = mesh.build(run.mesh)
     folder = workdirs.prepare(workdir)
-    run = origin.pinned(_as_begun(run, folder))
+    run = warm_start.pinned(_as_begun(run, folder))
     # 2. What: the corpus as tokens, the step as a program.
     with signals.at_once(), phases("data"):
         corpus = feed.prepare(run)
@@ -68,7 +68,7 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
         # 3. From where: the newest checkpoint, other weights, or the seed.
         with signals.at_once():
             _not_anew(folder)
-            checkpoints = checkpoint.Checkpoints(folder, run, say=say)
+            checkpoints = checkpoint.Store(folder, run, say=say)
             held.enter_context(contextlib.closing(checkpoints))
             with checkpoints.reserved(program.state) as reserved:
                 with phases("check"):
@@ -117,7 +117,7 @@ def _not_anew(folder: pathlib.Path) -> None:
 
 
 def _agreed(
-    checkpoints: checkpoint.Checkpoints,
+    checkpoints: checkpoint.Store,
     back: rollbacks.Rollbacks,
     corpus: data.Corpus,
     program: Program,
@@ -153,16 +153,16 @@ def _as_begun(run: RunConfig, folder: pathlib.Path) -> RunConfig:
         return run
     then = config.from_json(path.read_text("utf-8", "replace"), str(path)).init_from
     workdir = os.path.abspath(run.init_from)
-    same = origin.parsed(then)[0] == workdir
+    same = warm_start.parsed(then)[0] == workdir
     return dataclasses.replace(run, init_from=then) if same else run
 
 
 def _first(
-    program: Program, checkpoints: checkpoint.Checkpoints, start: int | None
+    program: Program, checkpoints: checkpoint.Store, start: int | None
 ) -> TrainState:
     """Returns the state that the first step of this attempt takes."""
     run, wanted = program.run, program.state
-    frozen = origin.initial_weights(run, wanted.frozen) if wanted.frozen else {}
+    frozen = warm_start.initial_weights(run, wanted.frozen) if wanted.frozen else {}
     if start is not None and not checkpoints.is_import(start):
         say(f"resuming from step {start} of {checkpoints.folder}")
         return checkpoints.restore(start, dataclasses.replace(wanted, frozen=frozen))
@@ -172,7 +172,7 @@ def _first(
         params = checkpoints.restore_params(start, wanted.params)
     elif run.init_from and not wanted.frozen:
         say(f"starting from the weights of {run.init_from}")
-        params = origin.initial_weights(run, wanted.params)
+        params = warm_start.initial_weights(run, wanted.params)
     else:
         return state
     return dataclasses.replace(state, params=params)

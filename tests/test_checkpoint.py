@@ -21,12 +21,12 @@ import small
 import tensorstore
 from jax.sharding import NamedSharding
 
-from scaletrain import config, main, manifest, train, workdir, writer
-from scaletrain.checkpoint import Checkpoints
+from scaletrain import config, main, train, workdir
+from scaletrain.checkpoint import Store, manifest, writer
+from scaletrain.checkpoint.manifest import UNFINISHED, Manifest
+from scaletrain.checkpoint.retention import kept
 from scaletrain.errors import CheckpointError
-from scaletrain.manifest import UNFINISHED, Manifest
 from scaletrain.program import TrainState
-from scaletrain.retention import kept
 
 # Orbax's threads of a save that failed end when they are collected.
 pytestmark = [
@@ -57,7 +57,7 @@ def told():
 @contextlib.contextmanager
 def opened(path, told, **settings):
     run = small.changed(RUN, **settings)
-    with contextlib.closing(Checkpoints(path, run, say=told.append)) as found:
+    with contextlib.closing(Store(path, run, say=told.append)) as found:
         yield found
 
 
@@ -413,7 +413,8 @@ def test_killed_at_any_moment_the_newest_whole_step_is_found(tmp_path, monkeypat
 # One of two processes; the parameters are spread over both.
 PROCESS = """\
 import argparse, errno, os, pathlib, sys, time
-from scaletrain import checkpoint, cluster, config, manifest, writer
+from scaletrain import checkpoint, cluster, config
+from scaletrain.checkpoint import manifest, writer
 folder, number, port = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 cluster.join(argparse.Namespace(
     coordinator=f"127.0.0.1:{port}", num_processes=2, process_id=number, heartbeat=30.0
@@ -444,7 +445,7 @@ fails = {  # step -> process, and what of it fails
     6: (1, writer._Sealing, "async_save"),
 }
 run = config.from_json((folder / "run.json").read_text())
-checkpoints = checkpoint.Checkpoints(folder, run, say=print)
+checkpoints = checkpoint.Store(folder, run, say=print)
 try:
     for step in range(1, 7):
         who, owner, name = fails.get(step, (None, manifest, "leave_sums"))

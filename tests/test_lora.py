@@ -18,11 +18,11 @@ from scaletrain import (
     evaluate,
     exporter,
     importer,
-    origin,
     safetensors,
     step,
     train,
 )
+from scaletrain.checkpoint import warm_start
 from scaletrain.config import LoraConfig
 from scaletrain.errors import CheckpointError
 
@@ -94,7 +94,7 @@ def test_an_untrained_adapter_changes_no_bit(base, compute):
         state = taken.state
         with jax.set_mesh(taken.mesh):
             part = state.frozen or state.params
-            weights = origin.initial_weights(run, part)
+            weights = warm_start.initial_weights(run, part)
             weights = dataclasses.replace(
                 state, **{"frozen" if state.frozen else "params": weights}
             ).weights
@@ -221,7 +221,7 @@ def test_a_base_is_the_same_however_its_path_is_spelled(base, monkeypatch):
     spelled = (base.name, f"{base}/", f"../{base.parent.name}/{base.name}", wanted)
     for init_from in spelled:
         run = dataclasses.replace(adapted(base), init_from=init_from)
-        assert origin.pinned(run).init_from == wanted
+        assert warm_start.pinned(run).init_from == wanted
 
 
 def test_joined_matrices_need_merging(tmp_path, unjudged):

@@ -32,11 +32,11 @@ from scaletrain import (
     generate,
     importer,
     mesh,
-    origin,
     safetensors,
     step,
     train,
 )
+from scaletrain.checkpoint import warm_start
 from scaletrain.errors import CheckpointError, ConfigError, DataError
 from scaletrain.models import Decoder
 from scaletrain.program import build
@@ -128,13 +128,13 @@ def test_goes_out_as_it_came(name, imported, tmp_path):
 
 def test_a_format_can_be_asked_for(imported, tmp_path, monkeypatch):
     to, compared = tmp_path / "out", []
-    verify = checkpoint.Checkpoints.verify
+    verify = checkpoint.Store.verify
 
     def counted(self, step):
         compared.append(step)
         verify(self, step)
 
-    monkeypatch.setattr(checkpoint.Checkpoints, "verify", counted)
+    monkeypatch.setattr(checkpoint.Store, "verify", counted)
     run = settings(imported("qwen3"))
     exporter.run(run, imported("qwen3"), str(to), None, "bfloat16", merge=False)
     assert compared == [0]  # all files are read for it, so once
@@ -164,7 +164,7 @@ def checkpoint_weights(workdir):
     grid = mesh.build(run.mesh)
     with jax.set_mesh(grid):
         program = build(run, grid)
-        _, weights = origin.weights_of(workdir, run, None, program.state)
+        _, weights = warm_start.weights_of(workdir, run, None, program.state)
     return jax.device_get(checkpoint.flat(weights))
 
 
@@ -183,7 +183,7 @@ def test_gradients_equal_torch_autograd(imported):
     batch = {name: jnp.asarray(rows) for name, rows in batch.items()}
     batch["key"] = jax.random.split(jax.random.key(0), B)
     with jax.set_mesh(grid):
-        _, params = origin.weights_of(workdir, run, None, program.state)
+        _, params = warm_start.weights_of(workdir, run, None, program.state)
     # One device: a batch of two does not divide over eight.
     params = jax.tree.map(np.asarray, jax.device_get(params))
 
@@ -220,7 +220,7 @@ def test_training_from_an_import_is_the_same_on_any_mesh(imported):
         )
         taken = small.Taken(run)
         with jax.set_mesh(taken.mesh):
-            _, params = origin.weights_of(workdir, run, None, taken.program.state)
+            _, params = warm_start.weights_of(workdir, run, None, taken.program.state)
         taken.state = dataclasses.replace(taken.state, params=params)
         return taken.losses(10)
 
@@ -489,7 +489,7 @@ def test_nothing_is_left_of_an_import_that_fails_late(tmp_path, monkeypatch):
     def full(self, weights):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.Checkpoints, "save_weights", full)
+    monkeypatch.setattr(checkpoint.Store, "save_weights", full)
     with pytest.raises(CheckpointError, match="No space left"):
         importer.run(str(REFERENCE / "llama"), str(tmp_path / "w"), [])
     assert not list(tmp_path.iterdir())
@@ -517,7 +517,7 @@ def test_nothing_is_left_where_writes_outlive_an_import(tmp_path, monkeypatch):
         threading.Timer(0.05, lambda: late.mkdir(parents=True)).start()
         raise CheckpointError("full")
 
-    monkeypatch.setattr(checkpoint.Checkpoints, "save_weights", full)
+    monkeypatch.setattr(checkpoint.Store, "save_weights", full)
     with pytest.raises(CheckpointError, match="full"):
         importer.run(str(REFERENCE / "llama"), str(tmp_path / "w"), [])
     time.sleep(0.1)

@@ -298,7 +298,7 @@ def test_a_failed_save_fails_the_run(brief, tmp_path, monkeypatch):
     def fail(self, *, together):
         self._fail(OSError("no space left on device"))
 
-    monkeypatch.setattr(checkpoint.Checkpoints, "check", fail)
+    monkeypatch.setattr(checkpoint.Store, "check", fail)
     run = small.changed(brief, num_steps=30, checkpoint__max_failed_saves=2)
     with pytest.raises(CheckpointError, match="no space left on device") as caught:
         train.run(run, str(tmp_path))

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from scaletrain import ocdbt
+from scaletrain.checkpoint import ocdbt
 
 NAME = "manifest.json"
 UNFINISHED = ".orbax-checkpoint-tmp"  # how the names of folders end that are not whole

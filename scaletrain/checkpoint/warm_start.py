@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from scaletrain.checkpoint import Checkpoints, reading
+from scaletrain.checkpoint.reader import Reader, reading
 from scaletrain.config import RunConfig
 from scaletrain.errors import CheckpointError
 from scaletrain.program import TrainState
@@ -23,11 +23,11 @@ def weights_of(
     Raises:
       CheckpointError: the workdir holds no such checkpoint, or one of another model.
     """
-    with reading(workdir, run, step) as (checkpoints, step):
-        return step, weights_in(checkpoints, step, state)
+    checkpoints, step = reading(workdir, run, step)
+    return step, weights_in(checkpoints, step, state)
 
 
-def weights_in(checkpoints: Checkpoints, step: int, state: TrainState) -> Tree:
+def weights_in(checkpoints: Reader, step: int, state: TrainState) -> Tree:
     """Returns the weights of a step laid out like `state`, see `weights_of`."""
     params = checkpoints.restore_params(step, state.params)
     begun_from = checkpoints.settings(step).init_from
@@ -42,22 +42,28 @@ def initial_weights(run: RunConfig, weights: Tree) -> Tree:
     Raises:
       CheckpointError: they are not where init_from says.
     """
-    with _reading_origin(run) as (checkpoints, step):
+    checkpoints, step = _origin(run)
+    with _named(run):
         return checkpoints.restore_params(step, weights)
 
 
-@contextlib.contextmanager
-def _reading_origin(run: RunConfig) -> Iterator[tuple[Checkpoints, int]]:
-    """Yields what `reading` yields of `init_from`, and names it in what is raised."""
+def _origin(run: RunConfig) -> tuple[Reader, int]:
+    """Returns the checkpoints that `init_from` names and its step, see `reading`."""
     workdir, step = parsed(run.init_from)
     if not (pathlib.Path(workdir) / "checkpoints").is_dir():
         raise CheckpointError(
             f"init_from={run.init_from}; no checkpoint there; "
             "give the workdir of an import or of a run."
         )
+    with _named(run):
+        return reading(workdir, run, step)
+
+
+@contextlib.contextmanager
+def _named(run: RunConfig) -> Iterator[None]:
+    """Names `init_from` in the errors of its checkpoints."""
     try:
-        with reading(workdir, run, step) as found:
-            yield found
+        yield
     except CheckpointError as err:
         raise CheckpointError(f"init_from={run.init_from}; {err}") from err
 
@@ -76,7 +82,8 @@ def pinned(run: RunConfig) -> RunConfig:
     """
     if not run.init_from:
         return run
-    with _reading_origin(run) as (checkpoints, step):
+    checkpoints, step = _origin(run)
+    with _named(run):
         if checkpoints.settings(step).lora.rank:
             raise CheckpointError(
                 "it holds adapters without the weights beside them; export it with "
