@@ -43,7 +43,12 @@ class GuardState(NamedTuple):
 
 
 def schedule(run: RunConfig) -> optax.Schedule:
-    """Returns optimizer step -> learning rate."""
+    """Returns optimizer step -> learning rate, the first step being 0.
+
+    Of W warm-up steps the first has 1/W of the peak, the last the peak. "cosine" and
+    "linear" fall from the peak in the step after them to the final rate in the step
+    after the last of the run; "wsd" has the final rate in the last step itself.
+    """
     o, steps = run.optim, run.num_steps
     peak, final, warmup = (
         o.learning_rate,
@@ -61,8 +66,10 @@ def schedule(run: RunConfig) -> optax.Schedule:
     elif o.schedule == "wsd":  # arXiv 2404.06395 section 4
         decay = min(o.decay_steps or max(1, steps // 5), rest)
         down = optax.linear_schedule(peak, final, decay)
+        # It falls from the step before the first of `decay`, which still has the peak,
+        # so that the last step has the final rate.
         main = optax.join_schedules(
-            [optax.constant_schedule(peak), down], [rest - decay]
+            [optax.constant_schedule(peak), down], [rest - decay - 1]
         )
     else:
         main = functools.partial(_inverse_sqrt, peak, max(warmup, 1))
