@@ -198,7 +198,8 @@ def _logits_file(
 def in_words(found: dict[str, Any]) -> str:
     """Returns the numbers as a person reads them."""
     if "loss" not in found:
-        return "has no sequence"
+        known = found.get("evaluated", True)
+        return "has no sequence" if known else "was not evaluated"
     words = f"loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
     if "bits_per_byte" in found:
         words += (

@@ -42,7 +42,10 @@ def _is_attempt(found: Any) -> bool:
 
 
 class Account:
-    """What became of the time of a run's attempts; kept up to date inside a `with`."""
+    """What became of the time of a run's attempts; kept up to date inside a `with`.
+
+    A start that is refused, or that has nothing to do, makes none: it is no attempt.
+    """
 
     def __init__(self, workdir: pathlib.Path, phases: Phases):
         self._path, self._phases = workdir / "attempts.json", phases
@@ -56,6 +59,7 @@ class Account:
             "from": None,  # the earliest step it went on from
             "to": None,  # the step it is at
             "taken": 0,  # steps
+            "finished": False,  # the run had no step left: it was over, not down
         }
         self._attempts.append(self._now)
         self._measure()
@@ -91,6 +95,10 @@ class Account:
         self._now["to"] = step
         self._now["taken"] += 1
 
+    def finish(self) -> None:
+        """Says that the run has no step left; until it is extended it is not down."""
+        self._now["finished"] = True
+
     def _measure(self) -> None:
         self._now["phases"] = self._phases.totals()
         self._now["seconds"] = sum(self._now["phases"].values())
@@ -118,7 +126,7 @@ class Account:
             lost = _lost_s(attempt, begun_again)
             causes[STEP] -= lost
             causes["lost"] += lost
-            if later is not None:
+            if later is not None and not attempt.get("finished"):
                 causes["down"] = causes.get("down", 0.0) + _between_s(attempt, later)
             later = attempt
             if attempt["from"] is not None:

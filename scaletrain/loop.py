@@ -51,7 +51,9 @@ class Loop:
         """Takes the steps after `start`; returns the last evaluation."""
         self.account.begin(start)
         try:
-            return self._run(state, start)
+            found = self._run(state, start)
+            self.account.finish()
+            return found
         finally:
             total = self.account.total()
             say(goodput.in_words(total))

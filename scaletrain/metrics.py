@@ -194,6 +194,22 @@ def newest_saved(workdir: pathlib.Path) -> int | None:
     return max((step for step in told if isinstance(step, int)), default=None)
 
 
+def newest_evaluation(workdir: pathlib.Path, step: int) -> dict[str, Any]:
+    """Returns the numbers of the newest evaluation up to `step`, and its own step.
+
+    Where nothing was evaluated there is `step` and "evaluated", which is False.
+    """
+    for record in reversed(records(workdir)):
+        if record["step"] <= step and "eval_loss" in record:
+            found = {
+                name.removeprefix("eval_"): math.nan if value is None else value
+                for name, value in record.items()
+                if name.startswith("eval_")
+            }
+            return {"step": record["step"], **found}
+    return {"step": step, "evaluated": False}
+
+
 def records(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """Returns what a run's metrics.jsonl holds, but a line that is cut off."""
     return [record for _, record in _told(workdir / "metrics.jsonl")]

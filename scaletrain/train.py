@@ -41,7 +41,8 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
       phases: the clock of this attempt; by default it starts here.
 
     Returns:
-      What the last evaluation found, see `evaluate.evaluate`.
+      What the last evaluation found, see `evaluate.evaluate`: one of before where
+        the run has already gone further than `num_steps`.
 
     Raises:
       ScaletrainError: see `errors`; the workdir stays empty until settings, mesh and
@@ -63,7 +64,6 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
         if jax.process_index() == 0:
             held.enter_context(workdirs.held(folder, say))
             phases.tell(folder)
-        account = held.enter_context(goodput.Account(folder, phases))
         held.enter_context(Watchdog(phases, folder, run.watchdog_s))
         # 3. From where: the newest checkpoint, other weights, or the seed.
         with signals.at_once():
@@ -75,11 +75,14 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
                     checkpoints.sound()
                     back = rollbacks.Rollbacks(folder, checkpoints, say)
                     start = _agreed(checkpoints, back, corpus, program)
+                    if start is not None and start > run.num_steps:
+                        return _nothing_to_do(folder, run, start)
                     _leave_settings(folder, run, corpus)
+                    account = held.enter_context(goodput.Account(folder, phases))
                     say(sharding.table(program.state.params))
                 with phases("compile"):
                     program, execute = compilation.decided(program, run, reserved)
-            with phases("restore"):
+            with phases("init" if start is None else "restore"):
                 state = _first(program, checkpoints, start)
         # 4. The loop, begun again where it goes back.
         while True:
@@ -135,6 +138,15 @@ def _agreed(
         for line in checkpoints.agree(start, program.state, corpus.fingerprint):
             say(f"changed since step {start}: {line}")
     return start
+
+
+def _nothing_to_do(folder: pathlib.Path, run: RunConfig, step: int) -> dict[str, Any]:
+    """Returns the newest evaluation of a run that is further on than `num_steps`."""
+    say(
+        f"num_steps={run.num_steps}; nothing to do: {folder} is at step {step} and "
+        "keeps its settings; to train on, give more steps than that."
+    )
+    return metrics.newest_evaluation(folder, step)
 
 
 def _leave_settings(folder: pathlib.Path, run: RunConfig, corpus: data.Corpus) -> None:

@@ -88,7 +88,7 @@ def cut(path):
 def damages():
     return [
         pytest.param(
-            lambda f: flip(largest(f)), "its bytes have changed", id="flipped"
+            lambda f: flip(largest(f)), ": bytes between 0 and ", id="flipped"
         ),
         pytest.param(lambda f: cut(largest(f)), "bytes instead of", id="truncated"),
         pytest.param(lambda f: largest(f).unlink(), ": missing", id="missing file"),
@@ -132,7 +132,9 @@ def test_the_leaves_in_damaged_bytes_are_named(tmp_path, told, monkeypatch):
             path.write_bytes(hurt)
             with pytest.raises(CheckpointError) as raised:
                 checkpoints.verify(0)
-            words = rf"/{path.name}: its bytes have changed, from {start:,} on; of (.*)"
+            end = min(start + block, len(content))
+            changed = f"bytes between {start:,} and {end:,} have changed"
+            words = rf"/{path.name}: {changed}; of (.*)"
             [leaves] = re.findall(words, str(raised.value))
             assert leaves.split(", ") == unreadable(folder / "params", noise)
         path.unlink()

@@ -198,7 +198,23 @@ BROKEN = [
     ({"mesh__fsdp": 3}, "mesh.fsdp=3; does not divide model.d_model=32"),
     ({"mesh__context": 3}, "mesh.context=3; does not divide seq_len=32"),
     ({"mesh__data": 32}, "batch_size=16; 16 sequences at a time"),
-    ({"mesh__data": 16, "accumulate_steps": 4}, "make batch_size a multiple of 64"),
+    ({"mesh__data": 32, "accumulate_steps": 4}, "make batch_size a multiple of 128."),
+    (
+        {"mesh__data": 16, "accumulate_steps": 4},
+        "make batch_size a multiple of 64, or set accumulate_steps=1.",
+    ),
+    (
+        {
+            "mesh__data": 16,
+            "accumulate_steps": 4,
+            "optim__accumulate": "multi_steps",
+        },
+        "make batch_size a multiple of 64.",
+    ),
+    (
+        {"mesh__data": 8, "accumulate_steps": 4},
+        "make batch_size a multiple of 32, or set accumulate_steps=2.",
+    ),
     ({"optim__learning_rate": 0.0}, "optim.learning_rate=0; nothing"),
     ({"optim__learning_rate": float("nan")}, "optim.learning_rate=nan; not finite"),
     ({"optim__warmup_steps": 20}, "optim.warmup_steps=20; the run has num_steps=20"),

@@ -75,6 +75,24 @@ def test_the_parts_are_the_whole_and_lost_steps_are_lost(tmp_path, monkeypatch):
     )
 
 
+def test_time_after_a_run_had_finished_is_not_down(tmp_path, monkeypatch):
+    run = Attempts(tmp_path, monkeypatch)
+    run.start()
+    run.steps(0, 10)
+    run.account.finish()
+    run.account._write()
+    run.now += 1000.0  # until someone extends it
+    run.start()
+    run.steps(10, 15)
+    run.now += 7.0  # until it is started again
+    run.start()
+    run.steps(15, 20)
+    found = run.account.total()
+    assert found["seconds"] == pytest.approx(10.0 + 5.0 + 7.0 + 5.0)
+    assert found["seconds_by_cause"]["down"] == pytest.approx(7.0)
+    assert found["goodput"] == pytest.approx(20.0 / 27.0)
+
+
 def test_steps_that_did_not_end_are_lost(tmp_path, monkeypatch):
     run = Attempts(tmp_path, monkeypatch)
     run.start()

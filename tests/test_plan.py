@@ -1071,8 +1071,29 @@ def test_small_runs_are_the_same_everywhere(monkeypatch):
                 ), part
         _, palm = metrics.flops_per_token(run)  # plain attention makes every score
         assert palm * run.batch_size * run.seq_len == _dots(jaxpr.jaxpr)
-        near = estimate.parameters(run)
-        assert near == pytest.approx(told["parameters"], rel=0.05)
+        assert estimate.parameters(run) == told["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "precision"),
+    [
+        ({}, {}),
+        ({"bias": "all", "norm": "layer", "positions": "learned",
+          "max_positions": 32, "mlp": "gelu"}, {}),
+        ({"norm_order": "both", "qk_norm": "head"}, {}),
+        ({"head": "untied"}, {"matmul": "fp8", "scaling": "delayed"}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_plan_by_hand_counts_every_parameter_of_the_step(settings, precision, rank):
+    run = small.changed(
+        small.RUN, lora__rank=rank, mesh__fsdp=1, mesh__data=1,
+        **{f"model__{name}": value for name, value in settings.items()},
+        **{f"precision__{name}": value for name, value in precision.items()},
+    )  # fmt: skip
+    state = step.build(run, mesh.build(run.mesh, jax.devices()[:1])).state
+    wanted = sum(leaf.size for leaf in jax.tree.leaves(state.weights))
+    assert estimate.parameters(run) == wanted
 
 
 WRONG = [

@@ -259,11 +259,16 @@ def _layout(run: RunConfig) -> Iterator[str]:
     ways = sizes["data"] * sizes["fsdp"]
     part = run.batch_size // run.accumulate_steps
     if sizes["data"] > 0 and sizes["fsdp"] > 0 and part % ways:
+        fewer = math.gcd(run.batch_size // ways, run.accumulate_steps)
+        # One part alone is none for multi_steps.
+        helps = run.batch_size % ways == 0
+        helps &= fewer > 1 or run.optim.accumulate != "multi_steps"
+        other = f", or set accumulate_steps={fewer}" if helps else ""
         yield (
             f"batch_size={run.batch_size}; {part} sequences at a time "
             f"(accumulate_steps={run.accumulate_steps}) do not divide over "
             f"mesh.data x mesh.fsdp = {ways}; make batch_size a multiple of "
-            f"{run.accumulate_steps * ways}."
+            f"{run.accumulate_steps * ways}{other}."
         )
 
 

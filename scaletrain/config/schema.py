@@ -136,7 +136,9 @@ class OptimConfig:
     )
     warmup_steps: int = setting(0, least=0)  # linear from 0
     decay_steps: int = setting(0, least=0)  # last steps of "wsd"; 0 = a fifth of all
-    final_ratio: float = setting(0.1, least=0.0, most=1.0)  # last rate / peak
+    # Last rate / peak: "wsd" has it in the last step, "cosine" and "linear" would in
+    # the step after the last.
+    final_ratio: float = setting(0.1, least=0.0, most=1.0)
     b1: float = setting(0.9, least=0.0, most=1.0)  # first moment; sgd's momentum
     b2: float = setting(0.95, least=0.0, most=1.0)  # second moment
     eps: float = setting(1e-8, least=0.0)
