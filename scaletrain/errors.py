@@ -9,6 +9,7 @@ ScaletrainError
 ├── CheckpointError  a checkpoint that is missing, partial or of another model
 ├── PlanError        a compiler that refuses a program
 ├── BenchError       a step that the devices cannot hold
+├── MachineError     memory, a disk or a device that is not to be had
 ├── DivergedError    no update is sound any more
 └── Interrupted      a signal arrived; everything is saved
 
@@ -16,6 +17,11 @@ ScaletrainError
 """
 
 from collections.abc import Sequence
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Returns `number` with its noun: 1 device, 2 devices."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 class ScaletrainError(Exception):
@@ -63,6 +69,12 @@ class PlanError(ScaletrainError):
 
 class BenchError(ScaletrainError):
     """A step that the devices cannot hold."""
+
+    exit_code = 1
+
+
+class MachineError(ScaletrainError):
+    """Something the machine cannot give, while it works."""
 
     exit_code = 1
 
