@@ -111,4 +111,5 @@ def does_not_fit(said: str) -> bool:
     Of a TPU's fast memory, `vmem`, the same is said: there a kernel's blocks are too
     large, and nothing that makes a step smaller helps.
     """
-    return "RESOURCE_EXHAUSTED" in said and "memory space vmem" not in said
+    exhausted = "RESOURCE_EXHAUSTED" in said or "Out of memory" in said  # a CPU's
+    return exhausted and "memory space vmem" not in said
