@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import scaletrain
-from scaletrain import config
+from scaletrain import config, paths
 from scaletrain.errors import ConfigError
 
 _EPILOG = """\
 settings: --config.a.b=value overrides any setting, as in --config.num_steps=50
 exit codes: 0 done, 1 the run failed, 2 the request cannot be honoured,
-            75 interrupted, saved, start me again
+            75 interrupted, saved, start me again,
+            130 or 143 ended at once by a signal
 """
 
 
@@ -57,12 +58,12 @@ def _parser() -> _Parser:
         )
 
     def step(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--step", type=int, help="checkpoint (default: the newest)")
+        sub.add_argument("--step", type=_whole, help="checkpoint (default: the newest)")
 
     def processes(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
-        sub.add_argument("--num_processes", type=int, help="with --coordinator")
-        sub.add_argument("--process_id", type=int, help="with --coordinator, from 0")
+        sub.add_argument("--num_processes", type=_whole, help="with --coordinator")
+        sub.add_argument("--process_id", type=_whole, help="with --coordinator, from 0")
         sub.add_argument(
             "--heartbeat", type=float, default=100.0, metavar="SECONDS",
             help="silence after which a process is lost and all end (default: 100)",
@@ -79,16 +80,18 @@ def _parser() -> _Parser:
         "scaletrain supervise [--retries=N] -- train --config=... --workdir=..."
     )
     again.add_argument(
-        "--retries", type=int, default=5, help="in a row without a new checkpoint"
-    )
+        "--retries", type=_whole, default=5,
+        help="starts in a row without a new checkpoint (default: %(default)s)",
+    )  # fmt: skip
 
     evaluate = command("eval", "loss, perplexity and bits per byte of a checkpoint")
     experiment(evaluate, required=False)
     workdir(evaluate)
     step(evaluate)
     evaluate.add_argument(
-        "--split", choices=("validation", "train"), default="validation"
-    )
+        "--split", choices=("validation", "train"), default="validation",
+        help="of the documents (default: %(default)s)",
+    )  # fmt: skip
     evaluate.add_argument(
         "--tokens", metavar="FILE.npy", help="score these ids [B, T] in float32 instead"
     )
@@ -107,11 +110,15 @@ def _parser() -> _Parser:
         "--prompt_ids", action="append", type=_numbers, metavar="1,2,3",
         help="the same as token ids, to which nothing is added",
     )  # fmt: skip
-    generate.add_argument("--max_new_tokens", type=int, default=128)
-    generate.add_argument("--temperature", type=float, default=0.8, help="0 = greedy")
-    generate.add_argument("--top_k", type=int, default=0, help="0 = all tokens")
-    generate.add_argument("--top_p", type=float, default=1.0, help="1 = all tokens")
-    generate.add_argument("--seed", type=int, default=0, help="of the sampling")
+    for name, kind, value, words in (
+        ("max_new_tokens", _whole, 128, "tokens of the answer"),
+        ("temperature", float, 0.8, "0 = greedy"),
+        ("top_k", _whole, 0, "draw from the k likeliest, 0 = all tokens"),
+        ("top_p", float, 1.0, "draw from this much probability, 1 = all tokens"),
+        ("seed", _whole, 0, "of the sampling"),
+    ):
+        words += " (default: %(default)s)"
+        generate.add_argument(f"--{name}", type=kind, default=value, help=words)
 
     plan = command("plan", "memory, time and cost of a run on a slice that is not here")
     experiment(plan, required=True)
@@ -119,7 +126,10 @@ def _parser() -> _Parser:
         "--topology", metavar="SLICE", help="such as v5p:4x4x4, v6e-256 or h100:8"
     )
     plan.add_argument("--topologies", metavar="A,B", help="several, to be compared")
-    plan.add_argument("--num_slices", type=int, default=1, help="of them, over DCN")
+    plan.add_argument(
+        "--num_slices", type=_whole, default=1,
+        help="of them, over DCN (default: %(default)s)",
+    )  # fmt: skip
     plan.add_argument(
         "--search", action="store_true", help="propose mesh, accumulation and remat"
     )
@@ -140,7 +150,10 @@ def _parser() -> _Parser:
 
     bench = command("bench", "speed of the step here, and what the hardware could do")
     experiment(bench, required=True)
-    bench.add_argument("--steps", type=int, default=20, help="that are timed")
+    bench.add_argument(
+        "--steps", type=_whole, default=20,
+        help="that are timed (default: %(default)s)",
+    )  # fmt: skip
     bench.add_argument(
         "--data", action="store_true", help="read the settings' data (default: random)"
     )
@@ -181,6 +194,15 @@ def _parser() -> _Parser:
     return parser
 
 
+def _whole(text: str) -> int:
+    try:
+        return config.whole(text)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(
+            f"{text}; not a whole number; give a whole number"
+        ) from err
+
+
 def _numbers(text: str) -> tuple[int, ...]:
     """Returns the ids of "1,2,3"."""
     try:
@@ -217,6 +239,7 @@ def read(argv: list[str]) -> tuple[argparse.Namespace, config.RunConfig]:
         hint = f"did you mean {near[0]}?" if near else f"see {args.command} --help."
         problems.append(f"{arg}; not an option of {args.command}; {hint}")
     args.overrides = overrides
+    problems += _places(args)
     if args.command == "bench":
         problems += _bench_problems(args)
     try:
@@ -249,6 +272,8 @@ def _load(
 ) -> config.RunConfig:
     if args.command == "import":  # its config.json gives the settings
         return config.RunConfig()
+    if paths.is_url(args.config or args.workdir):  # `_places` tells of it
+        return config.RunConfig()
     if vars(args).get("save_logits") and not args.tokens:
         raise ConfigError(
             [
@@ -263,6 +288,19 @@ def _load(
         return run
     # Whatever mesh it was trained on, spread it over the devices that are here.
     return dataclasses.replace(run, mesh=config.MeshConfig(fsdp=-1))
+
+
+def _places(args: argparse.Namespace) -> list[str]:
+    """Expands the paths among the options; returns why some cannot be used."""
+    options = {"source": "from"}
+    problems = []
+    for name in ("config", "workdir", "source", "to", "tokens", "save_logits"):
+        if given := vars(args).get(name):
+            path = paths.expanded(given)
+            setattr(args, name, path)
+            option = f"--{options.get(name, name)}"
+            problems += paths.problems(option, path, local=True)
+    return problems
 
 
 def _bench_problems(args: argparse.Namespace) -> Iterator[str]:

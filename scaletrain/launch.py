@@ -15,7 +15,7 @@ import sys
 
 from scaletrain import config, flags
 from scaletrain.config import RunConfig
-from scaletrain.errors import ConfigError, ScaletrainError
+from scaletrain.errors import ConfigError, ScaletrainError, counted
 from scaletrain.hardware import clouds, slices
 from scaletrain.hardware.slices import Slice
 
@@ -30,7 +30,7 @@ def check(run: RunConfig, where: str, devices: int) -> RunConfig:
     if asked is not None and asked != devices:
         raise ConfigError(
             [
-                f"{where}; {devices} devices, and the mesh has {asked}; "
+                f"{where}; {counted(devices, 'device')}, and the mesh has {asked}; "
                 "take as many, or set one axis of the mesh to -1."
             ]
         )
@@ -75,7 +75,7 @@ def facts(slice_: Slice, given: argparse.Namespace) -> dict[str, str | int]:
     last = given.workdir.rstrip("/").rpartition("/")[2].lower()
     return {
         "name": "scaletrain-" + re.sub("[^a-z0-9]+", "-", last)[:30].strip("-"),
-        "config": given.config.partition(":")[0],
+        "config": config.file_and_argument(given.config)[0],
         "accelerator_type": clouds.accelerator_type(tpu, slice_.shape),
         "runtime": tpu.cloud.runtime,
         "accelerator": tpu.cloud.accelerator,
@@ -102,6 +102,14 @@ def read(argv: list[str]) -> tuple[Slice | None, argparse.Namespace]:
     if args.devices:
         check(run, "this allocation", args.devices)
         return None, given
+    for word in argv[end + 1 :]:
+        if word.startswith(("--workdir=~", "~")):
+            raise ConfigError(
+                [
+                    f"{word}; a home that goes with the machines; give the absolute "
+                    "path of a mounted file system."
+                ]
+            )
     slice_ = slices.parse(args.topology, args.num_slices)
     across = f" --num_slices={args.num_slices}" if args.num_slices > 1 else ""
     run = check(run, f"--topology={args.topology}{across}", slice_.devices)

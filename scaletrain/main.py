@@ -5,21 +5,24 @@ the request is known to make sense.
 """
 
 import argparse
+import contextlib
+import glob
+import importlib.util
 import json
 import logging
 import os
+import signal
 import sys
 from typing import Any, NoReturn
 
 from absl import logging as absl_logging
 
-from scaletrain import cluster, config, flags
+from scaletrain import cluster, config, failures, flags
 from scaletrain.cluster import signals
 from scaletrain.config import RunConfig
 from scaletrain.errors import ScaletrainError
 from scaletrain.hardware.gpus import MEMORY_FRACTION
 from scaletrain.phases import Phases
-from scaletrain.program import build
 
 _COMPILED_BYTES = 2**31  # in a workdir; beyond it those used least recently go
 
@@ -35,22 +38,69 @@ def main() -> None:
     # Of the host's, for arrays on their way to a checkpoint; by default 64, which is
     # less than eight GPUs hold of a state that fills them.
     os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(_host_gib()))
+    _leave_out_missing_chips()
+    # What ends at once keeps what it knows, and removes what is half done; a command
+    # that stops in its own way sets handlers of its own.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code = _exit_code()
+    finally:
+        _leave_pipes()
+    cluster.leave(code)
+    sys.exit(code)
+
+
+def _exit_code() -> int:
+    """Runs the command line; returns what the process ends with."""
+    run = None
     try:
         args, run = flags.read(sys.argv[1:])
         record, words = COMMANDS[args.command](run, args)
         if cluster.lead():  # one result, however many processes
-            print(json.dumps(record, indent=2) if args.json else words)
+            _print(json.dumps(record, indent=2) if args.json else words)
         if args.command == "plan" and record["interrupted"]:
             raise KeyboardInterrupt  # what was known by then is told
-        cluster.leave(0)
-    except ScaletrainError as err:
-        print(f"scaletrain: {err}", file=sys.stderr)
-        cluster.leave(err.exit_code)
-        sys.exit(err.exit_code)
+        return 0
+    except (ScaletrainError, OSError, MemoryError, RuntimeError) as err:
+        told = failures.explained(err, run)
+        if told is None:
+            raise
+        words, code = str(told), told.exit_code
     except KeyboardInterrupt:
-        print("scaletrain: interrupted", file=sys.stderr)
-        cluster.leave(130)
-        sys.exit(130)
+        words, code = "interrupted", 130
+    with contextlib.suppress(BrokenPipeError):
+        print(f"scaletrain: {words}", file=sys.stderr, flush=True)
+    return code
+
+
+def _print(words: str) -> None:
+    """Prints results; a reader that has gone has what it wants of them."""
+    with contextlib.suppress(BrokenPipeError):
+        print(words, flush=True)
+
+
+def _leave_pipes() -> None:
+    """Keeps Python from telling once more of a pipe or a disk that takes nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _leave_out_missing_chips() -> None:
+    """Keeps libtpu, which `plan` needs, quiet on a machine that has no chips.
+
+    jax starts it wherever it is installed, and it then tells of what it misses. Every
+    chip that jax could use shows as a device file; a machine with any is left alone.
+    """
+    chips = ("accel*", "vfio/*", "nvidia*", "kfd", "dri/*", "dxg")
+    if (
+        importlib.util.find_spec("libtpu")
+        and "JAX_FORCE_TPU_INIT" not in os.environ
+        and not any(glob.glob(f"/dev/{name}") for name in chips)
+    ):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def _host_gib() -> int:
@@ -150,6 +200,7 @@ def _config(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], s
     import jax
 
     from scaletrain import mesh, sharding
+    from scaletrain.program import build
 
     run = config.resolve(run, config.mesh_size(run.mesh) or jax.device_count())
     grid = mesh.abstract(run.mesh)

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -208,6 +209,18 @@ def test_the_default_cache_is_the_users(run, tmp_path, monkeypatch):
     assert corpus.splits["train"].path.parents[1] == tmp_path / "xdg" / "scaletrain"
 
 
+def test_a_user_without_a_home_is_asked_for_a_cache(run, monkeypatch):
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(DataError, match="data.cache_dir=''; .*no home folder.*; set"):
+        data.prepare(run(cache_dir=""), quiet)
+    data.prepare(run(), quiet)
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(run, tmp_path):
     message = "model.vocab_size=256; the tokenizer has 257 ids; set .* at least 257"
     with pytest.raises(DataError, match=message):
@@ -240,7 +253,6 @@ def test_too_little_text_for_the_table_is_told(run):
             "=0.001; none of the 40 documents .*set it to 0",
         ),
         ({"path": "{}/empty.txt"}, "empty.txt'; it has no text at all"),
-        ({"cache_dir": "gs://bucket/x"}, "data.cache_dir='gs://bucket/x'; .*local"),
         ({"cache_dir": "{}/empty.txt/x"}, "data.cache_dir=.*; no folder can be made"),
     ],
 )

@@ -224,6 +224,23 @@ def test_a_base_is_the_same_however_its_path_is_spelled(base, monkeypatch):
         assert warm_start.pinned(run).init_from == wanted
 
 
+def test_a_folder_of_a_run_may_have_a_name_that_ends_like_a_step(tmp_path):
+    for name in ("a@3", "b", "b@4", "c:d@e"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    for init_from, wanted in (
+        ("a@3", ("a@3", None)),
+        ("a@3@7", ("a@3", 7)),
+        ("b@4", ("b", 4)),  # as it was pinned before the other folder was there
+        ("c:d@e", ("c:d@e", None)),
+        ("gone@5", ("gone", 5)),
+    ):
+        folder, step = wanted
+        assert warm_start.parsed(f"{tmp_path}/{init_from}") == (
+            f"{tmp_path}/{folder}",
+            step,
+        )
+
+
 def test_joined_matrices_need_merging(tmp_path, unjudged):
     """Phi-3 stores q, k and v as one tensor, which an adapter file cannot split."""
     importer.run(str(REFERENCE / "phi3"), str(tmp_path / "base"), [])

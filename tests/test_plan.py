@@ -467,6 +467,7 @@ def test_what_does_not_fit_comes_with_what_would():
     words = report.in_words(found)
     assert "DOES NOT FIT" in words
     assert "Changes that make it fit" in words
+    assert words.endswith("take one of the changes above. There is nothing to run.")
 
 
 def test_remedies_go_from_one_change_to_all_of_them_at_once():

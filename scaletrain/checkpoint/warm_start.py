@@ -50,7 +50,7 @@ def initial_weights(run: RunConfig, weights: Tree) -> Tree:
 def _origin(run: RunConfig) -> tuple[Reader, int]:
     """Returns the checkpoints that `init_from` names and its step, see `reading`."""
     workdir, step = parsed(run.init_from)
-    if not (pathlib.Path(workdir) / "checkpoints").is_dir():
+    if not _is_workdir(workdir):
         raise CheckpointError(
             f"init_from={run.init_from}; no checkpoint there; "
             "give the workdir of an import or of a run."
@@ -69,9 +69,20 @@ def _named(run: RunConfig) -> Iterator[None]:
 
 
 def parsed(init_from: str) -> tuple[str, int | None]:
-    """Returns the workdir and the step, if it has one, of WORKDIR or WORKDIR@STEP."""
+    """Returns the workdir and the step, if it has one, of WORKDIR or WORKDIR@STEP.
+
+    A folder of a run may have a name that ends like a step.
+    """
     workdir, at, step = init_from.rpartition("@")
-    return (workdir, int(step)) if at and step.isdigit() else (init_from, None)
+    if not at or not step.isdecimal():
+        return init_from, None
+    if not _is_workdir(workdir) and _is_workdir(init_from):
+        return init_from, None
+    return workdir, int(step)
+
+
+def _is_workdir(path: str) -> bool:
+    return (pathlib.Path(path) / "checkpoints").is_dir()
 
 
 def pinned(run: RunConfig) -> RunConfig:

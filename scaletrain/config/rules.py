@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from scaletrain import paths
 from scaletrain.config.schema import (
     LINEARS,
     AxesConfig,
@@ -17,7 +18,7 @@ from scaletrain.config.schema import (
     leaves,
     named,
 )
-from scaletrain.errors import ConfigError
+from scaletrain.errors import ConfigError, counted
 
 # Intermediate values a layer names for remat="save"; models/ names exactly these.
 REMAT_NAMES = (
@@ -72,6 +73,8 @@ def _values(run: RunConfig) -> Iterator[str]:
             yield f"{path}={value}; below {least}; give {least} or more."
         elif most is not None and value > most:
             yield f"{path}={value}; above {most}; give {most} or less."
+        if (kind := field.metadata.get("path")) and isinstance(value, str):
+            yield from paths.problems(path, value, local=kind == "local")
         if field.name in AXES and value == 0:
             yield f"{path}=0; an axis has one device or more; give 1, or -1 for all."
 
@@ -302,9 +305,11 @@ def resolve(run: RunConfig, num_devices: int, where: str = "here") -> RunConfig:
     spelled = ", ".join(f"{n}={s}" for n, s in _axis_sizes(mesh).items() if s != 1)
     rest, remainder = divmod(num_devices, fixed)
     if remainder or (-1 not in sizes and rest != 1):
+        are = "is" if num_devices == 1 else "are"
         raise ConfigError(
             [
-                f"mesh=({spelled or 'one device'}); {num_devices} devices are {where}; "
+                f"mesh=({spelled or 'one device'}); "
+                f"{counted(num_devices, 'device')} {are} {where}; "
                 f"{_nearest_mesh(mesh, num_devices)} set one axis to -1."
             ]
         )

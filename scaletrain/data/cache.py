@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from scaletrain import paths
 from scaletrain.config.schema import RunConfig
 from scaletrain.data import sources, tokenizers
 from scaletrain.data.blocks import Stream
@@ -119,11 +120,6 @@ def baselines(corpus: Corpus) -> dict[str, float]:
 def _folder(run: RunConfig, tokenizer: Tokenizer | None) -> pathlib.Path:
     """Returns where the tokens of these settings and this corpus belong."""
     data = run.data
-    if "://" in data.cache_dir:
-        raise DataError(
-            f"data.cache_dir={data.cache_dir!r}; blocks are read from local files; "
-            "set it to a local or mounted folder."
-        )
     key = _sha256(
         [
             FORMAT,
@@ -133,9 +129,22 @@ def _folder(run: RunConfig, tokenizer: Tokenizer | None) -> pathlib.Path:
             sources.identity(data),
         ]
     )
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    root = data.cache_dir or pathlib.Path(home) / "scaletrain"
-    return pathlib.Path(root).expanduser() / key[:32]
+    return pathlib.Path(data.cache_dir or _users_cache()) / key[:32]
+
+
+def _users_cache() -> str:
+    """Returns the user's cache folder.
+
+    Raises:
+      DataError: the user has no home.
+    """
+    home = paths.expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if home.startswith("~"):
+        raise DataError(
+            "data.cache_dir=''; this user has no home folder to keep tokens in; "
+            "set it to a folder, or set XDG_CACHE_HOME."
+        )
+    return f"{home}/scaletrain"
 
 
 def _sha256(content: Any) -> str:
