@@ -85,7 +85,8 @@ def run(run: RunConfig, workdir: str, at: int | None, split: str) -> dict[str, A
     program = step.build(run, grid)
     with jax.set_mesh(grid):
         at, weights = origin.weights_of(workdir, run, at, program.state)
-        corpus = data.prepare(run, lambda line: print(line, file=sys.stderr))
+        tokenizer = origin.tokenizer_of(workdir, run)
+        corpus = data.prepare(run, _tell, tokenizer)
         sequences = data.sequences(corpus, split, run)
         found = evaluate(program, weights, corpus, sequences)
     if not found:
@@ -94,6 +95,10 @@ def run(run: RunConfig, workdir: str, at: int | None, split: str) -> dict[str, A
             "raise data.validation_fraction, or lower seq_len."
         )
     return {"step": at, **found}
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def score(

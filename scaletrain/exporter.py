@@ -61,6 +61,7 @@ def run(
     family, settings = families.of_model(run.family, model)
     grid = mesh.build(run.mesh)
     program = step.build(run, grid)
+    tokenizer = origin.tokenizer_of(workdir, run)
     with checkpoint.reading(workdir, run, at) as (checkpoints, at), jax.set_mesh(grid):
         stored = checkpoints.dtypes(at)
         weights = origin.weights_in(checkpoints, at, program.state)
@@ -73,7 +74,8 @@ def run(
             tensors = _adapter(partial, family, run, weights, dtype)
         else:
             tensors = _model(partial, family, run, weights, stored, dtype)
-            _describe(partial, settings, tensors, pathlib.Path(workdir, "tokenizer"))
+            beside = pathlib.Path(workdir, "tokenizer", "generation_config.json")
+            _describe(partial, settings, tensors, tokenizer, beside)
         _card(partial, run, family, workdir, at, tensors)
         partial.rename(target)
     except OSError as err:
@@ -173,16 +175,20 @@ def _describe(
     folder: pathlib.Path,
     settings: dict[str, Any],
     tensors: Tensors,
-    tokenizer: pathlib.Path,
+    tokenizer: data.Tokenizer | None,
+    imported: pathlib.Path,
 ) -> None:
-    """Writes config.json, the tokenizer's files and what generation needs."""
+    """Writes config.json, the tokenizer's files and what generation needs.
+
+    Args:
+      imported: the generation_config.json of an import, if there is one.
+    """
     generation = {}
-    if (tokenizer / "about.json").is_file():
-        found = data.load_tokenizer(tokenizer)
-        generation = {"bos_token_id": found.end_id, "eos_token_id": found.end_id}
-        for name, content in found.published().items():
+    if tokenizer is not None:
+        ends = ("bos_token_id", "eos_token_id")
+        generation = dict.fromkeys(ends, tokenizer.end_id)
+        for name, content in tokenizer.published().items():
             (folder / name).write_bytes(content)
-    imported = tokenizer / "generation_config.json"
     if imported.is_file():
         generation = safetensors.json_object(imported)
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")

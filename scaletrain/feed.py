@@ -11,12 +11,16 @@ from scaletrain.metrics import say
 from scaletrain.step import Program
 
 
-def prepare(run: RunConfig) -> data.Corpus:
-    """Returns the corpus, read by one process of a host before the others look."""
+def prepare(run: RunConfig, tokenizer: data.Tokenizer | None = None) -> data.Corpus:
+    """Returns the corpus, read by one process of a host before the others look.
+
+    Args:
+      tokenizer: see `data.prepare`.
+    """
     corpus = None
     for turn in range(3):
         if turn == cluster.turn():
-            corpus = data.prepare(run, say)
+            corpus = data.prepare(run, say, tokenizer)
         cluster.wait("corpus")
     assert corpus is not None, "every process has a turn"
     return corpus

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,9 +12,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from scaletrain import config, data, mesh, origin, step
+from scaletrain import config, mesh, origin, step
 from scaletrain.config import RunConfig
-from scaletrain.errors import ConfigError
+from scaletrain.errors import ConfigError, DataError
 from scaletrain.models import Cache
 from scaletrain.step import Program
 
@@ -123,7 +122,12 @@ def run(
     run = config.resolve(config.evaluated(run), jax.device_count())
     grid = mesh.build(run.mesh)
     program = step.build(run, grid)
-    tokenizer = _tokenizer(pathlib.Path(workdir) / "tokenizer", prompts)
+    tokenizer = origin.tokenizer_of(workdir, run)
+    if tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
+        raise DataError(
+            f"--workdir={workdir}; it has no tokenizer; give --prompt_ids, or the "
+            "workdir of a run that was started on text."
+        )
     end_id = tokenizer.end_id if tokenizer else -1  # -1: nothing ends a text
     ids = [
         tokenizer.prompt(prompt)
@@ -145,15 +149,6 @@ def run(
         for record in found:
             record["text"] = tokenizer.decode(record["ids"])
     return found
-
-
-def _tokenizer(folder: pathlib.Path, prompts: Sequence[Any]) -> data.Tokenizer | None:
-    """Returns the run's tokenizer; None if it has none and no prompt needs it."""
-    if (folder / "about.json").is_file() or any(
-        isinstance(prompt, str) for prompt in prompts
-    ):
-        return data.load_tokenizer(folder)
-    return None
 
 
 def _problems(

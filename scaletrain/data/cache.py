@@ -52,7 +52,9 @@ class Corpus:
     splits: dict[str, Split]  # "train" and "validation"; none when "synthetic"
 
 
-def prepare(run: RunConfig, say: Callable[[str], None]) -> Corpus:
+def prepare(
+    run: RunConfig, say: Callable[[str], None], tokenizer: Tokenizer | None = None
+) -> Corpus:
     """Returns the corpus of `run`, tokenised now if no cache has it.
 
     Any number of processes may prepare the same corpus at once.
@@ -60,6 +62,8 @@ def prepare(run: RunConfig, say: Callable[[str], None]) -> Corpus:
     Args:
       run: the settings.
       say: called with lines that tell a person what takes so long.
+      tokenizer: of the checkpoint that is to read the corpus; None = the one that the
+        settings name.
 
     Raises:
       DataError: a corpus or tokenizer that cannot be read as asked.
@@ -67,7 +71,9 @@ def prepare(run: RunConfig, say: Callable[[str], None]) -> Corpus:
     data, vocab_size = run.data, run.model.vocab_size
     if data.source == "synthetic":
         return Corpus(None, _sha256(["synthetic", vocab_size]), {})
-    tokenizer = tokenizers.read_tokenizer(data)
+    if corpus := _trained_here(run, tokenizer, say):
+        return corpus
+    tokenizer = tokenizer or tokenizers.read_tokenizer(data)
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"model.vocab_size={vocab_size}; the tokenizer has {tokenizer.vocab_size} "
@@ -98,6 +104,20 @@ def prepare(run: RunConfig, say: Callable[[str], None]) -> Corpus:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return _open(folder, tokenizer)
+
+
+def _trained_here(
+    run: RunConfig, tokenizer: Tokenizer | None, say: Callable[[str], None]
+) -> Corpus | None:
+    """Returns the corpus for which `tokenizer` was trained, if it is kept.
+
+    Its folder bears another name than that of tokens made with a tokenizer given.
+    """
+    if tokenizer is None or run.data.tokenizer != "bpe":
+        return None
+    corpus = _whole(_folder(run, None), None, say)
+    same = corpus and corpus.tokenizer.fingerprint == tokenizer.fingerprint
+    return corpus if same else None
 
 
 def baselines(corpus: Corpus) -> dict[str, float]:
