@@ -17,6 +17,7 @@ from scaletrain import cluster, config, flags, stops
 from scaletrain.config import RunConfig
 from scaletrain.errors import ScaletrainError
 from scaletrain.phases import Phases
+from scaletrain.record import finite
 
 _COMPILED_BYTES = 2**31  # in a workdir; beyond it those used least recently go
 
@@ -36,7 +37,7 @@ def main() -> None:
         args, run = flags.read(sys.argv[1:])
         record, words = COMMANDS[args.command](run, args)
         if cluster.lead():  # one result, however many processes
-            print(json.dumps(record, indent=2) if args.json else words)
+            print(json.dumps(finite(record), indent=2) if args.json else words)
         if args.command == "plan" and record["interrupted"]:
             raise KeyboardInterrupt  # what was known by then is told
         cluster.leave(0)

@@ -9,7 +9,6 @@ A sliding window caps the keys a query sees in both.
 
 import contextlib
 import json
-import math
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import jax
 
 from scaletrain.chips import BF16_PEAK_FLOPS
 from scaletrain.config import GATED, LINEARS, ModelConfig, RunConfig, adapted
+from scaletrain.record import finite
 from scaletrain.tensorboard import Board
 from scaletrain.workdir import rewrite
 
@@ -124,11 +124,7 @@ class Recorder:
         """Appends one record; it must hold "step"."""
         if not self.lead:
             return
-        # NaN is not JSON: what is not finite is written as null.
-        clean = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in record.items()
-        }
+        clean = finite(record)
         self._append(json.dumps(clean).encode() + b"\n")
         if self._board is None:
             return
