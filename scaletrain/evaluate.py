@@ -47,7 +47,7 @@ def evaluate(
         sequences,
         batch_size=rows,
         rows=sharding.rows_here(shapes["tokens"]),
-        num_batches=run.eval.num_batches,
+        num_batches=run.eval.num_batches * run.accumulate_steps,
     )
     sums = np.zeros(2)
     execute = _jitted(program)
@@ -58,14 +58,15 @@ def evaluate(
     loss = sums[0] / sums[1]
     found = {
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700)),
+        "perplexity": math.exp(min(loss, 700)) if math.isfinite(loss) else loss,
         "tokens": int(sums[1]),
     }
     split = sequences.split
     if split is not None:
         nats = loss * (split.num_tokens - 1)
         found["bits_per_byte"] = nats / split.num_bytes / math.log(2)
-        found |= {f"bits_per_byte_{k}": v for k, v in data.baselines(corpus).items()}
+        counted = data.baselines(corpus, split)
+        found |= {f"bits_per_byte_{k}": v for k, v in counted.items()}
     return found
 
 
