@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from scaletrain import (
@@ -137,11 +138,31 @@ def _model(
 
     def read(name: str) -> np.ndarray:
         entry = entries[name]
-        return entry.join(layer).astype(kind(entry))
+        return _rounded(name, entry.join(layer), kind(entry))
 
     tensors = {name: (entry.shape, kind(entry)) for name, entry in entries.items()}
     safetensors.write(folder, tensors, read)
     return tensors
+
+
+def _rounded(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Returns a tensor in another format.
+
+    Raises:
+      CheckpointError: a number in it has none there.
+    """
+    with np.errstate(over="ignore"):
+        rounded = tensor.astype(dtype)
+    lost = np.isinf(rounded) & np.isfinite(tensor)
+    if lost.any():
+        largest = float(np.abs(tensor[lost].astype(np.float64)).max())
+        most = {kind: float(ml_dtypes.finfo(kind).max) for kind in DTYPES.values()}
+        wider = [str(kind) for kind, limit in most.items() if limit >= largest]
+        raise CheckpointError(
+            f"--dtype={dtype}; it goes up to {most[dtype]:.6g}, and {name} has "
+            f"{largest:.6g}; give --dtype={' or '.join(wider)}."
+        )
+    return rounded
 
 
 def _adapter(
@@ -159,7 +180,7 @@ def _adapter(
     def read(name: str) -> np.ndarray:
         piece = pieces[name]
         ours = np.asarray(jax.device_get(weights[piece.path][piece.index]))
-        return piece.theirs(ours).astype(kind)
+        return _rounded(name, piece.theirs(ours), kind)
 
     tensors = {name: (piece.shape, kind) for name, piece in pieces.items()}
     safetensors.write_file(
@@ -183,10 +204,10 @@ def _describe(
     Args:
       imported: the generation_config.json of an import, if there is one.
     """
-    generation = {}
+    generation: dict[str, Any] = {}
     if tokenizer is not None:
-        ends = ("bos_token_id", "eos_token_id")
-        generation = dict.fromkeys(ends, tokenizer.end_id)
+        end_id = tokenizer.end_id
+        generation = {"bos_token_id": end_id, "eos_token_id": end_id}
         for name, content in tokenizer.published().items():
             (folder / name).write_bytes(content)
     if imported.is_file():
