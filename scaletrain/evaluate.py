@@ -48,7 +48,7 @@ def evaluate(
         sequences,
         batch_size=rows,
         rows=sharding.rows_here(shapes["tokens"]),
-        num_batches=run.eval.num_batches,
+        num_batches=run.eval.num_batches * run.accumulate_steps,
     )
     sums = np.zeros(2)
     execute = _jitted(program)
@@ -59,14 +59,15 @@ def evaluate(
     loss = sums[0] / sums[1]
     found = {
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700)),
+        "perplexity": math.exp(min(loss, 700)) if math.isfinite(loss) else loss,
         "tokens": int(sums[1]),
     }
     split = sequences.split
     if split is not None:
         nats = loss * (split.num_tokens - 1)
         found["bits_per_byte"] = nats / split.num_bytes / math.log(2)
-        found |= {f"bits_per_byte_{k}": v for k, v in data.baselines(corpus).items()}
+        counted = data.baselines(corpus, split)
+        found |= {f"bits_per_byte_{k}": v for k, v in counted.items()}
     return found
 
 
@@ -86,7 +87,8 @@ def run(run: RunConfig, workdir: str, at: int | None, split: str) -> dict[str, A
     program = build(run, grid)
     with jax.set_mesh(grid):
         at, weights = warm_start.weights_of(workdir, run, at, program.state)
-        corpus = data.prepare(run, lambda line: print(line, file=sys.stderr))
+        tokenizer = warm_start.tokenizer_of(workdir, run)
+        corpus = data.prepare(run, _tell, tokenizer)
         sequences = data.sequences(corpus, split, run)
         found = evaluate(program, weights, corpus, sequences)
     if not found:
@@ -95,6 +97,10 @@ def run(run: RunConfig, workdir: str, at: int | None, split: str) -> dict[str, A
             "raise data.validation_fraction, or lower seq_len."
         )
     return {"step": at, **found}
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def score(

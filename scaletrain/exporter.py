@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from scaletrain import (
@@ -61,6 +62,7 @@ def run(
     family, settings = families.of_model(run.family, model)
     grid = mesh.build(run.mesh)
     program = build(run, grid)
+    tokenizer = warm_start.tokenizer_of(workdir, run)
     checkpoints, at = checkpoint.reading(workdir, run, at)
     with jax.set_mesh(grid):
         stored = checkpoints.dtypes(at)
@@ -74,7 +76,8 @@ def run(
             tensors = _adapter(partial, family, run, weights, dtype)
         else:
             tensors = _model(partial, family, run, weights, stored, dtype)
-            _describe(partial, settings, tensors, pathlib.Path(workdir, "tokenizer"))
+            beside = pathlib.Path(workdir, "tokenizer", "generation_config.json")
+            _describe(partial, settings, tensors, tokenizer, beside)
         _card(partial, run, family, workdir, at, tensors)
         partial.rename(target)
     except OSError as err:
@@ -136,11 +139,31 @@ def _model(
 
     def read(name: str) -> np.ndarray:
         entry = entries[name]
-        return entry.join(layer).astype(kind(entry))
+        return _rounded(name, entry.join(layer), kind(entry))
 
     tensors = {name: (entry.shape, kind(entry)) for name, entry in entries.items()}
     safetensors.write(folder, tensors, read)
     return tensors
+
+
+def _rounded(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Returns a tensor in another format.
+
+    Raises:
+      CheckpointError: a number in it has none there.
+    """
+    with np.errstate(over="ignore"):
+        rounded = tensor.astype(dtype)
+    lost = np.isinf(rounded) & np.isfinite(tensor)
+    if lost.any():
+        largest = float(np.abs(tensor[lost].astype(np.float64)).max())
+        most = {kind: float(ml_dtypes.finfo(kind).max) for kind in DTYPES.values()}
+        wider = [str(kind) for kind, limit in most.items() if limit >= largest]
+        raise CheckpointError(
+            f"--dtype={dtype}; it goes up to {most[dtype]:.6g}, and {name} has "
+            f"{largest:.6g}; give --dtype={' or '.join(wider)}."
+        )
+    return rounded
 
 
 def _adapter(
@@ -158,7 +181,7 @@ def _adapter(
     def read(name: str) -> np.ndarray:
         piece = pieces[name]
         ours = np.asarray(jax.device_get(weights[piece.path][piece.index]))
-        return piece.theirs(ours).astype(kind)
+        return _rounded(name, piece.theirs(ours), kind)
 
     tensors = {name: (piece.shape, kind) for name, piece in pieces.items()}
     safetensors.write_file(
@@ -174,16 +197,20 @@ def _describe(
     folder: pathlib.Path,
     settings: dict[str, Any],
     tensors: Tensors,
-    tokenizer: pathlib.Path,
+    tokenizer: data.Tokenizer | None,
+    imported: pathlib.Path,
 ) -> None:
-    """Writes config.json, the tokenizer's files and what generation needs."""
-    generation = {}
-    if (tokenizer / "about.json").is_file():
-        found = data.load_tokenizer(tokenizer)
-        generation = {"bos_token_id": found.end_id, "eos_token_id": found.end_id}
-        for name, content in found.published().items():
+    """Writes config.json, the tokenizer's files and what generation needs.
+
+    Args:
+      imported: the generation_config.json of an import, if there is one.
+    """
+    generation: dict[str, Any] = {}
+    if tokenizer is not None:
+        end_id = tokenizer.end_id
+        generation = {"bos_token_id": end_id, "eos_token_id": end_id}
+        for name, content in tokenizer.published().items():
             (folder / name).write_bytes(content)
-    imported = tokenizer / "generation_config.json"
     if imported.is_file():
         generation = safetensors.json_object(imported)
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -23,6 +23,7 @@ from scaletrain.config import RunConfig
 from scaletrain.errors import ScaletrainError
 from scaletrain.hardware.gpus import MEMORY_FRACTION
 from scaletrain.phases import Phases
+from scaletrain.record import finite
 
 _COMPILED_BYTES = 2**31  # in a workdir; beyond it those used least recently go
 
@@ -57,7 +58,7 @@ def _exit_code() -> int:
         args, run = flags.read(sys.argv[1:])
         record, words = COMMANDS[args.command](run, args)
         if cluster.lead():  # one result, however many processes
-            _print(json.dumps(record, indent=2) if args.json else words)
+            _print(json.dumps(finite(record), indent=2) if args.json else words)
         if args.command == "plan" and record["interrupted"]:
             raise KeyboardInterrupt  # what was known by then is told
         return 0

@@ -19,6 +19,7 @@ import jax
 
 from scaletrain.config import GATED, LINEARS, ModelConfig, RunConfig, adapted
 from scaletrain.hardware.chips import by_kind
+from scaletrain.record import finite
 from scaletrain.tensorboard import Board
 from scaletrain.workdir import rewrite
 
@@ -125,11 +126,7 @@ class Recorder:
         """Appends one record; it must hold "step"."""
         if not self.lead:
             return
-        # NaN is not JSON: what is not finite is written as null.
-        clean = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in record.items()
-        }
+        clean = finite(record)
         self._append(json.dumps(clean).encode() + b"\n")
         if self._board is None:
             return

@@ -56,7 +56,7 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
     run = warm_start.pinned(_as_begun(run, folder))
     # 2. What: the corpus as tokens, the step as a program.
     with signals.at_once(), phases("data"):
-        corpus = feed.prepare(run)
+        corpus = feed.prepare(run, warm_start.tokenizer_begun_with(run, folder))
         sequences = {s: data.sequences(corpus, s, run) for s in ("train", "validation")}
     program = build(run, grid)
     with contextlib.ExitStack() as held:

@@ -1092,7 +1092,7 @@ def test_a_plan_by_hand_counts_every_parameter_of_the_step(settings, precision, 
         **{f"model__{name}": value for name, value in settings.items()},
         **{f"precision__{name}": value for name, value in precision.items()},
     )  # fmt: skip
-    state = step.build(run, mesh.build(run.mesh, jax.devices()[:1])).state
+    state = build(run, mesh.build(run.mesh, jax.devices()[:1])).state
     wanted = sum(leaf.size for leaf in jax.tree.leaves(state.weights))
     assert estimate.parameters(run) == wanted
 

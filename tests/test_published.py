@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import small
 from flax import nnx
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from scaletrain import (
     checkpoint,
@@ -37,6 +37,7 @@ from scaletrain import (
     train,
 )
 from scaletrain.checkpoint import warm_start
+from scaletrain.data.tokenizers import JsonTokenizer
 from scaletrain.errors import CheckpointError, ConfigError, DataError
 from scaletrain.models import Decoder
 from scaletrain.program import build
@@ -449,7 +450,14 @@ BROKEN = [
         edited(tie_word_embeddings=True),
         "lm_head.weight of model.safetensors: other numbers than model.embed_tokens",
     ),
-    ("llama", changed_entry(dtype="F8_E4M3"), "lm_head.weight holds F8_E4M3; only"),
+    (
+        "llama",
+        changed_entry(dtype="F8_E4M3", shape=[192, 32]),
+        "lm_head.weight holds F8_E4M3; only",
+    ),
+    ("llama", edited(pruned_heads={"0": [1]}), "pruned_heads={'0': .*; scaletrain"),
+    ("llama", edited(quantization_config={"bits": 4}), "quantization_config=.*; scal"),
+    ("llama", edited(rope_interleaved=True), "rope_interleaved=True; scaletrain"),
     ("llama", changed_entry(shape=[96.5, 32]), "its header cannot be read: tensor lm_"),
     (
         "llama",
@@ -472,6 +480,127 @@ BROKEN = [
         "model-00002-of.*; tensor .* is in model-00001-of-00002.safetensors by",
     ),
 ]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_keys_that_say_nothing_of_the_model_change_nothing(name):
+    """Of who wrote the file, and of how the model was loaded, trained or sampled."""
+    about = json.loads((REFERENCE / name / "config.json").read_text())
+    more = {
+        "_attn_implementation_autoset": True,
+        "_flash_attn_2_enabled": True,
+        "unsloth_version": "2025.1",
+        "unsloth_fixed": True,
+        "transformers.js_config": {"dtype": "q4"},
+        "is_llama_config": True,
+        "model_max_length": 4096,
+        "unk_token_id": 0,
+        "num_labels": 2,
+        "_num_labels": 1,
+        "predict_special_tokens": True,
+        "hidden_dropout_prob": 0.1,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "temperature": 1.0,
+        "max_length": 20,
+        "repetition_penalty": 1.0,
+        "_pre_quantization_dtype": "bfloat16",
+        "_commit_hash": "0" * 40,
+    }
+    assert families.of_config(about | more) == families.of_config(about)
+
+
+def added(name, tensor, kind):
+    """Stores one more tensor behind the others."""
+
+    def function(header, body):
+        raw = tensor.tobytes()
+        header[name] = {
+            "dtype": kind,
+            "shape": list(tensor.shape),
+            "data_offsets": [len(body), len(body) + len(raw)],
+        }
+        return json.dumps(header).encode(), body + raw
+
+    return headed(function)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("U8", "u1"), ("BOOL", "?"), ("I64", "i8"), ("F32", "f4")]
+)
+def test_a_tensor_that_is_left_out_may_have_any_format(kind, dtype, tmp_path):
+    mask = np.tril(np.ones((8, 8))).astype(dtype)
+    change = added("transformer.h.0.attn.bias", mask, kind)
+    importer.run(str(broken("gpt2", change, tmp_path / "in")), str(tmp_path / "w"), [])
+    wanted, found = stored(REFERENCE / "gpt2"), checkpoint_weights(tmp_path / "w")
+    np.testing.assert_array_equal(found["embedding"], wanted["transformer.wte.weight"])
+
+
+def test_a_tied_matrix_may_be_stored_as_the_head_alone(tmp_path):
+    def function(header, body):
+        header["lm_head.weight"] = header.pop("model.embed_tokens.weight")
+        return json.dumps(header).encode(), body
+
+    folder = broken("llama3", headed(function), tmp_path / "in")
+    importer.run(str(folder), str(tmp_path / "w"), [])
+    np.testing.assert_array_equal(
+        checkpoint_weights(tmp_path / "w")["embedding"],
+        stored(REFERENCE / "llama3")["model.embed_tokens.weight"],
+    )
+
+
+def test_a_number_that_a_format_does_not_have_is_told_and_nothing_is_left(tmp_path):
+    def function(header, body):
+        start, _ = header["model.norm.weight"]["data_offsets"]
+        large = np.array(1e5, "bfloat16").tobytes()
+        return json.dumps(header).encode(), body[:start] + large + body[start + 2 :]
+
+    folder = broken("llama", headed(function), tmp_path / "in")
+    workdir, to = str(tmp_path / "w"), tmp_path / "to" / "out"
+    importer.run(str(folder), workdir, [])
+    words = (
+        "--dtype=float16; it goes up to 65504, and model.norm.weight has 99840; .*16"
+    )
+    with pytest.raises(CheckpointError, match=words) as caught:
+        exporter.run(settings(workdir), workdir, str(to), None, "float16", merge=False)
+    assert caught.value.exit_code == 2
+    assert not list(to.parent.glob("*"))
+    exporter.run(settings(workdir), workdir, str(to), None, "", merge=False)
+    assert stored(to)["model.norm.weight"][0] == 99840
+
+
+def test_each_end_that_a_checkpoint_names_ends_a_text(imported, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(imported("llama"), workdir)
+    wanted = np.load(REFERENCE / "llama" / "reference.npz")
+    greedy = wanted["greedy"].tolist()
+    ends = {"eos_token_id": [2, greedy[5]]}
+    (workdir / "tokenizer" / "generation_config.json").write_text(json.dumps(ends))
+    run = settings(workdir, precision__compute="float32")
+    sampling = generate.Sampling(temperature=0.0, max_new_tokens=32)
+    prompts = [wanted["prompt"].tolist()]
+    found = generate.run(run, str(workdir), None, prompts, sampling, 0)
+    assert found[0]["ids"] == greedy[: greedy.index(greedy[5])]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"), [("the", "the brown"), ("", "brown"), ("the brown", None)]
+)
+def test_the_space_between_prompt_and_answer_is_printed(
+    prompt, words, imported, tmp_path, monkeypatch
+):
+    """By decoders that leave out the first space of what they are given too."""
+    vocabulary = {"</s>": 0, "\u2581the": 1, "\u2581brown": 2}
+    library = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    library.decoder = decoders.Metaspace()
+    workdir = tmp_path / "run"
+    shutil.copytree(imported("llama"), workdir)
+    JsonTokenizer(library.to_str()).save(workdir / "tokenizer")
+    monkeypatch.setattr(generate, "generate", lambda *args, **kwargs: [[2]])
+    found = generate.run(
+        settings(workdir), str(workdir), None, [prompt], generate.Sampling(), 0
+    )
+    assert generate.in_words(found[0]) == (words or f"{prompt} brown")
 
 
 @pytest.mark.parametrize(("name", "change", "words"), BROKEN)

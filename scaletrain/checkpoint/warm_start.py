@@ -1,4 +1,4 @@
-"""Weights of other workdirs: what a run begins from, and what a command reads."""
+"""What a run begins from and a command reads: weights, and the tokenizer they know."""
 
 import contextlib
 import dataclasses
@@ -7,9 +7,10 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from scaletrain.checkpoint.reader import Reader, reading
+from scaletrain import config, data
+from scaletrain.checkpoint.reader import Reader, reading, steps_in
 from scaletrain.config import RunConfig
-from scaletrain.errors import CheckpointError
+from scaletrain.errors import CheckpointError, ConfigError
 from scaletrain.program import TrainState
 
 Tree = Any
@@ -102,3 +103,58 @@ def pinned(run: RunConfig) -> RunConfig:
             )
     workdir = os.path.abspath(parsed(run.init_from)[0])
     return dataclasses.replace(run, init_from=f"{workdir}@{step}")
+
+
+def tokenizer_begun_with(run: RunConfig, folder: pathlib.Path) -> data.Tokenizer | None:
+    """Returns the tokenizer of the weights that training in `folder` goes on from.
+
+    None if it begins from none, or if they have seen no text.
+
+    Raises:
+      ScaletrainError: see `tokenizer_of`.
+    """
+    if steps_in(folder):
+        return tokenizer_of(folder, run)
+    return tokenizer_of(parsed(run.init_from)[0], run) if run.init_from else None
+
+
+def tokenizer_of(workdir: str | pathlib.Path, run: RunConfig) -> data.Tokenizer | None:
+    """Returns the tokenizer with which checkpoints in `workdir` read text.
+
+    That is the workdir's own, whatever has become of the file it came from. If `run`
+    names another, then that one, provided each id means in it what it meant. None of
+    a workdir that has seen no text.
+
+    Raises:
+      ConfigError: `run` names a tokenizer of other ids.
+      DataError: a tokenizer cannot be read.
+    """
+    folder, now, then = pathlib.Path(workdir), run.data, run.data
+    settings = folder / "config.json"
+    if settings.is_file():
+        text = settings.read_text("utf-8", "replace")
+        then = config.from_json(text, str(settings)).data
+    without = not (folder / "tokenizer" / "about.json").is_file()
+    if without and then.source == "synthetic":
+        if now.source != "synthetic" and now.tokenizer == "bpe":
+            raise _other_ids(
+                run, workdir, "give the path of the tokenizer they were made with"
+            )
+        return None
+    own = data.load_tokenizer(folder / "tokenizer")
+    same = (now.tokenizer, now.end_of_text) == (then.tokenizer, then.end_of_text)
+    if now.source == "synthetic" or same:
+        return own
+    named = data.read_tokenizer(now)
+    if named and own.vocabulary().items() <= named.vocabulary().items():
+        return named
+    raise _other_ids(run, workdir, f"set it back to {then.tokenizer!r}")
+
+
+def _other_ids(run: RunConfig, workdir: str | pathlib.Path, remedy: str) -> ConfigError:
+    return ConfigError(
+        [
+            f"data.tokenizer={run.data.tokenizer!r}; its ids would not be those that "
+            f"the checkpoints in {workdir} know; {remedy}."
+        ]
+    )

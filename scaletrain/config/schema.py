@@ -188,9 +188,9 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """How much of the validation split an evaluation reads."""
+    """How much of its split an evaluation reads."""
 
-    num_batches: int = setting(0, least=0)  # 0 = the whole split
+    num_batches: int = setting(0, least=0)  # of batch_size; 0 = the whole split
 
 
 # Published families that `scaletrain.families` can read and write.
