@@ -1,10 +1,10 @@
-"""Settings: what they are (`schema`), how they arrive (`form`), what holds (`rules`).
+"""Settings: what they are (`schema`), how they arrive (`load`), what holds (`rules`).
 
 Nothing here imports jax: a configuration can be built, printed and compared without
 touching a device.
 """
 
-from scaletrain.config.form import (
+from scaletrain.config.load import (
     file_and_argument,
     from_config_dict,
     from_json,
