@@ -203,7 +203,7 @@ def _config(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], s
     from scaletrain import mesh, sharding
     from scaletrain.program import build
 
-    run = config.resolve(run, config.mesh_size(run.mesh) or jax.device_count())
+    run = config.resolve(run, run.mesh.num_devices or jax.device_count())
     grid = mesh.abstract(run.mesh)
     with jax.sharding.use_abstract_mesh(grid):
         table = sharding.table(build(run, grid).state.params)

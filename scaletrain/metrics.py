@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from scaletrain.config import GATED, LINEARS, ModelConfig, RunConfig, adapted
+from scaletrain.config import LINEARS, ModelConfig, RunConfig
 from scaletrain.hardware.chips import by_kind
 from scaletrain.record import finite
 from scaletrain.tensorboard import Board
@@ -44,7 +44,7 @@ def linears(model: ModelConfig) -> dict[str, tuple[int, int]]:
     return {
         name: size
         for name, size in zip(LINEARS, sizes, strict=True)
-        if name != "mlp/gate" or model.mlp in GATED
+        if name != "mlp/gate" or model.is_gated
     }
 
 
@@ -55,7 +55,7 @@ def flops_per_token(run: RunConfig) -> tuple[float, float]:
     """
     model, lora = run.model, run.lora
     sizes = linears(model)
-    adapters = sum(lora.rank * sum(sizes.get(name, ())) for name in adapted(lora))
+    adapters = sum(lora.rank * sum(sizes.get(name, ())) for name in lora.adapted)
     weights = (4 if lora.rank else 6) * matmul_weights(model)
     weights += 6 * model.num_layers * adapters
     per_key = 12 * model.num_heads * model.d_head
@@ -66,8 +66,8 @@ def flops_per_token(run: RunConfig) -> tuple[float, float]:
 
 def keys_seen(model: ModelConfig, layer: int, seq_len: int) -> tuple[float, float]:
     """Returns the keys a query sees on average: (causal, PaLM's convention)."""
-    window, every = model.sliding_window, model.global_every
-    if not 0 < window < seq_len or (every and (layer + 1) % every == 0):
+    window = model.sliding_window
+    if not model.is_local(layer) or window >= seq_len:
         return seq_len / 2, seq_len
     return window * (1 - window / (2 * seq_len)), window
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from scaletrain import sharding
-from scaletrain.config import LoraConfig, PrecisionConfig, adapted, quantised
+from scaletrain.config import LoraConfig, PrecisionConfig
 from scaletrain.models.quantised import Amax, project_fp8, project_int8
 from scaletrain.sharding import constrain, param
 
@@ -143,8 +143,8 @@ class Linear(nnx.Module):
         fan_in = [dim in x_dims for dim in w_dims]
         ins = tuple(i for i, is_in in enumerate(fan_in) if is_in)
         outs = tuple(i for i, is_in in enumerate(fan_in) if not is_in)
-        dtype, adapts = precision.params, name in adapted(lora)
-        low = name in quantised(precision)
+        dtype, adapts = precision.params, name in lora.adapted
+        low = name in precision.quantised
         self.weight = param(key, shape, *axes, std=std, dtype=dtype)
         # Vectors that are added to the residual stream stay whole, like norms.
         bias_axes = (

@@ -10,7 +10,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from scaletrain.config import (
-    GATED,
     LoraConfig,
     ModelConfig,
     PrecisionConfig,
@@ -98,7 +97,7 @@ class Mlp(nnx.Module):
         up = ("btd,df->btf", (D, F), ("embed", "ff"))
         self.gate = (
             Linear(keys[0], *up, name="mlp/gate", std=D**-0.5, **both)
-            if model.mlp in GATED
+            if model.is_gated
             else None
         )
         self.up = Linear(keys[1], *up, name="mlp/up", std=D**-0.5, **both)
