@@ -15,11 +15,15 @@ from scaletrain import config, paths
 from scaletrain.errors import ConfigError
 
 _EPILOG = """\
-settings: --config.a.b=value overrides any setting, as in --config.num_steps=50
+settings: --config.a.b=value overrides any setting, as in --config.num_steps=50;
+          `scaletrain config --explain` says what each is for
 exit codes: 0 done, 1 the run failed, 2 the request cannot be honoured,
             75 interrupted, saved, start me again,
             130 or 143 ended at once by a signal
 """
+
+
+_EXPERIMENT = "experiment file, with an argument for its get_config"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,12 +49,11 @@ def _parser() -> _Parser:
         return sub
 
     def experiment(sub: argparse.ArgumentParser, *, required: bool) -> None:
-        words = "experiment file, with an argument for its get_config"
-        if not required:
-            words += " (default: the settings in the workdir)"
+        words = "" if required else " (default: the settings in the workdir)"
         sub.add_argument(
-            "--config", metavar="FILE[:ARG]", required=required, help=words
-        )
+            "--config", metavar="FILE[:ARG]", required=required,
+            help=_EXPERIMENT + words,
+        )  # fmt: skip
 
     def workdir(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
@@ -190,7 +193,12 @@ def _parser() -> _Parser:
     )  # fmt: skip
 
     settings = command("config", "the resolved settings and the sharding table")
-    experiment(settings, required=True)
+    either = settings.add_mutually_exclusive_group(required=True)
+    either.add_argument("--config", metavar="FILE[:ARG]", help=_EXPERIMENT)
+    either.add_argument(
+        "--explain", metavar="PATH", nargs="?", const="",
+        help="the meaning of a setting, of a group of them, or of all",
+    )  # fmt: skip
     return parser
 
 
@@ -242,6 +250,11 @@ def read(argv: list[str]) -> tuple[argparse.Namespace, config.RunConfig]:
     problems += _places(args)
     if args.command == "bench":
         problems += _bench_problems(args)
+    if vars(args).get("explain") is not None:
+        problems += [
+            f"--config.{path}={text}; no effect with --explain; leave one of them out."
+            for path, text in overrides
+        ]
     try:
         run = _load(args, overrides)
     except ConfigError as err:
@@ -271,6 +284,8 @@ def _load(
     args: argparse.Namespace, overrides: list[tuple[str, str]]
 ) -> config.RunConfig:
     if args.command == "import":  # its config.json gives the settings
+        return config.RunConfig()
+    if vars(args).get("explain") is not None:
         return config.RunConfig()
     if paths.is_url(args.config or args.workdir):  # `_places` tells of it
         return config.RunConfig()

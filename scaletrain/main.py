@@ -197,7 +197,12 @@ def _export(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], s
     return found, exporter.in_words(found)
 
 
-def _config(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def _config(run: RunConfig, args: argparse.Namespace) -> tuple[Any, str]:
+    if args.explain is not None:
+        from scaletrain.config import explain
+
+        stories = explain.stories(args.explain)
+        return stories, explain.in_words(stories)
     import jax
 
     from scaletrain import mesh, sharding
