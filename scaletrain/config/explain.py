@@ -95,8 +95,9 @@ def _used(story: Story) -> str:
 
 
 def _resume(story: Story) -> str:
-    words = {"free": "may change", "fixed": "may not change"}
-    return words.get(story["resume"], story["resume"].replace("free", "may change"))
+    if story["resume"] == "fixed":
+        return "may not change"
+    return story["resume"].replace("free", "may change")
 
 
 def _groups(config: Any = None, prefix: str = "") -> dict[str, Any]:
@@ -116,8 +117,8 @@ def page() -> str:
     lines = [
         "# Settings",
         "",
-        "Made by `make reference` from `scaletrain/config/schema/`; the same is printed",
-        "by `scaletrain config --explain`. `--config.PATH=VALUE` overrides a setting.",
+        "Made by `make reference` from `scaletrain/config/schema/`; also printed by",
+        "`scaletrain config --explain`. `--config.PATH=VALUE` overrides a setting.",
         "Where a setting is not used, any value but its default is refused. The last",
         "column says whether it may change when a run is resumed.",
     ]
