@@ -164,8 +164,7 @@ def _batch(run: RunConfig) -> Iterator[str]:
 def _layout(run: RunConfig) -> Iterator[str]:
     """Yields what can be said while one axis may still be -1."""
     mesh = run.mesh
-    free = [n for n in AXES if get(mesh, n) == -1]
-    free += [f"dcn.{n}" for n in AXES if get(mesh.dcn, n) == -1]
+    free = [path for path, _, size in leaves(mesh) if size == -1]
     if len(free) > 1:
         yield f"mesh.{free[0]}=-1; mesh.{free[1]} is -1 too; leave one axis free."
     sizes = {axis: mesh.size(axis) for axis in AXES}
