@@ -267,7 +267,7 @@ def test_a_disk_that_is_full_from_the_start_is_told_of(tmp_path):
 def test_the_writes_after_one_that_failed_are_not_told_of(monkeypatch):
     told = []
     monkeypatch.setattr(sys, "unraisablehook", told.append)
-    main._leave_out_last_writes()
+    main._silence_failed_writes()
     for words in ("Event loop is closed", "another"):
         sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(words)))
     assert [str(of.exc_value) for of in told] == ["another"]

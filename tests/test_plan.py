@@ -35,6 +35,7 @@ from scaletrain import (
     step,
     train,
 )
+from scaletrain.commands.command import Result
 from scaletrain.config import AxesConfig, MeshConfig, PrecisionConfig
 from scaletrain.errors import ConfigError, PlanError
 from scaletrain.hardware import chips, slices
@@ -607,8 +608,8 @@ def test_interrupted_comparisons_keep_what_is_known(searched, monkeypatch):
 
 @pytest.mark.parametrize("interrupted", [True, False])
 def test_an_interrupted_plan_is_told_and_not_done(interrupted, monkeypatch, capsys):
-    plan = {"interrupted": interrupted}
-    monkeypatch.setitem(main.COMMANDS, "plan", lambda run, args: (plan, "a plan"))
+    result = Result({}, "a plan", interrupted)
+    small.replace_command(monkeypatch, "plan", lambda run, args: result)
     argv = ["scaletrain", "plan", "--config=experiments/quickstart.py"]
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # main's own default

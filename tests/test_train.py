@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import config, evaluate, main, remat, train
+from scaletrain import compilation, config, evaluate, main, train
 from scaletrain.config import DataConfig, MeshConfig
 from scaletrain.errors import (
     CheckpointError,
@@ -267,7 +267,7 @@ def test_fewer_steps_than_were_taken_are_nothing_to_do(
     found = train.run(small.changed(brief, num_steps=3), str(tmp_path))
     names = ("config.json", "metrics.jsonl", "attempts.json")
     before = {name: (tmp_path / name).read_bytes() for name in names}
-    monkeypatch.delattr(remat, "compiled")
+    monkeypatch.delattr(compilation, "compiled")
     fewer = small.changed(brief, num_steps=2, eval__num_batches=1)
     assert train.run(fewer, str(tmp_path)) == found
     assert "num_steps=2; nothing to do: " in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """What the scripts in launch/ ask before they order machines.
 
-    python -m scaletrain.launch --topology=v5p:4x4x4 [--num_slices=N] -- TRAIN-OPTIONS
+    python -m scaletrain.preflight --topology=v5p:4x4x4 [--num_slices=N] -- OPTIONS
 
 checks the options of `scaletrain train` against the slice and prints what the cloud
 calls it, a `name=value` a line. --devices=N stands for N devices of any kind. A slice
@@ -13,7 +13,8 @@ import math
 import re
 import sys
 
-from scaletrain import config, flags
+from scaletrain import config
+from scaletrain.commands import line
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError, ScaletrainError, counted
 from scaletrain.hardware import clouds, slices
@@ -93,12 +94,12 @@ def read(argv: list[str]) -> tuple[Slice | None, argparse.Namespace]:
       ConfigError: options, settings and slice do not fit together.
     """
     end = argv.index("--")
-    parser = argparse.ArgumentParser(prog="scaletrain.launch", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="scaletrain.preflight", allow_abbrev=False)
     parser.add_argument("--topology", default="")
     parser.add_argument("--num_slices", type=int, default=1)
     parser.add_argument("--devices", type=int, default=0)
     args = parser.parse_args(argv[:end])
-    given, run = flags.read(["train", *argv[end + 1 :]])
+    given, run = line.read(["train", *argv[end + 1 :]])
     if args.devices:
         check(run, "this allocation", args.devices)
         return None, given
