@@ -16,14 +16,14 @@ from scaletrain import (
     data,
     evaluate,
     feed,
-    goodput,
     metrics,
     rollbacks,
     sharding,
 )
 from scaletrain.errors import Interrupted
 from scaletrain.metrics import say
-from scaletrain.phases import STEP, WAIT, Phases
+from scaletrain.monitor import goodput
+from scaletrain.monitor.phase_clock import STEP, WAIT, Phases
 from scaletrain.rollbacks import Diverged
 from scaletrain.step import Program, TrainState
 

@@ -16,7 +16,7 @@ from absl import logging as absl_logging
 from scaletrain import cluster, config, flags, stops
 from scaletrain.config import RunConfig
 from scaletrain.errors import ScaletrainError
-from scaletrain.phases import Phases
+from scaletrain.monitor.phase_clock import Phases
 
 _COMPILED_BYTES = 2**31  # in a workdir; beyond it those used least recently go
 

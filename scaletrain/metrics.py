@@ -19,7 +19,7 @@ import jax
 
 from scaletrain.chips import BF16_PEAK_FLOPS
 from scaletrain.config import GATED, LINEARS, ModelConfig, RunConfig, adapted
-from scaletrain.tensorboard import Board
+from scaletrain.monitor.tensorboard import Board
 from scaletrain.workdir import rewrite
 
 

@@ -14,7 +14,6 @@ from scaletrain import (
     config,
     data,
     feed,
-    goodput,
     mesh,
     metrics,
     origin,
@@ -29,10 +28,11 @@ from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError
 from scaletrain.loop import Loop
 from scaletrain.metrics import say
-from scaletrain.phases import Phases
+from scaletrain.monitor import goodput
+from scaletrain.monitor.phase_clock import Phases
+from scaletrain.monitor.watchdog import Watchdog
 from scaletrain.rollbacks import Diverged
 from scaletrain.step import Program, TrainState
-from scaletrain.watchdog import Watchdog
 
 
 def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str, Any]:

@@ -7,9 +7,10 @@ import time
 import pytest
 import small
 
-from scaletrain import goodput, train
+from scaletrain import train
 from scaletrain.config import MeshConfig
-from scaletrain.phases import Phases
+from scaletrain.monitor import goodput
+from scaletrain.monitor.phase_clock import Phases
 
 
 class Attempts:

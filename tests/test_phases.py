@@ -4,8 +4,8 @@ import subprocess
 import sys
 import textwrap
 
-from scaletrain.phases import Phases
-from scaletrain.watchdog import Watchdog
+from scaletrain.monitor.phase_clock import Phases
+from scaletrain.monitor.watchdog import Watchdog
 
 
 def test_a_phase_within_another_stops_its_clock():
@@ -72,8 +72,8 @@ def test_a_hang_leaves_stacks_and_ends_with_75(tmp_path):
     """A process whose third step sleeps, with the file's own names in the stacks."""
     code = f"""
         import pathlib, time
-        from scaletrain.phases import Phases
-        from scaletrain.watchdog import Watchdog
+        from scaletrain.monitor.phase_clock import Phases
+        from scaletrain.monitor.watchdog import Watchdog
 
         def hangs():
             time.sleep(60)

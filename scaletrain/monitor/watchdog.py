@@ -17,7 +17,7 @@ from typing import Self
 import jax
 
 from scaletrain.errors import Interrupted
-from scaletrain.phases import Phases
+from scaletrain.monitor.phase_clock import Phases
 
 FACTOR = 20.0  # times the usual time of a phase
 FLOOR_S = 300.0  # below which no phase is called slow: disks may stall for minutes

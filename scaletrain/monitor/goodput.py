@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import jax
 
-from scaletrain.phases import STEP, Phases
+from scaletrain.monitor.phase_clock import STEP, Phases
 from scaletrain.workdir import rewrite
 
 _EVERY_S = 2.0
