@@ -26,6 +26,7 @@ from scaletrain.config import RunConfig
 from scaletrain.errors import CheckpointError
 from scaletrain.manifest import Manifest
 from scaletrain.step import TrainState
+from scaletrain.workdir import Workdir
 from scaletrain.writer import FAILURES, Writer
 
 Tree = Any
@@ -45,12 +46,6 @@ def _items(state: TrainState) -> dict[str, dict[str, Any]]:
     return {"params": flat(state.params), "rest": flat(rest)}
 
 
-def steps_in(workdir: pathlib.Path) -> list[int]:
-    """Returns the whole steps of a workdir, in order."""
-    names = [path.name for path in (pathlib.Path(workdir) / "checkpoints").glob("*")]
-    return sorted(int(name) for name in names if name.isdigit())
-
-
 class Checkpoints:
     """The checkpoints of one workdir.
 
@@ -59,19 +54,19 @@ class Checkpoints:
 
     def __init__(
         self,
-        workdir: pathlib.Path,
+        workdir: Workdir,
         run: RunConfig,
         *,
         read_only: bool = False,
         say: Callable[[str], None] = lambda line: None,
     ):
-        self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
+        self.folder = workdir.checkpoints.absolute()
         self.run, self._say = run, say
         self._writer = Writer(self.folder)
         # A reader must not clear away what a trainer is writing.
         if not read_only:
             self._writer.prepare()
-        self._steps = steps_in(workdir)
+        self._steps = workdir.steps()
         self._after: list[int] = []  # the steps there are once the save that runs is
         self._failures = 0  # of saves, in a row
 
@@ -434,11 +429,11 @@ def reading(
     Raises:
       CheckpointError: the workdir holds no such checkpoint.
     """
-    path = pathlib.Path(workdir)
+    folder = Workdir.of(workdir)
     missing = f"--workdir={workdir}; no whole checkpoint there; train first."
-    if not (path / "checkpoints").is_dir():
+    if not folder.checkpoints.is_dir():
         raise CheckpointError(missing)
-    with contextlib.closing(Checkpoints(path, run, read_only=True)) as checkpoints:
+    with contextlib.closing(Checkpoints(folder, run, read_only=True)) as checkpoints:
         step = checkpoints.latest() if step is None else step
         if step is None:
             raise CheckpointError(missing)

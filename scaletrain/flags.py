@@ -6,13 +6,13 @@ Nothing here imports jax, so that help and refusals are immediate.
 import argparse
 import dataclasses
 import difflib
-import pathlib
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import scaletrain
 from scaletrain import config
 from scaletrain.errors import ConfigError
+from scaletrain.workdir import Workdir
 
 _EPILOG = """\
 settings: --config.a.b=value overrides any setting, as in --config.num_steps=50
@@ -274,7 +274,7 @@ def _bench_problems(args: argparse.Namespace) -> Iterator[str]:
 
 def _settings_of(workdir: str) -> str:
     """Returns the path of the settings a run left in its workdir."""
-    path = pathlib.Path(workdir) / "config.json"
+    path = Workdir.of(workdir).config
     if not path.is_file():
         raise ConfigError(
             [

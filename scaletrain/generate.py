@@ -18,6 +18,7 @@ from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError
 from scaletrain.models import Cache
 from scaletrain.step import Program
+from scaletrain.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +124,7 @@ def run(
     run = config.resolve(config.evaluated(run), jax.device_count())
     grid = mesh.build(run.mesh)
     program = step.build(run, grid)
-    tokenizer = _tokenizer(pathlib.Path(workdir) / "tokenizer", prompts)
+    tokenizer = _tokenizer(Workdir.of(workdir).tokenizer, prompts)
     end_id = tokenizer.end_id if tokenizer else -1  # -1: nothing ends a text
     ids = [
         tokenizer.prompt(prompt)

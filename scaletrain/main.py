@@ -17,6 +17,7 @@ from scaletrain import cluster, config, flags, stops
 from scaletrain.config import RunConfig
 from scaletrain.errors import ScaletrainError
 from scaletrain.monitor.phase_clock import Phases
+from scaletrain.workdir import Workdir
 
 _COMPILED_BYTES = 2**31  # in a workdir; beyond it those used least recently go
 
@@ -179,8 +180,8 @@ def _keep_compiled(workdir: str) -> None:
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
-        folder = os.path.join(workdir, "compiled")
-        jax.config.update("jax_compilation_cache_dir", folder)
+        folder = Workdir.of(workdir).compiled
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", _COMPILED_BYTES)
 
 

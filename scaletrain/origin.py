@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ from scaletrain.checkpoint import Checkpoints, reading
 from scaletrain.config import RunConfig
 from scaletrain.errors import CheckpointError
 from scaletrain.step import TrainState
+from scaletrain.workdir import Workdir
 
 Tree = Any
 
@@ -50,7 +50,7 @@ def initial_weights(run: RunConfig, weights: Tree) -> Tree:
 def _reading_origin(run: RunConfig) -> Iterator[tuple[Checkpoints, int]]:
     """Yields what `reading` yields of `init_from`, and names it in what is raised."""
     workdir, step = parsed(run.init_from)
-    if not (pathlib.Path(workdir) / "checkpoints").is_dir():
+    if not Workdir.of(workdir).checkpoints.is_dir():
         raise CheckpointError(
             f"init_from={run.init_from}; no checkpoint there; "
             "give the workdir of an import or of a run."

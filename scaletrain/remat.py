@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 
 from scaletrain import step
 from scaletrain.chips import does_not_fit
-from scaletrain.config import REMAT_NAMES, RunConfig
+from scaletrain.config import RunConfig
+from scaletrain.console import say
 from scaletrain.errors import ConfigError
-from scaletrain.metrics import say
+from scaletrain.matrices import REMAT_NAMES
 from scaletrain.step import Program
 
 _KEPT = (  # of a layer for the backward pass, from all to nothing

@@ -27,6 +27,7 @@ from scaletrain.errors import CheckpointError
 from scaletrain.manifest import UNFINISHED, Manifest
 from scaletrain.retention import kept
 from scaletrain.step import TrainState
+from scaletrain.workdir import Workdir
 
 # Orbax's threads of a save that failed end when they are collected.
 pytestmark = [
@@ -57,7 +58,7 @@ def told():
 @contextlib.contextmanager
 def opened(path, told, **settings):
     run = small.changed(RUN, **settings)
-    with contextlib.closing(Checkpoints(path, run, say=told.append)) as found:
+    with contextlib.closing(Checkpoints(Workdir(path), run, say=told.append)) as found:
         yield found
 
 
@@ -413,7 +414,7 @@ def test_killed_at_any_moment_the_newest_whole_step_is_found(tmp_path, monkeypat
 # One of two processes; the parameters are spread over both.
 PROCESS = """\
 import argparse, errno, os, pathlib, sys, time
-from scaletrain import checkpoint, cluster, config, manifest, writer
+from scaletrain import checkpoint, cluster, config, manifest, workdir, writer
 folder, number, port = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 cluster.join(argparse.Namespace(
     coordinator=f"127.0.0.1:{port}", num_processes=2, process_id=number, heartbeat=30.0
@@ -444,7 +445,7 @@ fails = {  # step -> process, and what of it fails
     6: (1, writer._Sealing, "async_save"),
 }
 run = config.from_json((folder / "run.json").read_text())
-checkpoints = checkpoint.Checkpoints(folder, run, say=print)
+checkpoints = checkpoint.Checkpoints(workdir.Workdir(folder), run, say=print)
 try:
     for step in range(1, 7):
         who, owner, name = fails.get(step, (None, manifest, "leave_sums"))
@@ -550,7 +551,7 @@ def test_temporary_steps_go_when_a_newer_one_is_whole():
 def test_a_workdir_holds_one_run(tmp_path):
     code = (
         "import pathlib, sys; from scaletrain import workdir\n"
-        f"with workdir.held(pathlib.Path({str(tmp_path)!r}), print):\n"
+        f"with workdir.held(workdir.Workdir.of({str(tmp_path)!r}), print):\n"
         "    print('held', flush=True); sys.stdin.read()"
     )
     pipe = subprocess.PIPE
@@ -560,11 +561,11 @@ def test_a_workdir_holds_one_run(tmp_path):
         assert other.stdout.readline() == b"held\n"
         with (
             pytest.raises(CheckpointError, match=f"process {other.pid} on .* trains"),
-            workdir.held(tmp_path, print),
+            workdir.held(Workdir(tmp_path), print),
         ):
             pass
         other.kill()
-    with workdir.held(tmp_path, print):  # the kernel let go
+    with workdir.held(Workdir(tmp_path), print):  # the kernel let go
         assert json.loads((tmp_path / "lock").read_text())["pid"] != other.pid
 
 
@@ -590,7 +591,7 @@ def test_a_workdir_that_cannot_be_locked_is_refused(
     monkeypatch.setattr(workdir.fcntl, "flock", failing(number))
     with (
         pytest.raises(CheckpointError, match=words),
-        workdir.held(tmp_path, print),
+        workdir.held(Workdir(tmp_path), print),
     ):
         pass
 
@@ -598,7 +599,7 @@ def test_a_workdir_that_cannot_be_locked_is_refused(
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
 def test_a_file_system_without_locks_is_told_of(tmp_path, told, monkeypatch, number):
     monkeypatch.setattr(workdir.fcntl, "flock", failing(number))
-    with workdir.held(tmp_path, told.append):
+    with workdir.held(Workdir(tmp_path), told.append):
         pass
     assert "its file system has no locks" in told[0]
     assert os.strerror(number) in told[0]

@@ -5,7 +5,7 @@ import pathlib
 import jax
 import pytest
 
-from scaletrain import config, mesh, metrics, step
+from scaletrain import config, flops, mesh, step
 
 FOLDER = pathlib.Path(__file__).parent.parent / "experiments"
 # One of the names in families.py; tests/test_families_presets.py has them all.
@@ -32,7 +32,7 @@ def test_lowers_for_tpu(spec):
     name = pathlib.Path(spec.partition(":")[0]).stem
     if name in PARAMETERS:
         assert count == pytest.approx(PARAMETERS[name], rel=0.005)
-    assert metrics.matmul_weights(run.model) <= count
+    assert flops.matmul_weights(run.model) <= count
 
 
 @pytest.mark.parametrize("spec", EXPERIMENTS)

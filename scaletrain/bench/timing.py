@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scaletrain import data, feed, loop, metrics, remat, sharding, step
+from scaletrain import data, feed, loop, remat, sharding, step
 from scaletrain.config import RunConfig
+from scaletrain.monitor.meter import peak_memory_bytes
 from scaletrain.step import Batch, Program
 
 WARM_UP = 3  # steps: a first one loads kernels, and a second may record graphs of them
@@ -44,7 +45,7 @@ class Steps:
     """The compiled step with a state and a feed, ready to go on and on."""
 
     def __init__(self, program: Program, asked: RunConfig, feed: Callable):
-        self._peak_before = metrics.peak_memory_bytes(jax.local_devices())
+        self._peak_before = peak_memory_bytes(jax.local_devices())
         began = time.perf_counter()
         self.program, self.compiled = remat.compiled(program, asked)
         self.compile_time_s = time.perf_counter() - began
@@ -97,7 +98,7 @@ class Steps:
         A device counts since the process began: when others filled it more before,
         its count says nothing of these steps.
         """
-        counted = metrics.peak_memory_bytes(jax.local_devices())
+        counted = peak_memory_bytes(jax.local_devices())
         if counted is not None and counted > (self._peak_before or 0):
             return counted
         return remat.peak_bytes(self.compiled)

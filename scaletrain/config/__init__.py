@@ -14,7 +14,6 @@ from scaletrain.config.form import (
     to_json,
 )
 from scaletrain.config.rules import (
-    REMAT_NAMES,
     check,
     differences,
     mesh_size,
@@ -24,8 +23,6 @@ from scaletrain.config.rules import (
 )
 from scaletrain.config.schema import (
     FAMILIES,
-    GATED,
-    LINEARS,
     MAX_SPIKE_WINDOW,
     AxesConfig,
     CheckpointConfig,
@@ -47,10 +44,7 @@ from scaletrain.config.schema import (
 
 __all__ = [
     "FAMILIES",
-    "GATED",
-    "LINEARS",
     "MAX_SPIKE_WINDOW",
-    "REMAT_NAMES",
     "AxesConfig",
     "CheckpointConfig",
     "DataConfig",
