@@ -25,7 +25,7 @@ from scaletrain import cluster, config, manifest, retention, writer
 from scaletrain.config import RunConfig
 from scaletrain.errors import CheckpointError
 from scaletrain.manifest import Manifest
-from scaletrain.step import TrainState
+from scaletrain.program import TrainState
 from scaletrain.workdir import Workdir
 from scaletrain.writer import FAILURES, Writer
 

@@ -77,3 +77,12 @@ class Interrupted(ScaletrainError):
     """A signal stopped the run after its state was saved."""
 
     exit_code = 75
+
+
+def does_not_fit(message: str) -> bool:
+    """Whether a compiler or allocator says that a device's memory is too small.
+
+    Of a TPU's fast memory, `vmem`, the same is said: there a kernel's blocks are too
+    large, and nothing that makes a step smaller helps.
+    """
+    return "RESOURCE_EXHAUSTED" in message and "memory space vmem" not in message

@@ -16,7 +16,7 @@ from scaletrain import config, data, mesh, origin, sharding, step
 from scaletrain.config import PrecisionConfig, RunConfig
 from scaletrain.errors import DataError
 from scaletrain.files import atomic_file, check_room
-from scaletrain.step import Program
+from scaletrain.program import Program, build
 
 
 def evaluate(
@@ -82,7 +82,7 @@ def run(run: RunConfig, workdir: str, at: int | None, split: str) -> dict[str, A
     """
     run = config.resolve(config.evaluated(run), jax.device_count())
     grid = mesh.build(run.mesh)
-    program = step.build(run, grid)
+    program = build(run, grid)
     with jax.set_mesh(grid):
         at, weights = origin.weights_of(workdir, run, at, program.state)
         corpus = data.prepare(run, lambda line: print(line, file=sys.stderr))
@@ -117,7 +117,7 @@ def score(
     )
     run = config.resolve(run, jax.device_count())
     grid = mesh.build(run.mesh)
-    program = step.build(run, grid)
+    program = build(run, grid)
     B, T = ids_BT.shape
     ways = grid.shape["data"] * grid.shape["fsdp"]
     execute = jax.jit(functools.partial(step.logits_step, program=program))

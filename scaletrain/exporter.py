@@ -20,12 +20,12 @@ from scaletrain import (
     mesh,
     origin,
     safetensors,
-    step,
 )
 from scaletrain.config import PrecisionConfig, RunConfig
 from scaletrain.errors import ConfigError
 from scaletrain.families import Entry, Family, Piece, adapters
 from scaletrain.files import creating
+from scaletrain.program import build
 from scaletrain.workdir import Workdir
 
 Tensors = dict[str, tuple[tuple[int, ...], np.dtype]]  # name -> shape and format
@@ -60,7 +60,7 @@ def run(
         model = dataclasses.replace(model, max_positions=run.seq_len)
     family, settings = families.of_model(run.family, model)
     grid = mesh.build(run.mesh)
-    program = step.build(run, grid)
+    program = build(run, grid)
     with checkpoint.reading(workdir, run, at) as (checkpoints, at), jax.set_mesh(grid):
         stored = checkpoints.dtypes(at)
         weights = origin.weights_in(checkpoints, at, program.state)

@@ -8,18 +8,12 @@ import numpy as np
 from scaletrain import cluster, data, sharding
 from scaletrain.config import RunConfig
 from scaletrain.console import say
-from scaletrain.step import Program
+from scaletrain.program import Program
 
 
 def prepare(run: RunConfig) -> data.Corpus:
-    """Returns the corpus, read by one process of a host before the others look."""
-    corpus = None
-    for turn in range(3):
-        if turn == cluster.turn():
-            corpus = data.prepare(run, say)
-        cluster.wait("corpus")
-    assert corpus is not None, "every process has a turn"
-    return corpus
+    """Returns the corpus, which the first process of a host makes for the others."""
+    return cluster.in_turns(lambda: data.prepare(run, say))
 
 
 def batches_of(
@@ -33,15 +27,13 @@ def batches_of(
     Args:
       left_out: (step, batches): the steps after that one do without these batches.
     """
-    run, layout = program.run, program.batch["tokens"]
-    parts = run.batch_size // layout.shape[0]
     return data.training_batches(
         sequences,
-        seed=run.seed,
-        batch_size=layout.shape[0],
-        rows=sharding.rows_here(layout),
-        start_step=start * parts,
-        left_out=[(step * parts, batches * parts) for step, batches in left_out],
+        seed=program.run.seed,
+        batch_size=program.run.batch_size,
+        rows=sharding.rows_here(program.batch["tokens"]),
+        start_step=start,
+        left_out=left_out,
     )
 
 
@@ -49,15 +41,11 @@ def documents_of(
     program: Program, sequences: Any, now: int, left_out: Sequence[tuple[int, int]]
 ) -> list[int]:
     """Returns the ids of the documents that step `now` reads, see `batches_of`."""
-    run, rows = program.run, program.batch["tokens"].shape[0]
-    parts = run.batch_size // rows
-    found: set[int] = set()
-    for part in range(parts):
-        found |= data.training_documents(
-            sequences,
-            seed=run.seed,
-            batch_size=rows,
-            step=(now - 1) * parts + part,
-            left_out=[(step * parts, batches * parts) for step, batches in left_out],
-        )
-    return sorted(found)
+    documents = data.training_documents(
+        sequences,
+        seed=program.run.seed,
+        batch_size=program.run.batch_size,
+        step=now - 1,
+        left_out=left_out,
+    )
+    return sorted(documents)

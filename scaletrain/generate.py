@@ -13,11 +13,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from scaletrain import config, data, mesh, origin, step
+from scaletrain import config, data, mesh, origin
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError
 from scaletrain.models import Cache
-from scaletrain.step import Program
+from scaletrain.program import Program, build
 from scaletrain.workdir import Workdir
 
 
@@ -123,7 +123,7 @@ def run(
         raise ConfigError(found)
     run = config.resolve(config.evaluated(run), jax.device_count())
     grid = mesh.build(run.mesh)
-    program = step.build(run, grid)
+    program = build(run, grid)
     tokenizer = _tokenizer(Workdir.of(workdir).tokenizer, prompts)
     end_id = tokenizer.end_id if tokenizer else -1  # -1: nothing ends a text
     ids = [
@@ -211,7 +211,7 @@ def _decode(
     end_id: int,
 ) -> Int[Array, "B N"]:
     """Returns the drawn tokens; rows are filled with `end_id` once they end."""
-    run, model = program.run, nnx.merge(program.graphdef, weights)
+    run, model = program.run, nnx.merge(program.eval_graphdef, weights)
     B, T = tokens_BT.shape
     N = sampling.max_new_tokens
     cache = Cache.empty(run.model, B, T + N, run.precision.compute)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scaletrain import checkpoint, config, data, families, mesh, safetensors, step
+from scaletrain import checkpoint, config, data, families, mesh, safetensors
 from scaletrain.config import (
     DataConfig,
     MeshConfig,
@@ -29,6 +29,7 @@ from scaletrain.config import (
 from scaletrain.errors import CheckpointError, ConfigError
 from scaletrain.families import Entry, Family
 from scaletrain.files import check_room, creating
+from scaletrain.program import build
 from scaletrain.safetensors import Stored
 from scaletrain.workdir import Workdir
 
@@ -54,7 +55,7 @@ def run(
     settings = _settings(folder, target, family, model, overrides)
     resolved = config.resolve(settings, jax.device_count())
     grid = mesh.build(resolved.mesh)
-    shapes = checkpoint.flat(step.build(resolved, grid).state.params)
+    shapes = checkpoint.flat(build(resolved, grid).state.params)
     entries = list(families.entries(family, model, shapes))
     stored = _matched(folder, family, model, entries)
     needed = sum(safetensors.nbytes(t.shape, t.dtype) for t in stored.values())

@@ -16,8 +16,8 @@ import sys
 from scaletrain import config, flags
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError, ScaletrainError
-from scaletrain.plan import slices
-from scaletrain.plan.slices import Slice
+from scaletrain.hardware import clouds, slices
+from scaletrain.hardware.slices import Slice
 
 
 def check(run: RunConfig, where: str, devices: int) -> RunConfig:
@@ -60,7 +60,8 @@ def facts(slice_: Slice, given: argparse.Namespace) -> dict[str, str | int]:
       ConfigError: it is not a TPU slice, or `workdir` is on no disk that outlives it.
     """
     problems = []
-    if not slice_.is_tpu:
+    tpu = slice_.chip.tpu
+    if tpu is None:
         problems.append(
             f"--topology={slice_.name}; not a TPU slice; see launch/README.md."
         )
@@ -69,18 +70,17 @@ def facts(slice_: Slice, given: argparse.Namespace) -> dict[str, str | int]:
             f"--workdir={given.workdir}; no path that every worker sees and that "
             "outlives them; give the absolute path of a mounted file system."
         )
-    if problems:
+    if problems or tpu is None:
         raise ConfigError(problems)
     last = given.workdir.rstrip("/").rpartition("/")[2].lower()
-    named = slices.parse(slice_.accelerator_type)
     return {
         "name": "scaletrain-" + re.sub("[^a-z0-9]+", "-", last)[:30].strip("-"),
         "config": given.config.partition(":")[0],
-        "accelerator_type": slice_.accelerator_type,
-        "runtime": slice_.cloud.runtime,
-        "accelerator": slice_.cloud.accelerator,
+        "accelerator_type": clouds.accelerator_type(tpu, slice_.shape),
+        "runtime": tpu.cloud.runtime,
+        "accelerator": tpu.cloud.accelerator,
         "shape": "x".join(map(str, slice_.shape)),
-        "default_shape": "x".join(map(str, named.shape)),
+        "default_shape": clouds.default_shape(tpu, slice_.shape),
         "hosts": slice_.hosts,
         "chips_per_host": slice_.chips // slice_.num_slices // slice_.hosts,
     }

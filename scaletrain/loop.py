@@ -25,8 +25,8 @@ from scaletrain.monitor import goodput
 from scaletrain.monitor.meter import Meter, PeakMemory, Throughput
 from scaletrain.monitor.phase_clock import STEP, WAIT, Phases
 from scaletrain.monitor.recorder import Recorder
+from scaletrain.program import Program, TrainState
 from scaletrain.rollbacks import Diverged
-from scaletrain.step import Program, TrainState
 
 
 @dataclasses.dataclass
@@ -111,8 +111,7 @@ class Loop:
         run = self.program.run
         if not 0 < start < run.num_steps or not _due(start, run.eval_every_steps):
             return False
-        known = str(self.recorder.evaluated)
-        return cluster.first(f"evaluated at {start}", known) == str(False)
+        return not cluster.decide(f"evaluated at {start}", self.recorder.evaluated)
 
     def _stop_if_asked(self, now: int, state: TrainState) -> None:
         """Saves and ends the attempt if a process was asked to; in all at this place.
@@ -140,21 +139,15 @@ class Loop:
         if not c.every_minutes or not _due(now, run.log_every_steps):
             return False
         late = time.monotonic() - self._saved >= 60 * c.every_minutes
-        return cluster.first(f"save at {now}", str(late)) == str(True)
+        return cluster.decide(f"save at {now}", late)
 
     def _step(
         self, state: TrainState, batches: Iterator
     ) -> tuple[TrainState, dict[str, Any]]:
-        """Takes one optimizer step, of one batch or of its parts in turn."""
-        hashes, numbers = [], {}
-        parts = self.program.run.batch_size // self.program.batch["tokens"].shape[0]
-        for _ in range(parts):
-            with self.phases(WAIT):
-                rows = next(batches)
-            batch = sharding.place(rows, self.program.batch)
-            state, numbers = self.execute(state, batch)
-            hashes.append(numbers["batch_hash"])
-        return state, numbers | {"batch_hash": hashes}
+        """Takes one optimizer step."""
+        with self.phases(WAIT):
+            rows = next(batches)
+        return self.execute(state, sharding.place(rows, self.program.batch))
 
     def _record(self) -> None:
         """Reads the pending step's numbers; logs, shows and judges them."""
@@ -175,7 +168,7 @@ class Loop:
                 "tokens": now * run.batch_size * run.seq_len,
                 "skipped": int(numbers["skipped"]),
                 "rollbacks": len(self.back.records),
-                "batch_hash": int(sum(map(int, numbers["batch_hash"])) % 2**32),
+                "batch_hash": int(numbers["batch_hash"]),
             }
             for meter in self._meters:
                 record |= meter.read(pace)

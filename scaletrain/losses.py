@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from scaletrain import sharding
 from scaletrain.config import PrecisionConfig
-from scaletrain.kernels.cross_entropy import cross_entropy
+from scaletrain.kernels.cross_entropy import cross_entropy, supports
 
 # Values that a device makes at once: 1 GiB in bfloat16, and as much for gradients, or
 # 2 GiB where those take the place of the logits. Each piece adds to the matrix's
@@ -70,11 +70,11 @@ def head_loss(
 
     Source: PaLM (arXiv 2204.02311) section 5 for the log(Z)^2 term.
     """
-    return _spread(head, False, x_BTD, w, targets_BT, weights_BT)[0]
+    return _sharded(head, False, x_BTD, w, targets_BT, weights_BT)[0]
 
 
 def _forward(head, x_BTD, w, targets_BT, weights_BT):
-    return _spread(head, True, x_BTD, w, targets_BT, weights_BT)
+    return _sharded(head, True, x_BTD, w, targets_BT, weights_BT)
 
 
 def _backward(head, gradients, cotangents):
@@ -86,7 +86,7 @@ def _backward(head, gradients, cotangents):
 head_loss.defvjp(_forward, _backward)
 
 
-def _spread(
+def _sharded(
     head: Head, learns: bool, x_BTD: Any, w: Any, targets_BT: Any, weights_BT: Any
 ) -> tuple[tuple[Any, LossSums], tuple[Any, Any]]:
     """Returns the loss and the gradients: every device works on what it holds.
@@ -96,7 +96,7 @@ def _spread(
     """
     rows, embed = sharding.mesh_axes("batch", "tokens"), sharding.mesh_axes("embed")
     vocab = sharding.mesh_axes("vocab")
-    here = functools.partial(_here, head, learns, rows, embed, vocab)
+    local = functools.partial(_local, head, learns, rows, embed, vocab)
     x_spec, batch = (
         sharding.spec("batch", "tokens", "residual"),
         sharding.spec("batch", "tokens"),
@@ -105,11 +105,11 @@ def _spread(
     learned = sharding.spec(*head.axes) if learns and head.trained else whole
     sums = jax.P()  # and the objective
     return sharding.by_device(
-        here, (x_spec, whole, batch, batch), (sums, (x_spec, learned))
+        local, (x_spec, whole, batch, batch), (sums, (x_spec, learned))
     )(x_BTD, w, targets_BT, weights_BT)
 
 
-def _here(
+def _local(
     head: Head,
     learns: bool,
     rows: tuple[str, ...],
@@ -124,27 +124,27 @@ def _here(
     B, T, D = x_BTD.shape
     reduce = head.precision.reduce
     V = w.shape[0 if head.vocab_first else 1]
-    at_once = 2 * LOGITS if _in_place(head, learns, vocab) else LOGITS
+    at_once = 2 * LOGITS if learns and supports(reduce, vocab) else LOGITS
     fewest = -(-B * T * V // at_once)
     count = next(c for c in range(fewest, B * T + 1) if B * T % c == 0)
     w_low = w.astype(head.precision.compute)
     dw = jnp.zeros(w.shape if learns and head.trained else (), reduce)
 
-    def piece(carry, inputs):
+    def chunk(carry, inputs):
         sums, dw = carry
         x_CD, targets_C, weights_C = inputs
-        more, dx_CD, more_dw = _piece(
+        more, dx_CD, more_dw = _chunk(
             head, learns, vocab, w_low, x_CD, targets_C, weights_C
         )
         return (jax.tree.map(jnp.add, sums, more), dw + more_dw), dx_CD
 
     zero = jnp.zeros((), jnp.float32)  # the format of the weights of tokens
-    pieces = (
+    chunks = (
         x_BTD.reshape(count, -1, D),
         targets_BT.reshape(count, -1),
         weights_BT.reshape(count, -1),
     )
-    carry, dx = jax.lax.scan(piece, (LossSums(zero, zero, zero), dw), pieces)
+    carry, dx = jax.lax.scan(chunk, (LossSums(zero, zero, zero), dw), chunks)
     sums, dw = carry
     sums = jax.tree.map(lambda s: jax.lax.psum(s, rows), sums) if rows else sums
     objective = sums.loss + head.z_loss * sums.z if head.z_loss else sums.loss
@@ -166,7 +166,7 @@ def _here(
     return (objective, sums), (dx_BTD, dw.astype(w.dtype))
 
 
-def _piece(
+def _chunk(
     head: Head,
     learns: bool,
     vocab: tuple[str, ...],
@@ -177,7 +177,7 @@ def _piece(
 ) -> tuple[LossSums, Any, Any]:
     """Returns the sums of C tokens and what they add to both gradients."""
     logits_CV = jnp.einsum(f"cd,{head.letters}->cv", x_CD, w)
-    if _in_place(head, learns, vocab):
+    if learns and supports(head.precision.reduce, vocab):
         log_z_C, picked_C, d_CV = cross_entropy(
             logits_CV,
             targets_C,
@@ -206,12 +206,6 @@ def _piece(
     return sums, dx_CD, dw
 
 
-def _in_place(head: Head, learns: bool, vocab: tuple[str, ...]) -> bool:
-    """Whether a kernel turns logits into their gradients where they lie."""
-    alone = learns and not vocab and head.precision.reduce == "float32"
-    return alone and sharding.platform() == "gpu"
-
-
 def _scored(
     head: Head,
     vocab: tuple[str, ...],
@@ -221,10 +215,10 @@ def _scored(
 ) -> tuple[Float[Array, " C"], Float[Array, " C"], Float[Array, "C V"]]:
     """Returns what `cross_entropy` does, of a vocabulary that may be cut."""
     dtype, logits_CV = logits_CV.dtype, logits_CV.astype(head.precision.reduce)
-    slope_CV = None
+    derivative_CV = None
     if head.soft_cap:
         tanh_CV = jnp.tanh(logits_CV / head.soft_cap)
-        logits_CV, slope_CV = head.soft_cap * tanh_CV, 1 - jnp.square(tanh_CV)
+        logits_CV, derivative_CV = head.soft_cap * tanh_CV, 1 - jnp.square(tanh_CV)
 
     def over_vocab(reduced, collective):
         return collective(reduced, vocab) if vocab else reduced
@@ -238,9 +232,11 @@ def _scored(
     hit_CV = (first + jnp.arange(V))[None, :] == targets_C[:, None]
     picked_C = jnp.sum(jnp.where(hit_CV, logits_CV, 0), axis=-1)
     picked_C = over_vocab(picked_C, jax.lax.psum)
-    pull_C = 1 + 2 * head.z_loss * log_z_C if head.z_loss else jnp.ones_like(log_z_C)
-    d_CV = jnp.exp(logits_CV - log_z_C[:, None]) * pull_C[:, None] - hit_CV
+    cotangent_C = (
+        1 + 2 * head.z_loss * log_z_C if head.z_loss else jnp.ones_like(log_z_C)
+    )
+    d_CV = jnp.exp(logits_CV - log_z_C[:, None]) * cotangent_C[:, None] - hit_CV
     d_CV *= weights_C[:, None]
-    if slope_CV is not None:
-        d_CV *= slope_CV
+    if derivative_CV is not None:
+        d_CV *= derivative_CV
     return log_z_C, picked_C, d_CV.astype(dtype)

@@ -13,10 +13,13 @@ from typing import Any, NoReturn
 
 from absl import logging as absl_logging
 
-from scaletrain import cluster, config, flags, stops
+from scaletrain import cluster, config, flags
+from scaletrain.cluster import signals
 from scaletrain.config import RunConfig
 from scaletrain.errors import ScaletrainError
+from scaletrain.hardware.gpus import MEMORY_FRACTION
 from scaletrain.monitor.phase_clock import Phases
+from scaletrain.program import build
 from scaletrain.workdir import Workdir
 
 _COMPILED_BYTES = 2**31  # in a workdir; beyond it those used least recently go
@@ -29,7 +32,7 @@ def main() -> None:
     absl_logging.set_verbosity(absl_logging.FATAL)
     _leave_out_last_writes()
     # Of a GPU's memory; by default jax leaves a quarter of it unused.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
     # Of the host's, for arrays on their way to a checkpoint; by default 64, which is
     # less than eight GPUs hold of a state that fills them.
     os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(_host_gib()))
@@ -71,9 +74,9 @@ def _leave_out_last_writes() -> None:
 
 
 def _train(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    stops.catch()
+    signals.catch()
     phases = Phases()
-    with stops.at_once(), phases("start"):
+    with signals.at_once(), phases("start"):
         _join(run, args)
         _keep_compiled(args.workdir)
         from scaletrain import evaluate, train
@@ -147,12 +150,12 @@ def _export(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], s
 def _config(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import jax
 
-    from scaletrain import mesh, sharding, step
+    from scaletrain import mesh, sharding
 
     run = config.resolve(run, config.mesh_size(run.mesh) or jax.device_count())
     grid = mesh.abstract(run.mesh)
     with jax.sharding.use_abstract_mesh(grid):
-        table = sharding.table(step.build(run, grid).state.params)
+        table = sharding.table(build(run, grid).state.params)
     settings = config.to_json(run)
     return json.loads(settings), f"{settings}\n{table}"
 

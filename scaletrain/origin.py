@@ -9,7 +9,7 @@ from typing import Any
 from scaletrain.checkpoint import Checkpoints, reading
 from scaletrain.config import RunConfig
 from scaletrain.errors import CheckpointError
-from scaletrain.step import TrainState
+from scaletrain.program import TrainState
 from scaletrain.workdir import Workdir
 
 Tree = Any

@@ -107,6 +107,30 @@ def by_device(
     )
 
 
+def on_local_rows(
+    local: Callable[..., Any], inputs: Sequence[str], outputs: Sequence[str]
+) -> Callable[..., Any]:
+    """Returns `local` run on the rows that each device holds.
+
+    XLA cannot partition a kernel's call by itself.
+
+    Args:
+      inputs: dims of each argument. "BT..." is split over its rows; all else is
+        replicated.
+      outputs: dims of each result, in the same way; "P..." are partial sums, which lie
+        one after another.
+    """
+    rows = spec("batch", "tokens")
+    sums = mesh_axes("batch", "tokens")
+
+    def spec_of(dims: str) -> jax.P:
+        if dims.startswith("BT"):
+            return jax.P(*rows, *(None,) * (len(dims) - 2))
+        return jax.P(sums, *(None,) * (len(dims) - 1)) if dims[0] == "P" else jax.P()
+
+    return by_device(local, tuple(map(spec_of, inputs)), tuple(map(spec_of, outputs)))
+
+
 def mesh_axes(*axes: str) -> tuple[str, ...]:
     """Returns the mesh axes of several devices that split a tensor of these axes."""
     entries = ((e,) if isinstance(e, str) else e or () for e in spec(*axes))
@@ -170,15 +194,19 @@ def param(
     *axes: str,
     std: float,
     dtype: Any,
+    kind: type[nnx.Param] = nnx.Param,
 ) -> nnx.Param:
     """Returns a parameter drawn from N(0, std^2) that knows its logical axes.
 
     A `std` of 0 gives zeros. Unknown axes raise here, where they are written.
+
+    Args:
+      kind: the type of the variable; it decides whether it is trained.
     """
     spec(*axes)
     zeros = jnp.zeros(shape, dtype)
     value = jax.random.normal(key, shape, dtype) * std if std else zeros
-    return nnx.Param(value, logical=axes)
+    return kind(value, logical=axes)
 
 
 def constrain(
@@ -197,12 +225,20 @@ def constrain(
     return jax.lax.optimization_barrier(x) if cut_first and mesh.manual_axes else x
 
 
-def logical_axes(params: nnx.State) -> Tree:
-    """Returns the logical axes of every parameter, as nested dicts."""
-    flat = nnx.to_flat_state(params)
-    return _nested(
-        {tuple(map(str, path)): leaf.get_metadata("logical") for path, leaf in flat}
-    )
+def is_matrix(axes: tuple[str, ...]) -> bool:
+    """Whether a parameter with these logical axes is multiplied, not added."""
+    return "embed" in axes or "rank" in axes
+
+
+def logical_axes(variables: nnx.State) -> Tree:
+    """Returns the logical axes of every variable, as nested dicts."""
+    return of_variables(variables, lambda leaf: leaf.get_metadata("logical"))
+
+
+def of_variables(variables: nnx.State, function: Callable[[nnx.Variable], Any]) -> Tree:
+    """Returns `function` of every variable, as nested dicts."""
+    flat = nnx.to_flat_state(variables)
+    return _nested({tuple(map(str, path)): function(leaf) for path, leaf in flat})
 
 
 def of_params(params: Tree, logical: Tree, mesh: Mesh | AbstractMesh) -> Tree:

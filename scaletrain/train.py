@@ -10,18 +10,17 @@ import jax
 from scaletrain import (
     checkpoint,
     cluster,
+    compilation,
     config,
     data,
     feed,
     mesh,
     origin,
-    remat,
     rollbacks,
     sharding,
-    step,
-    stops,
 )
 from scaletrain import workdir as workdirs
+from scaletrain.cluster import signals
 from scaletrain.config import RunConfig
 from scaletrain.console import say
 from scaletrain.errors import ConfigError
@@ -31,8 +30,8 @@ from scaletrain.monitor import goodput
 from scaletrain.monitor.phase_clock import Phases
 from scaletrain.monitor.recorder import Recorder
 from scaletrain.monitor.watchdog import Watchdog
+from scaletrain.program import Program, TrainState, build, initial
 from scaletrain.rollbacks import Diverged
-from scaletrain.step import Program, TrainState
 from scaletrain.workdir import Workdir
 
 
@@ -56,10 +55,10 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
     folder = workdirs.prepare(workdir)
     run = origin.pinned(_as_begun(run, folder))
     # 2. What: the corpus as tokens, the step as a program.
-    with stops.at_once(), phases("data"):
+    with signals.at_once(), phases("data"):
         corpus = feed.prepare(run)
         sequences = {s: data.sequences(corpus, s, run) for s in ("train", "validation")}
-    program = step.build(run, grid)
+    program = build(run, grid)
     with contextlib.ExitStack() as held:
         held.enter_context(jax.set_mesh(grid))
         if jax.process_index() == 0:
@@ -68,7 +67,7 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
         account = held.enter_context(goodput.Account(folder, phases))
         held.enter_context(Watchdog(phases, folder, run.watchdog_s))
         # 3. From where: the newest checkpoint, other weights, or the seed.
-        with stops.at_once():
+        with signals.at_once():
             _not_anew(folder)
             checkpoints = checkpoint.Checkpoints(folder, run, say=say)
             held.enter_context(contextlib.closing(checkpoints))
@@ -80,7 +79,7 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
                     _leave_settings(folder, run, corpus)
                     say(sharding.table(program.state.params))
                 with phases("compile"):
-                    program, execute = remat.compiled(program, run, reserved)
+                    program, execute = compilation.decided(program, run, reserved)
             with phases("restore"):
                 state = _first(program, checkpoints, start)
         # 4. The loop, begun again where it goes back.
@@ -168,7 +167,7 @@ def _first(
     if start is not None and not checkpoints.is_import(start):
         say(f"resuming from step {start} of {checkpoints.folder}")
         return checkpoints.restore(start, dataclasses.replace(wanted, frozen=frozen))
-    state = dataclasses.replace(initial(program), frozen=frozen)
+    state = dataclasses.replace(initial(program, with_frozen=False), frozen=frozen)
     if start is not None:
         say(f"starting from the import in {checkpoints.folder}")
         params = checkpoints.restore_params(start, wanted.params)
@@ -178,15 +177,3 @@ def _first(
     else:
         return state
     return dataclasses.replace(state, params=params)
-
-
-def initial(program: Program) -> TrainState:
-    """Returns the state of the seed, without what is frozen."""
-    layout = jax.tree.map(lambda leaf: leaf.sharding, program.state)
-    layout = dataclasses.replace(layout, frozen={})
-
-    def make() -> TrainState:
-        state = step.initial_state(program.run, program.tx)
-        return dataclasses.replace(state, frozen={})
-
-    return jax.jit(make, out_shardings=layout)()

@@ -18,7 +18,8 @@ import jax
 from scaletrain import config
 from scaletrain.config import DataConfig, MeshConfig, PrecisionConfig
 from scaletrain.config.form import from_config_dict
-from scaletrain.plan import compiler, slices
+from scaletrain.hardware import slices
+from scaletrain.plan import compiler
 
 ROOT = pathlib.Path(__file__).parent.parent
 FULL = {"remat": "full"}
@@ -112,7 +113,7 @@ def main():
         mine = row.batch * row.seq_len / said.step.seconds / slice_.chips
         error = mine / row.tokens_per_s_per_chip - 1
         errors.append(abs(error))
-        fits = said.fits and said.peak_bytes <= slice_.hbm_bytes
+        fits = said.fits and said.peak_bytes <= slice_.chip.hbm_bytes
         lines.append(
             f"| {row.label or row.model} | {row.topology} "
             f"| {row.batch} x {row.seq_len} | "

@@ -21,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 
+from scaletrain.hardware.chips import by_kind
+
 ROOT = pathlib.Path(__file__).parent.parent
 EXPERIMENT = "experiments/llama_1b.py:synthetic"
 LOW = "precision.gradients=bfloat16"  # as those of the peers
@@ -40,10 +42,6 @@ MIDDLE = (
 NAMES = "residual,query,key,value,attention,mlp_gate,mlp_up"
 PACKED = (*LARGE, "data.source=stdlib", "data.tokenizer=bytes")
 SAVES, STEPS = 50, 150  # of the row that trains
-TOPOLOGIES = {
-    "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA H100 80GB HBM3": "h100",
-    "NVIDIA H200": "h200", "NVIDIA B200": "b200",
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +148,7 @@ def trained(row, like):
 
 def planned(row, found):
     """Returns what plan says of the same step, with the CUDA compiler alone."""
-    topology = f"{TOPOLOGIES[found['device']['kind']]}:{row.devices}"
+    topology = f"{by_kind(found['device']['kind']).generation}:{row.devices}"
     out, why = told(["plan", "--json", f"--topology={topology}"], row)
     return json.loads(out) if out else {"problem": why}
 

@@ -14,7 +14,8 @@ import sys
 import time
 
 from scaletrain import config
-from scaletrain.plan import command, compiler, search, slices
+from scaletrain.hardware import slices
+from scaletrain.plan import command, compiler, search
 
 ROOT = pathlib.Path(__file__).parent.parent
 SLICES = (

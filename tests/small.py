@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from scaletrain import config, mesh, optim, step, train
+from scaletrain import compilation, config, mesh, train
 from scaletrain.config import (
     DataConfig,
     MeshConfig,
@@ -17,6 +17,7 @@ from scaletrain.config import (
     PrecisionConfig,
     RunConfig,
 )
+from scaletrain.program import build, initial_state
 
 MODEL = ModelConfig(
     num_layers=2,
@@ -87,7 +88,7 @@ def text_batch(run):
 def _untrained(model, precision, lora, seed):
     """Returns the state of a seed without that of an optimizer."""
     run = changed(RUN, model=model, precision=precision, lora=lora, seed=seed)
-    make = functools.partial(step.initial_state, run, optax.identity())
+    make = functools.partial(initial_state, run, optax.identity())
     return jax.device_get(jax.jit(make)())
 
 
@@ -98,7 +99,7 @@ class Taken:
         devices = config.mesh_size(run.mesh)
         self.run = config.resolve(run, devices)
         self.mesh = mesh.build(self.run.mesh, jax.devices()[:devices])
-        self.program = step.build(self.run, self.mesh)
+        self.program = build(self.run, self.mesh)
 
     @functools.cached_property
     def state(self):
@@ -110,14 +111,18 @@ class Taken:
         """The compiled step; many a test needs none."""
         program = self.program
         with jax.set_mesh(self.mesh):
-            return step.jitted(program).lower(program.state, program.batch).compile()
+            return (
+                compilation.jitted(program)
+                .lower(program.state, program.batch)
+                .compile()
+            )
 
     def initial(self):
         """Returns the state of the seed, from the host to where it belongs."""
         run = self.run
         # The optimizer's part is compiled alone: all optimizers begin with one model.
         state = _untrained(run.model, run.precision, run.lora, run.seed)
-        make = jax.jit(lambda: self.program.tx.init(optim.as_sums(state.params)))
+        make = jax.jit(lambda: self.program.tx.init(state.params))
         state = dataclasses.replace(state, opt_state=jax.device_get(make()))
         layout = jax.tree.map(lambda leaf: leaf.sharding, self.program.state)
         return jax.device_put(state, layout)
@@ -126,22 +131,19 @@ class Taken:
         """Makes runs see these devices, start where this did and take this step."""
         monkeypatch.setattr(jax, "device_count", lambda: self.mesh.size)
         monkeypatch.setattr(mesh, "build", lambda settings: self.mesh)
-        monkeypatch.setattr(step, "build", lambda *args: self.program)
-        monkeypatch.setattr(step, "compiled", lambda program, ready: self.execute)
-        monkeypatch.setattr(train, "initial", lambda program: self.initial())
+        monkeypatch.setattr(train, "build", lambda *args: self.program)
+        monkeypatch.setattr(
+            compilation, "compiled", lambda program, ready: self.execute
+        )
+        monkeypatch.setattr(train, "initial", lambda program, **_: self.initial())
 
     def step(self, batch):
         """Takes one optimizer step; returns its numbers as floats."""
-        parts = self.run.batch_size // self.program.batch["tokens"].shape[0]
-        numbers = {}
-        for part in range(parts):
-            placed = {
-                name: jax.device_put(
-                    rows[part::parts], self.program.batch[name].sharding
-                )
-                for name, rows in batch.items()
-            }
-            self.state, numbers = self.execute(self.state, placed)
+        placed = {
+            name: jax.device_put(rows, self.program.batch[name].sharding)
+            for name, rows in batch.items()
+        }
+        self.state, numbers = self.execute(self.state, placed)
         return {name: float(value) for name, value in numbers.items()}
 
     def losses(self, steps):

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from scaletrain.models import attention
-from scaletrain.models.attention import Scores, attend
+from scaletrain.models.attention import Scores, attend, splash
 
 
 def reference(q, k, v, q_segments, kv_segments, q_start, window):
@@ -46,7 +45,7 @@ def test_equals_the_reference(implementation, N, K, window):
         q_segments_BT=jnp.asarray(q_segments),
         kv_segments_BS=jnp.asarray(kv_segments),
         q_start=start,
-        how=Scores(scale=H**-0.5, window=window),
+        scores=Scores(scale=H**-0.5, window=window),
         implementation=implementation,
     )
     wanted = reference(q, k, v, q_segments, kv_segments, start, window)
@@ -66,7 +65,7 @@ def test_packed_equals_unpacked(implementation):
     def run(q, k, v, segments):
         out = attend(
             q, k, v, q_segments_BT=segments, kv_segments_BS=segments,
-            how=Scores(scale=H**-0.5), implementation=implementation,
+            scores=Scores(scale=H**-0.5), implementation=implementation,
         )  # fmt: skip
         return jnp.sum(jnp.sin(out)), out
 
@@ -94,7 +93,7 @@ def test_softmax_runs_in_the_reduce_precision():
                 v,
                 q_segments_BT=segments,
                 kv_segments_BS=segments,
-                how=Scores(scale=1.0),
+                scores=Scores(scale=1.0),
             )
         )(q, v)
     )
@@ -138,7 +137,7 @@ def test_the_kernel_for_gpus_equals_the_plain_one(how, local, K, H, documents):
         def loss(q, k, v):
             out = attend(
                 q, k, v, q_segments_BT=jnp.asarray(segments),
-                kv_segments_BS=jnp.asarray(segments), how=how, local=local,
+                kv_segments_BS=jnp.asarray(segments), scores=how, local=local,
                 implementation=implementation,
             )  # fmt: skip
             return jnp.sum(out.astype(jnp.float32) * weight), out
@@ -172,8 +171,8 @@ def test_the_kernel_for_tpus_equals_the_plain_one(
 
     The queries' are made with the others' while there are copies to keep them in.
     """
-    monkeypatch.setattr(attention, "_splash_block", lambda: 128)
-    monkeypatch.setattr(attention, "SPLASH_COPIES", copies)
+    monkeypatch.setattr(splash, "_block", lambda: 128)
+    monkeypatch.setattr(splash, "COPIES", copies)
     B, T, N = 1, 256, 4
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = ((B, T, N, H), (B, T, K, H), (B, T, K, H))
@@ -182,7 +181,7 @@ def test_the_kernel_for_tpus_equals_the_plain_one(
 
     def run(q, k, v, local, implementation):
         out = attend(
-            q, k, v, q_segments_BT=segments, kv_segments_BS=segments, how=how,
+            q, k, v, q_segments_BT=segments, kv_segments_BS=segments, scores=how,
             local=local, implementation=implementation,
         )  # fmt: skip
         return jnp.sum(jnp.sin(3 * out)), out

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import bench, config, flags, flops, matrices, mesh, step
+from scaletrain import bench, config, flags, flops, hlo, matrices, mesh
 from scaletrain.bench import command, loops, profile, roofline, shapes, sweep, timing
 from scaletrain.config import LoraConfig, MeshConfig
 from scaletrain.errors import BenchError, CheckpointError, ConfigError
-from scaletrain.plan import hlo
+from scaletrain.hardware import chips
+from scaletrain.program import build, initial
 
 KEYS = {
     "step_time_s", "step_time_spread", "tokens_per_s_per_device", "mfu", "mfu_palm",
@@ -199,11 +200,11 @@ def test_steps_are_those_of_training():
     run = small.changed(small.RUN, accumulate_steps=2, optim__accumulate="multi_steps")
     run = config.resolve(run, 1)
     grid = mesh.build(run.mesh, jax.devices()[:1])
-    program = step.build(run, grid)
+    program = build(run, grid)
     with jax.set_mesh(grid):
         steps = timing.Steps(program, run, timing.synthetic)
         times, waits = steps.take(3)
-        state = timing.initial_state(program)
+        state = initial(program, with_frozen=True)
         feed = timing.synthetic(program)
         for _ in range(6):
             state, _ = steps.compiled(state, feed())
@@ -218,7 +219,7 @@ def test_steps_are_those_of_training():
 
 def test_synthetic_batches_are_whole_documents():
     run = config.resolve(small.RUN, 1)
-    program = step.build(run, mesh.build(run.mesh, jax.devices()[:1]))
+    program = build(run, mesh.build(run.mesh, jax.devices()[:1]))
     batch = timing.synthetic(program)()
     assert batch.keys() == program.batch.keys()
     for name, shape in program.batch.items():
@@ -295,7 +296,7 @@ def test_a_sweep_tries_the_units_that_the_device_has(monkeypatch):
         return [each["overrides"].get("precision.matmul", "") for each in found]
 
     assert not any(matmuls())  # a CPU emulates both
-    monkeypatch.setitem(sweep.LOW_PRECISION, "cpu", {"fp8": 2, "int8": 2})
+    monkeypatch.setattr(chips, "low_precision", lambda kind: {"fp8": 2, "int8": 2})
     assert matmuls()[0] == "fp8"
     assert {"fp8", "int8", ""} == set(matmuls())
 

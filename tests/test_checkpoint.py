@@ -25,8 +25,8 @@ from scaletrain import config, main, manifest, train, workdir, writer
 from scaletrain.checkpoint import Checkpoints
 from scaletrain.errors import CheckpointError
 from scaletrain.manifest import UNFINISHED, Manifest
+from scaletrain.program import TrainState
 from scaletrain.retention import kept
-from scaletrain.step import TrainState
 from scaletrain.workdir import Workdir
 
 # Orbax's threads of a save that failed end when they are collected.
@@ -421,7 +421,7 @@ cluster.join(argparse.Namespace(
 ))
 import jax, jax.numpy as jnp
 from scaletrain.errors import CheckpointError
-from scaletrain.step import TrainState
+from scaletrain.program import TrainState
 
 mesh = jax.make_mesh((2,), ("data",))
 def state(value):

@@ -5,7 +5,8 @@ import pathlib
 import jax
 import pytest
 
-from scaletrain import config, flops, mesh, step
+from scaletrain import compilation, config, flops, mesh
+from scaletrain.program import build
 
 FOLDER = pathlib.Path(__file__).parent.parent / "experiments"
 # One of the names in families.py; tests/test_families_presets.py has them all.
@@ -24,8 +25,8 @@ def test_lowers_for_tpu(spec):
     run = config.resolve(run, config.mesh_size(run.mesh) or 4)
     grid = mesh.abstract(run.mesh)
     with jax.sharding.use_abstract_mesh(grid):
-        program = step.build(run, grid)
-        traced = step.jitted(program).trace(program.state, program.batch)
+        program = build(run, grid)
+        traced = compilation.jitted(program).trace(program.state, program.batch)
         text = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert f"num_partitions = {grid.size}" in text
     count = sum(leaf.size for leaf in jax.tree.leaves(program.state.params))

@@ -25,7 +25,7 @@ def taken():
 
 def full_forward(taken, prompt, count, end_id):
     """Returns greedy tokens, running the whole sequence again for each."""
-    model = nnx.merge(taken.program.graphdef, taken.state.params)
+    model = nnx.merge(taken.program.eval_graphdef, taken.state.params)
     forward = jax.jit(lambda *inputs: model(*inputs))
     tokens = list(prompt)
     for _ in range(count):

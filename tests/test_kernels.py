@@ -160,7 +160,7 @@ def test_where_heads_are_turned_by_the_kernel(settings, called, monkeypatch):
         given.append(heads)
         return rotated(heads_BTF, sin_BTP, heads)
 
-    monkeypatch.setattr(layers, "split_rotated", split)
+    monkeypatch.setattr(rotary, "split_rotated", split)
     platform = settings.get("platform", "gpu")
     monkeypatch.setattr(sharding, "platform", lambda: platform)
     model = dataclasses.replace(small.MODEL, **settings.get("model", {}))
@@ -283,7 +283,7 @@ def test_branch_within_matmuls_is_the_plain_one(grid, remat, monkeypatch):
         monkeypatch.setattr(gated, "matmul", in_plain_words)
 
     def made(compute, *, fits):
-        monkeypatch.setattr(mlp, "takes", lambda *sizes: fits)
+        monkeypatch.setattr(gated, "takes", lambda *sizes: fits)
         precision = PrecisionConfig(compute=compute)
         branch = mlp.Mlp(model, precision, LoraConfig(), jax.random.key(0))
         graphdef, params = nnx.split(branch)
@@ -322,7 +322,7 @@ def test_branch_within_matmuls_is_the_plain_one(grid, remat, monkeypatch):
 )
 def test_matmuls_are_written_down_once_for_all_layers(remat, count, monkeypatch):
     """A GPU's compiler would else make each anew; a third is one that runs again."""
-    monkeypatch.setattr(mlp, "takes", lambda *sizes: True)
+    monkeypatch.setattr(gated, "takes", lambda *sizes: True)
     model = dataclasses.replace(
         small.MODEL, d_model=64, d_ff=256, num_layers=3, layers="unroll", **remat
     )
@@ -354,7 +354,7 @@ def test_matmuls_are_written_down_once_for_all_layers(remat, count, monkeypatch)
 def test_where_the_branch_is_within_its_matmuls(settings, asked, monkeypatch):
     """Each device's sizes are asked for; what is more than a product is left alone."""
     told, fused = [], []
-    monkeypatch.setattr(mlp, "takes", lambda *sizes: not told.append(sizes))
+    monkeypatch.setattr(gated, "takes", lambda *sizes: not told.append(sizes))
     monkeypatch.setattr(mlp, "fused_mlp", lambda how, x, w: fused.append(how) or x)
     model = dataclasses.replace(small.MODEL, **settings.get("model", {}))
     lora = settings.get("lora", LoraConfig())

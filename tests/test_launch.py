@@ -13,7 +13,7 @@ import time
 import numpy as np
 import small
 
-from scaletrain import config
+from scaletrain import config, train
 from scaletrain.config import DataConfig, MeshConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -53,8 +53,8 @@ def kill_one(launched, workdir, at):
     os.kill(int(line.split()[0]), signal.SIGKILL)
 
 
-def test_two_processes_and_then_one_train_like_one(tmp_path):
-    """2 processes x 4 devices, killed, then 1 x 4, learn what 1 x 1 does."""
+def test_two_processes_and_then_one_train_like_one(tmp_path, monkeypatch):
+    """2 processes x 4 devices, killed, then 1 x 4, learn what one device does."""
     run = small.changed(
         small.RUN,
         num_steps=100_000,
@@ -66,21 +66,19 @@ def test_two_processes_and_then_one_train_like_one(tmp_path):
         checkpoint__keep_every_steps=4,
         data=DataConfig(
             source="files",
-            path=str(ROOT / "tests" / "test_s*.py"),  # evaluated in whole
+            path=str(pathlib.Path(json.__file__).parent / "*.py"),
             validation_fraction=0.2,
             cache_dir=str(tmp_path / "cache"),
         ),
     )
-    meshes = {"two": MeshConfig(data=-1, tensor=2), "one": MeshConfig(data=-1)}
-    words = {}
-    for name, mesh in meshes.items():
-        path = tmp_path / f"{name}.json"
-        path.write_text(config.to_json(small.changed(run, mesh=mesh)))
-        workdir = tmp_path / f"work dir's {name}"  # quoting matters
-        words[name] = [f"--config={path}", f"--workdir={workdir}", "--json"]
-    two, one = (tmp_path / f"work dir's {name}" for name in ("two", "one"))
+    two, one = tmp_path / "work dir's two", tmp_path / "one"  # quoting matters
+    path = tmp_path / "two.json"
+    path.write_text(
+        config.to_json(small.changed(run, mesh=MeshConfig(data=-1, tensor=2)))
+    )
+    words = [f"--config={path}", f"--workdir={two}", "--json"]
     with subprocess.Popen(
-        [*LOCAL, "--processes=2", "--devices=4", "--", *words["two"]],
+        [*LOCAL, "--processes=2", "--devices=4", "--", *words],
         env=ENV, stderr=subprocess.PIPE, text=True,
     ) as launched:  # fmt: skip
         kill_one(launched, two, at=4)
@@ -91,13 +89,13 @@ def test_two_processes_and_then_one_train_like_one(tmp_path):
     assert "ended without a word" in said
     saved = [int(p.name) for p in (two / "checkpoints").iterdir() if p.name.isdigit()]
     steps = max(saved) + 2
-    for name, devices in (("two", 4), ("one", 1)):
-        done = launch(
-            "--processes=1", f"--devices={devices}", "--", *words[name],
-            f"--config.num_steps={steps}",
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout[done.stdout.index("{") :])["step"] == steps
+    resumed = f"--config.num_steps={steps}"
+    done = launch("--processes=1", "--devices=4", "--", *words, resumed)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout[done.stdout.index("{") :])["step"] == steps
+    run = small.changed(run, num_steps=steps, mesh=MeshConfig(data=1))
+    small.Taken(run).stand_in(monkeypatch)
+    train.run(run, str(one))
     assert records(two, "batch_hash") == records(one, "batch_hash")
     for name in ("loss", "eval_loss"):
         found, straight = records(two, name), records(one, name)
@@ -143,8 +141,9 @@ def test_processes_that_differ_end_and_say_in_what(tmp_path):
 # Asks whether to stop, as between steps, until it is so; then hangs.
 ASKING = """\
 import sys, time
-from scaletrain import cluster, flags, stops
-stops.catch()
+from scaletrain import cluster, flags
+from scaletrain.cluster import signals
+signals.catch()
 cluster.join(flags.read(["train", *sys.argv[1:-1]])[0])
 print("joined", flush=True)
 asked = 1

@@ -9,9 +9,11 @@ import optax
 import pytest
 import small
 
-from scaletrain import mesh, muon, optim, step
+from scaletrain import mesh, optim, step
 from scaletrain.config import MeshConfig, OptimConfig, RunConfig
 from scaletrain.config.schema import leaves
+from scaletrain.optim import muon
+from scaletrain.program import build
 
 CHOICES = {
     path: field.metadata.get("choices") for path, field, _ in leaves(RunConfig())
@@ -99,7 +101,7 @@ def test_decay_reaches_embeddings_if_asked_to():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_state_keeps_the_parameters_precision(name):
     run = with_optimizer(name)
-    state = step.build(run, mesh.abstract(run.mesh)).state
+    state = build(run, mesh.abstract(run.mesh)).state
     kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(state.opt_state)}
     assert kinds <= {"float32", "int32"}
 
@@ -212,16 +214,20 @@ def guarded_by(pairs, *, sigma, window, state=None):
     """Returns what a guard applied of updates with these (loss, gradient) pairs."""
     tx = optim.guarded(optax.identity(), sigma, window)
     params = {"w": jnp.zeros(())}
-    state = tx.init(optim.as_sums(params)) if state is None else state
+    state = tx.init(params) if state is None else state
 
     @jax.jit
     def step(state, pair):
         # Two tokens: what arrives are sums.
-        sums = optim.Sums(
-            {"w": 2 * pair[1]}, 2 * pair[0], jnp.array(2.0), jnp.zeros(())
+        updates, state = tx.update(
+            {"w": 2 * pair[1]},
+            state,
+            params,
+            loss=2 * pair[0],
+            tokens=jnp.array(2.0),
+            finite=jnp.array(True),
         )
-        updates, state = tx.update(sums, state, optim.as_sums(params))
-        return state, (updates.params["w"], state.limits)
+        return state, (updates["w"], state.limits)
 
     state, (applied, limits) = jax.lax.scan(step, state, jnp.asarray(pairs))
     return np.asarray(applied), np.asarray(limits), state

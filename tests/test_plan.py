@@ -1,5 +1,6 @@
 """Plans: what can be asked, what the compiler says and how it is read."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -23,27 +24,36 @@ import small
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from scaletrain import chips, config, flops, main, mesh, sharding, step, train
+from scaletrain import (
+    compilation,
+    config,
+    flops,
+    hlo,
+    main,
+    mesh,
+    sharding,
+    step,
+    train,
+)
 from scaletrain.config import AxesConfig, MeshConfig, PrecisionConfig
 from scaletrain.errors import ConfigError, PlanError
+from scaletrain.hardware import chips, slices
+from scaletrain.hardware.chip import Figure
 from scaletrain.models import attention
 from scaletrain.plan import (
     command,
     compiler,
-    cost,
     estimate,
-    hlo,
     launch,
     memory,
     record,
     report,
     search,
-    slices,
-    targets,
     timing,
     worker,
 )
 from scaletrain.plan.record import Wanted
+from scaletrain.program import build
 
 KEYS = {
     "fits", "hbm_peak_bytes", "hbm_limit_bytes", "hbm_by_class", "parameters",
@@ -65,100 +75,6 @@ RUN = small.changed(
     precision__compute="bfloat16",
     mesh=MeshConfig(fsdp=4),
 )
-
-
-@pytest.mark.parametrize(
-    ("text", "name", "chips", "devices"),
-    [
-        ("v5p:4x4x4", "v5p:4x4x4", 64, 64),
-        ("v5p-128", "v5p:4x4x4", 64, 64),
-        ("v5litepod-256", "v5e:16x16", 256, 256),
-        ("v5p-512", "v5p:4x8x8", 256, 256),  # of its size the squarest
-        ("v6e-8", "v6e:2x4", 8, 8),
-        ("tpu7x:4x4x4", "tpu7x:4x4x4", 64, 128),
-        ("h100:8", "h100:8", 8, 8),
-    ],
-)
-def test_slices_have_their_names(text, name, chips, devices):
-    found = slices.parse(text)
-    assert (found.name, found.chips, found.devices) == (name, chips, devices)
-    assert slices.parse(text, 2).chips == 2 * chips if found.is_tpu else True
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("v5p:4x4x5", "the nearest is v5p:4x4x4"),
-        ("v5p:4x4", "the nearest is v5p:2x2x4"),
-        ("v5p:16x16", "the nearest is v5p:4x8x8"),
-        ("v6e-100", "the nearest is v6e-"),
-        ("v9:2x2", "unknown; write GENERATION:SHAPE"),
-        ("h100:12", "hosts of 8, as h100:16"),
-        ("nonsense", "unknown"),
-    ],
-)
-def test_slices_that_do_not_exist_are_refused(text, words):
-    with pytest.raises(ConfigError, match=words):
-        slices.parse(text)
-
-
-def test_rings_are_told_to_the_compiler():
-    wraps = {
-        name: slices.parse(name).kwargs["wrap"]
-        for name in ("v5p:4x4x4", "v5p:2x2x4", "v6e:16x16", "v5e:8x16", "v6e:4x4")
-    }
-    assert list(wraps.values()) == [
-        (True,) * 3, (False,) * 3, (True, True, False), (False, True, False),
-        (False,) * 3,
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", slices.GPUS)
-def test_of_a_gpu_counts_what_a_run_may_allocate(name, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["scaletrain", "--version"])
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-    with pytest.raises(SystemExit):
-        main.main()
-    share = float(os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION"))
-    sold = {"a100": 80, "h100": 80, "h200": 141, "b200": 180}[name] * 1e9
-    whole = slices.parse(f"{name}:1").hbm_bytes / share
-    assert sold <= whole <= 1.07 * sold  # 80 GB are somewhat more
-    (told,) = re.findall(r"device_memory_size: (\d+)", targets.text(name))
-    assert whole == pytest.approx(int(told))  # the compiler's limits are of the same
-
-
-def test_a_bill_adds_up():
-    """10^9 tokens at 1000 tokens/s a chip on 10 chips: 10^5 s, by hand."""
-    bill = cost.of(
-        1e9, 1000, 10, "v5p", price_per_chip_hour=3.6, watts_per_chip=500, pue=1.2,
-        grid_g_per_kwh=100,
-    )  # fmt: skip
-    assert bill.hours == pytest.approx(1e5 / 3600)
-    assert bill.cost_usd == pytest.approx(1e5 / 3600 * 10 * 3.6)
-    assert bill.energy_kwh == pytest.approx(1e5 / 3600 * 10 * 0.5 * 1.2)
-    assert bill.co2e_kg == pytest.approx(bill.energy_kwh * 0.1)
-    given = {name for name, *_, source in bill.constants if "command line" in source}
-    assert given == {"price", "power", "PUE", "grid"}
-
-
-def test_every_figure_says_where_it_is_from():
-    figures = [f for rates in cost.RATES.values() for f in rates if f is not None]
-    for figure in (*figures, *cost.GRID.values(), cost.PUE):
-        assert figure.value > 0
-        assert len(figure.source) > 20
-    assert set(cost.RATES) == set(slices.CHIPS)
-    for name, words in (("v5p:4x4x4", "between slices"), ("h200:16", "between hosts")):
-        rates = slices.parse(name, 1 + name.startswith("v")).rates
-        assert words in [each[0] for each in rates]
-        for _, value, _, source in rates:
-            assert value > 0
-            assert len(source) > 15
-    with pytest.raises(ConfigError, match=r"(?s)--region=mars.*--pue=0.5; below 1"):
-        cost.check("mars", None, None, 0.5, None)
-    odd = {"price_per_chip_hour": math.inf, "watts_per_chip": -1.0, "pue": math.nan}
-    words = r"(?s)hour=inf; not a finite .*chip=-1.0; below 0.*pue=nan; not a finite "
-    with pytest.raises(ConfigError, match=words):
-        cost.check(region=None, grid_g_per_kwh=None, **odd)
 
 
 HLO = """\
@@ -279,7 +195,7 @@ def test_a_buffer_of_no_origin_is_told_of_by_its_shape():
         (100, "f32[5] fusion.8"),
     ]
     run = config.resolve(config.check(RUN), 4)
-    weights = step.build(run, mesh.build(run.mesh, jax.devices()[:4])).state.weights
+    weights = build(run, mesh.build(run.mesh, jax.devices()[:4])).state.weights
     shapes = worker.shapes(weights)
     rows, model = run.model.vocab_size, run.model
     assert "embedding" in shapes[f"{rows},{model.d_model}"]
@@ -407,6 +323,35 @@ def test_attention_of_a_gpu_reads_beside_its_products():
     )
 
 
+def _multiplied(kind):
+    return f"""
+HloModule step, is_scheduled=true
+
+ENTRY %main (x: {kind}[2048,8192], y: {kind}[8192,4096]) -> f32[2048,4096] {{
+  %x = {kind}[2048,8192]{{1,0}} parameter(0)
+  %y = {kind}[8192,4096]{{1,0}} parameter(1)
+  ROOT %out = f32[2048,4096]{{1,0}} dot(%x, %y), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+}}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "slower"),
+    [
+        ("h100:1", "f8e4m3fn", 0.5),
+        ("v5e:1x1", "s8", 0.5),
+        ("a100:1", "f8e4m3fn", 1),  # it has no units for it
+        ("h100:1", "f32", 2),
+        ("v5e:1x1", "f32", 1),
+    ],
+)
+def test_a_product_takes_as_long_as_the_chips_rate_says(name, kind, slower):
+    slice_ = slices.parse(name)
+    found = timing.account(hlo.parse(_multiplied(kind)), {"data": 1}, slice_).seconds
+    peak = slice_.chip.matmul_efficiency * slice_.chip.peak_flops
+    assert found == pytest.approx(slower * 2 * 2048 * 8192 * 4096 / peak)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -430,13 +375,13 @@ def test_the_compiler_sees_the_step_that_trains(planned):
     """Parameters and bytes of a device are those of the program on CPU devices."""
     run, said = planned
     grid = mesh.build(run.mesh, jax.devices()[:4])
-    state = step.build(run, grid).state
+    state = build(run, grid).state
     assert said.parameters == sum(x.size for x in jax.tree.leaves(state.weights))
     assert said.by_class["parameters"] == sharding.nbytes(state.weights)
     assert said.by_class["optimizer"] == sharding.nbytes(state.opt_state)
     assert sum(said.by_class.values()) == said.peak_bytes
     assert said.fits
-    assert 0 < said.peak_bytes < slices.parse("v5e:2x2").hbm_bytes
+    assert 0 < said.peak_bytes < slices.parse("v5e:2x2").chip.hbm_bytes
 
 
 def test_weights_travel_as_often_as_they_must(planned):
@@ -849,7 +794,9 @@ def test_offloaded_values_leave_the_chip(monkeypatch):
         RUN, model__remat="save", model__remat_offload=("residual", "attention")
     )
     run = config.resolve(config.check(run), 4)
-    monkeypatch.setattr(timing, "HOST_BYTES_PER_S", 1e6)  # so slow that it is late
+    slow = Figure(1e6, "so slow that it is late")
+    v5e = dataclasses.replace(chips.CHIPS["v5e"], host_bytes_per_s=slow)
+    monkeypatch.setitem(chips.CHIPS, "v5e", v5e)
     said = compiler.compile(run, slices.parse("v5e:2x2"))
     assert said.host_bytes > 0
     assert said.step.by_class["host_offload"] > said.host_bytes / 1e6
@@ -885,14 +832,14 @@ def test_experiments_fit_their_slices(experiment, name, overrides):
     """Those of `make plan-all`: compiled if that is quick, or else lowered."""
     run, slice_ = plans.resolved(experiment, name, overrides)
     if slice_.devices > 64:
-        program = step.build(run, mesh.build(run.mesh, _devices(name)))
+        program = build(run, mesh.build(run.mesh, _devices(name)))
         with jax.set_mesh(program.mesh):
-            step.jitted(program).lower(program.state, program.batch)
-        assert sharding.nbytes(program.state) < slice_.hbm_bytes
+            compilation.jitted(program).lower(program.state, program.batch)
+        assert sharding.nbytes(program.state) < slice_.chip.hbm_bytes
     else:
         said = compiler.compile(run, slice_)
         assert said.fits
-        assert said.peak_bytes <= slice_.hbm_bytes
+        assert said.peak_bytes <= slice_.chip.hbm_bytes
 
 
 def _layers(module, layers):
@@ -946,7 +893,7 @@ def test_collectives_are_as_few_and_as_late_as_promised(name, monkeypatch):
     assert {opcode for opcode, _, _ in sums} == {"all-reduce"}, backward
     assert len(sums) == 4  # the norms' go with a matrix's
 
-    state = step.build(run, mesh.build(run.mesh, _devices(name))).state
+    state = build(run, mesh.build(run.mesh, _devices(name))).state
     sizes = {
         int(each.operands[0]): each.nbytes
         for each in module.computations[module.entry].instructions
@@ -997,7 +944,7 @@ def test_the_attention_kernel_becomes_machine_code(name, not_kept):
 
     def run(q, k, v, segments):
         out = attention.attend(
-            q, k, v, q_segments_BT=segments, kv_segments_BS=segments, how=how,
+            q, k, v, q_segments_BT=segments, kv_segments_BS=segments, scores=how,
             implementation="splash",
         )  # fmt: skip
         return jnp.sum(out.astype(jnp.float32))
@@ -1012,21 +959,21 @@ def test_the_attention_kernel_becomes_machine_code(name, not_kept):
         lowered = jax.jit(jax.grad(run, (0, 1, 2))).lower(q, k, k, segments)
         text = lowered.compile().as_text()
     assert text.count("tpu_custom_call") >= 2
-    block = chips.SPLASH_BLOCKS[devices[0].device_kind]
-    assert f'\\"block_q\\": {block}' in text
+    chip = chips.by_kind(devices[0].device_kind)
+    assert chip.generation == name.partition(":")[0]
+    assert f'\\"block_q\\": {chip.tpu.splash_block}' in text
 
 
 def test_options_that_the_compiler_does_not_know_are_named(monkeypatch):
     run = config.resolve(small.RUN, 1)
-    kind = jax.devices()[0].device_kind
     options = {"xla_no_such_option": 3, "xla_cpu_enable_fast_math": False}
-    monkeypatch.setitem(step.COMPILER_OPTIONS, kind, options)
-    program = step.build(run, mesh.build(run.mesh, jax.devices()[:1]))
+    monkeypatch.setattr(chips, "compiler_options", lambda kind: options)
+    program = build(run, mesh.build(run.mesh, jax.devices()[:1]))
     with (
         jax.set_mesh(program.mesh),
         pytest.warns(UserWarning, match="compiler option xla_no_such_option=3"),
     ):
-        step.compiled(program)
+        compilation.compiled(program)
     assert "xla_no_such_option" in options  # the table is as it was
 
 
@@ -1038,7 +985,7 @@ def test_options_of_tpus_are_known_to_their_compiler(kind):
     assert devices[0].device_kind == kind
     where = jax.sharding.SingleDeviceSharding(devices[0])
     given = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=where)
-    options = chips.COMPILER_OPTIONS[kind]
+    options = chips.compiler_options(kind)
     # Without a TPU an executable that was kept cannot be read again.
     least = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, least)
@@ -1104,10 +1051,14 @@ def test_small_runs_are_the_same_everywhere(monkeypatch):
             "config": config.to_json(run), "topology": slice_.topology,
             "platform": slice_.platform, "kwargs": slice_.kwargs,
         })  # fmt: skip
-        program = step.build(run, mesh.build(run.mesh, jax.devices()))
+        program = build(run, mesh.build(run.mesh, jax.devices()))
         with jax.set_mesh(program.mesh):
             # train's own takes a second to compile; it begins with these shapes.
-            state = train.initial(program) if i < 3 else _placed(program.state)
+            state = (
+                train.initial(program, with_frozen=False)
+                if i < 3
+                else _placed(program.state)
+            )
             jaxpr = jax.make_jaxpr(functools.partial(step.train_step, program=program))(
                 program.state, program.batch
             )

@@ -38,6 +38,8 @@ from scaletrain import (
     train,
 )
 from scaletrain.errors import CheckpointError, ConfigError, DataError
+from scaletrain.models import Decoder
+from scaletrain.program import build
 from scaletrain.workdir import Workdir
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
@@ -162,7 +164,7 @@ def checkpoint_weights(workdir):
     run = config.resolve(settings(workdir), jax.device_count())
     grid = mesh.build(run.mesh)
     with jax.set_mesh(grid):
-        program = step.build(run, grid)
+        program = build(run, grid)
         _, weights = origin.weights_of(workdir, run, None, program.state)
     return jax.device_get(checkpoint.flat(weights))
 
@@ -174,7 +176,7 @@ def test_gradients_equal_torch_autograd(imported):
     run = settings(workdir, precision__compute="float32", seq_len=64)
     run = config.resolve(run, jax.device_count())
     grid = mesh.build(run.mesh)
-    program = step.build(run, grid)
+    program = build(run, grid)
     batch = {name: wanted[name] for name in ("tokens", "targets", "weights")}
     B, T = batch["tokens"].shape
     batch["positions"] = np.tile(np.arange(T, dtype=np.int32), (B, 1))
@@ -666,7 +668,7 @@ def test_every_parameter_has_a_place_and_every_place_a_parameter(name):
     found = json.loads((REFERENCE / name / "config.json").read_text())
     family, model = families.of_config(found)
     run = small.changed(small.RUN, model=model)
-    made = nnx.state(step.Decoder(model, run.precision, jax.random.key(0)))
+    made = nnx.state(Decoder(model, run.precision, jax.random.key(0)))
     weights = checkpoint.flat(jax.device_get(nnx.to_pure_dict(made)))
     again = {path: np.zeros_like(value) for path, value in weights.items()}
     for entry in families.entries(family, model, weights):
@@ -681,6 +683,8 @@ def test_every_parameter_has_a_place_and_every_place_a_parameter(name):
 PEAK = """
 import pathlib, re, sys
 from scaletrain import checkpoint, importer, main, step  # what every import needs
+from scaletrain.models import Decoder
+from scaletrain.program import build
 
 def peak():  # ru_maxrss would begin with the memory of the process that started this
     status = pathlib.Path("/proc/self/status").read_text()
@@ -699,7 +703,7 @@ def test_an_import_needs_little_more_memory_than_its_weights(tmp_path):
     found |= sizes | {"num_hidden_layers": 4, "head_dim": 256, "pad_token_id": None}
     family, model = families.of_config(found)
     run = small.changed(small.RUN, model=model)
-    made = nnx.eval_shape(lambda: step.Decoder(model, run.precision, jax.random.key(0)))
+    made = nnx.eval_shape(lambda: Decoder(model, run.precision, jax.random.key(0)))
     paths = checkpoint.flat(nnx.to_pure_dict(nnx.state(made)))
     tensors = {
         entry.name: (entry.shape, np.dtype(np.float32))

@@ -12,6 +12,7 @@ import small
 from scaletrain import mesh, step
 from scaletrain.config import AxesConfig, MeshConfig
 from scaletrain.errors import ConfigError
+from scaletrain.program import build
 
 
 @pytest.fixture(scope="module")
@@ -185,4 +186,4 @@ def test_a_kernel_of_other_devices_is_refused(kernel):
         small.RUN, model__attention=kernel, seq_len=128, precision__compute="bfloat16"
     )
     with pytest.raises(ConfigError, match=f"attention={kernel}; a kernel for a .PU, "):
-        step.build(run, mesh.build(run.mesh, jax.devices()[:1]))
+        build(run, mesh.build(run.mesh, jax.devices()[:1]))

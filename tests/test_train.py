@@ -253,7 +253,7 @@ def test_another_corpus_is_refused(brief, tmp_path):
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])
 def test_a_checkpoint_must_match_leaf_by_leaf(brief, tmp_path, monkeypatch, change):
     """That it does not is told before the step is compiled."""
-    from scaletrain import checkpoint, remat
+    from scaletrain import checkpoint, compilation
 
     whole, shorter = checkpoint.flat, jax.numpy.ones(31)
 
@@ -276,7 +276,7 @@ def test_a_checkpoint_must_match_leaf_by_leaf(brief, tmp_path, monkeypatch, chan
         "extra": "surplus: not in this model",
         "shape": r"norm/scale: \(31,\) stored, \(32,\) wanted",
     }
-    monkeypatch.delattr(remat, "compiled")
+    monkeypatch.delattr(compilation, "compiled")
     with pytest.raises(CheckpointError, match=words[change]):
         train.run(dataclasses.replace(brief, num_steps=2), str(tmp_path))
 

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import losses
+from scaletrain import losses, sharding
 from scaletrain.config import MeshConfig
+from scaletrain.kernels import norm, rotary
 from scaletrain.kernels.cross_entropy import cross_entropy
 from scaletrain.kernels.norm import add_norm
 from scaletrain.kernels.rotary import split_rotated
-from scaletrain.models import attention, layers
+from scaletrain.models import attention
+from scaletrain.models.attention import splash
 
 RUN = small.changed(small.RUN, seq_len=128, batch_size=8)  # 128: what splash takes
 EXACT, ROUNDED = 2e-6, 1e-2  # of a loss; fewer bits are coarser
@@ -76,17 +78,17 @@ def test_every_variant_reaches_the_losses_of_the_plain_step(name, alone, monkeyp
         return call
 
     kernels = {
-        "splash": {attention._splash},
+        "splash": {splash.attend},
         "kernels of a GPU": {add_norm, cross_entropy, split_rotated},
     }.get(name, set())
     if name == "splash":
-        splash = interpreted(attention._splash)
-        monkeypatch.setitem(attention.IMPLEMENTATIONS, "xla", splash)
+        kernel = interpreted(splash.attend)
+        monkeypatch.setitem(attention.IMPLEMENTATIONS, "xla", kernel)
     elif kernels:
-        monkeypatch.setattr(layers, "add_norm", interpreted(add_norm))
-        monkeypatch.setattr(layers, "split_rotated", interpreted(split_rotated))
+        monkeypatch.setattr(norm, "add_norm", interpreted(add_norm))
+        monkeypatch.setattr(rotary, "split_rotated", interpreted(split_rotated))
         monkeypatch.setattr(losses, "cross_entropy", interpreted(cross_entropy))
-        monkeypatch.setattr(layers.sharding, "platform", lambda: "gpu")
+        monkeypatch.setattr(sharding, "platform", lambda: "gpu")
     if "chunks" in name:
         monkeypatch.setattr(losses, "LOGITS", 100 * RUN.model.vocab_size)
     run = small.changed(RUN, **({"mesh": MeshConfig(fsdp=4)} | settings))

@@ -7,16 +7,15 @@ from typing import Any
 
 import jax
 
-from scaletrain import config, mesh, step, workdir
+from scaletrain import config, mesh, workdir
 from scaletrain.bench import profile, roofline, timing
 from scaletrain.bench.sweep import Sweep
 from scaletrain.bench.timing import Timed
-from scaletrain.chips import does_not_fit
 from scaletrain.config import RunConfig
 from scaletrain.console import say
-from scaletrain.errors import BenchError, ConfigError
+from scaletrain.errors import BenchError, ConfigError, does_not_fit
 from scaletrain.monitor.meter import Throughput
-from scaletrain.step import Program
+from scaletrain.program import Program, build
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +79,7 @@ def run(run: RunConfig, request: Request) -> dict[str, Any]:
 def _timed(run: RunConfig, request: Request) -> tuple[Program, Timed, dict[str, Any]]:
     """Returns the program of a resolved run, its time, and where it went if asked."""
     grid = mesh.build(run.mesh)
-    program = step.build(run, grid)
+    program = build(run, grid)
     with jax.set_mesh(grid):
         feed = timing.from_data if request.data else timing.synthetic
         steps = timing.Steps(program, run, feed)

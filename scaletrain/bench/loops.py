@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scaletrain.chips import COMPILER_OPTIONS
+from scaletrain.hardware import chips
 
 REPEATS = 8  # inside a loop
 _ROUNDS = 3  # of which the median counts
@@ -69,7 +69,7 @@ def median(call: Callable, carry: Any) -> float:
 
 def compiled(jitted: Any, *args: Any) -> Any:
     """Returns `jitted` compiled with the options that the step is compiled with."""
-    options = COMPILER_OPTIONS.get(kind())
+    options = chips.compiler_options(kind())
     return jitted.lower(*args).compile(compiler_options=options)
 
 

@@ -16,9 +16,8 @@ from typing import Any
 
 import jax
 
-from scaletrain import step
+from scaletrain import compilation, hlo
 from scaletrain.bench.timing import Steps
-from scaletrain.plan import hlo
 
 STEPS = 3  # that are traced
 _LARGEST = 12  # kernels that are listed
@@ -63,7 +62,7 @@ def of(steps: Steps, workdir: str) -> dict[str, Any]:
     if jax.default_backend() == "gpu":
         # A command buffer is one event, whatever it holds.
         one_by_one = {"xla_gpu_enable_command_buffer": ""}
-        steps.compiled = step.compiled(steps.program, one_by_one)
+        steps.compiled = compilation.compiled(steps.program, one_by_one)
     with jax.profiler.trace(folder, profiler_options=options):
         steps.take(STEPS)
     files = pathlib.Path(folder).glob("**/*.xplane.pb")

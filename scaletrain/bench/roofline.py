@@ -15,13 +15,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from scaletrain import optim
-from scaletrain.bench import loops, shapes, timing
+from scaletrain.bench import loops, shapes
 from scaletrain.bench.shapes import Attention, Gemm
-from scaletrain.chips import BF16_PEAK_FLOPS
 from scaletrain.config import RunConfig
+from scaletrain.hardware.chips import by_kind
 from scaletrain.models.attention import Scores, attend
-from scaletrain.step import Program
+from scaletrain.program import Program, initial
 
 COPY_BYTES = 2**28  # far above what any chip caches
 MESSAGE_BYTES = 2**27  # of what a collective makes or takes in all, as is customary
@@ -90,12 +89,12 @@ def _gemms(run: RunConfig) -> dict[str, Any]:
         dot = functools.partial(jnp.einsum, letters, preferred_element_type=dtype)
         return loops.seconds(dot, x, y)
 
-    found = {}
+    chip, found = by_kind(loops.kind()), {}
     for name, gemm in shapes.gemms(run).items():
         alike = dataclasses.replace(gemm, count=1)
         times = {f"{each}_s": seconds(alike, each) for each in gemm.passes}
         speed = gemm.flops * len(times) / sum(times.values())
-        peak = BF16_PEAK_FLOPS.get(loops.kind(), math.inf)
+        peak = chip.peak_flops if chip else math.inf
         assert speed <= peak, f"{name}: {speed:.3g} FLOP/s, and the peak is {peak:.3g}"
         found[name] = {
             "rows": gemm.rows,
@@ -129,7 +128,7 @@ def _attention(shape: Attention, run: RunConfig) -> dict[str, Any]:
             v_BSKH,
             q_segments_BT=segments_BT,
             kv_segments_BS=segments_BS,
-            how=how,
+            scores=how,
             local=shape.local,
             implementation=model.attention,
         )
@@ -166,31 +165,24 @@ def _optimizer(program: Program) -> float:
 
     def update(params, opt_state, grads):
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-        sums = optim.as_sums(grads)._replace(weight=jnp.ones(()))
-        whole = optim.as_sums(params)
-        updates, opt_state = program.tx.update(sums, opt_state, whole)
-        updates = cast(optim.Sums, updates).params
+        one = jnp.ones(())
+        updates, opt_state = program.tx.update(
+            grads, opt_state, params, loss=one, tokens=one, finite=jnp.array(True)
+        )
         return optax.apply_updates(params, updates), opt_state
 
     with jax.set_mesh(cast(Mesh, program.mesh)):
-        state = timing.initial_state(program)
+        state = initial(program, with_frozen=True)
         params, opt_state = state.params, state.opt_state
         del state  # and with it what is frozen
-        # Sums of several parts have the format of the parameters.
+        # Sums of micro-batches have the format of the parameters.
         alone = program.run.accumulate_steps == 1
         low = program.run.precision.gradients
         grads = jax.tree.map(lambda p: jnp.array(p, low if alone else p.dtype), params)
         kept = jax.tree.map(lambda leaf: leaf.sharding, (params, opt_state))
         jitted = jax.jit(update, donate_argnums=(0, 1), out_shardings=kept)
         run = loops.compiled(jitted, params, opt_state, grads)
-        calls = timing.parts(program)
-
-        def step(carry):
-            for _ in range(calls):
-                carry = run(*carry, grads)
-            return carry
-
-        return loops.median(step, (params, opt_state))
+        return loops.median(lambda carry: run(*carry, grads), (params, opt_state))
 
 
 _COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce")

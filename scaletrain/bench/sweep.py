@@ -13,12 +13,12 @@ import jax
 
 from scaletrain import config
 from scaletrain.bench.timing import Timed
-from scaletrain.chips import LOW_PRECISION, does_not_fit
+from scaletrain.compilation import CANDIDATES
 from scaletrain.config import RunConfig
 from scaletrain.console import say
-from scaletrain.errors import ConfigError
+from scaletrain.errors import ConfigError, does_not_fit
+from scaletrain.hardware import chips
 from scaletrain.plan import search
-from scaletrain.remat import CANDIDATES
 
 Overrides = dict[str, Any]
 _BATCHES = (0.5, 1, 1.5, 2)
@@ -143,7 +143,7 @@ def _matmuls(kind: str) -> list[Overrides]:
         "fp8": {"precision.matmul": "fp8", "precision.scaling": "delayed"},
         "int8": {"precision.matmul": "int8", "precision.scaling": "current"},
     }
-    units = LOW_PRECISION.get(kind, {})
+    units = chips.low_precision(kind)
     return [{}, *(low[each] for each in units if units[each] > 1)]
 
 

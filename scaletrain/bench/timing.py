@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scaletrain import data, feed, loop, remat, sharding, step
+from scaletrain import compilation, data, feed, loop, sharding
 from scaletrain.config import RunConfig
 from scaletrain.monitor.meter import peak_memory_bytes
-from scaletrain.step import Batch, Program
+from scaletrain.program import Batch, Program, initial
 
 WARM_UP = 3  # steps: a first one loads kernels, and a second may record graphs of them
 Feed = Callable[[], Batch]  # the next batch, on the devices
@@ -47,10 +46,10 @@ class Steps:
     def __init__(self, program: Program, asked: RunConfig, feed: Callable):
         self._peak_before = peak_memory_bytes(jax.local_devices())
         began = time.perf_counter()
-        self.program, self.compiled = remat.compiled(program, asked)
+        self.program, self.compiled = compilation.decided(program, asked)
         self.compile_time_s = time.perf_counter() - began
         self._feed: Feed = feed(self.program)
-        self.state = initial_state(self.program)
+        self.state = initial(self.program, with_frozen=True)
 
     def measure(self, count: int) -> Timed:
         """Warms up and goes straight on to `count` steps that are timed."""
@@ -68,7 +67,6 @@ class Steps:
         As in training, a step is dispatched while the one before runs. Another thread
         notes when each is done: the host adds nothing to what it measures.
         """
-        calls = parts(self.program)
         asked, fed, done = [], [], []
         began = time.perf_counter()
         with (
@@ -76,7 +74,7 @@ class Steps:
             loop.garbage_kept(),
             jax.transfer_guard("disallow"),
         ):
-            for _ in range(count * calls):
+            for _ in range(count):
                 asked.append(time.perf_counter())
                 batch = self._feed()
                 fed.append(time.perf_counter())
@@ -87,10 +85,7 @@ class Steps:
                 done.append(watch.submit(_ready_at, numbers))
         ends = np.array([began, *(each.result() for each in done)])
         waits = np.maximum(0, np.array(fed) - np.maximum(asked, ends[:-1]))
-        steps, idle = (
-            x.reshape(count, calls).sum(axis=1).tolist() for x in (np.diff(ends), waits)
-        )
-        return steps, idle
+        return np.diff(ends).tolist(), waits.tolist()
 
     def _peak(self) -> int | None:
         """Returns what a device held at most, counted by it or by the compiler.
@@ -101,25 +96,13 @@ class Steps:
         counted = peak_memory_bytes(jax.local_devices())
         if counted is not None and counted > (self._peak_before or 0):
             return counted
-        return remat.peak_bytes(self.compiled)
+        return compilation.peak_bytes(self.compiled)
 
 
 def _ready_at(numbers: dict[str, Any]) -> float:
     """Returns when the devices had them."""
     jax.block_until_ready(numbers)
     return time.perf_counter()
-
-
-def parts(program: Program) -> int:
-    """Returns the calls that make an optimizer step: more with optim.accumulate."""
-    return program.run.batch_size // program.batch["tokens"].shape[0]
-
-
-def initial_state(program: Program) -> Any:
-    """Returns the state of the seed, on the devices, and with what is frozen."""
-    layout = jax.tree.map(lambda leaf: leaf.sharding, program.state)
-    make = functools.partial(step.initial_state, program.run, program.tx)
-    return jax.jit(make, out_shardings=layout)()
 
 
 def synthetic(program: Program) -> Feed:

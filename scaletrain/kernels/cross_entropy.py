@@ -6,6 +6,7 @@ second time the row comes from the chip's cache, if that holds all rows under wa
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from scaletrain import sharding
+
 _BLOCK = 8192  # values that are taken at once
+
+
+def supports(reduce: str, vocab_axes: Sequence[str]) -> bool:
+    """Whether the mesh's devices run `cross_entropy`.
+
+    Args:
+      reduce: format of the sums, as `precision.reduce`.
+      vocab_axes: mesh axes that split the vocabulary; a row must lie on one device.
+    """
+    return sharding.platform() == "gpu" and reduce == "float32" and not vocab_axes
 
 
 def cross_entropy(

@@ -10,14 +10,21 @@ matrices of 2048 x 8192 and an H100.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from scaletrain import sharding
-from scaletrain.kernels.matmul import COLUMNS, PIECE, Epilogue, Refs, Tile, matmul
+from scaletrain.kernels.matmul import (
+    COLUMNS,
+    PIECE,
+    Epilogue,
+    Refs,
+    Tile,
+    matmul,
+    takes,
+)
 
 TURN = COLUMNS // 2  # columns of gate, then as many of up: a tile has both
 # u and du/dx of an activation x sigmoid(u).
@@ -49,6 +56,18 @@ def deinterleaved(both_DG: Float[Array, "D G"]) -> tuple[Array, Array]:
     return turns[:, :, 0].reshape(D, G // 2), turns[:, :, 1].reshape(D, G // 2)
 
 
+def supports(shape_BTD: tuple[int, ...], d_ff: int, compute: str) -> bool:
+    """Whether the mesh's devices run `forward` and `backward` with these sizes.
+
+    Args:
+      compute: format of the matmuls, as `precision.compute`.
+    """
+    local_BT = sharding.share(shape_BTD[:2], "batch", "tokens")
+    if local_BT is None or sharding.axis_size("tensor") > 1:
+        return False
+    return takes(math.prod(local_BT), shape_BTD[2], d_ff, compute)
+
+
 def forward(
     gate: Gate,
     x_BTD: Float[Array, "B T D"],
@@ -60,7 +79,7 @@ def forward(
       w_DG: the matrices of both, see `interleaved`.
     """
 
-    def here(x_BTD, w_DG):
+    def local(x_BTD, w_DG):
         (B, T, D), F = x_BTD.shape, w_DG.shape[1] // 2
         epilogue = Epilogue(
             _nothing, functools.partial(_multiplied, gate), slots=2, stages=4
@@ -69,7 +88,8 @@ def forward(
         outs = matmul(epilogue, inputs, shapes)
         return tuple(each.reshape(B, T, F) for each in outs)
 
-    return _on_own_rows(here, 1, 1, 3)(x_BTD, w_DG)
+    run = sharding.on_local_rows(local, ("BTD", "DG"), ("BTF",) * 3)
+    return run(x_BTD, w_DG)
 
 
 def backward(
@@ -85,7 +105,7 @@ def backward(
       again: returns the product, too, the very one of `forward`.
     """
 
-    def here(dout_BTD, gate_BTF, up_BTF, down_FD):
+    def local(dout_BTD, gate_BTF, up_BTF, down_FD):
         (B, T), F = dout_BTD.shape[:2], down_FD.shape[0]
         finish = functools.partial(_pulled, gate, again)
         epilogue = Epilogue(_asked, finish, slots=4 + again, stages=3)
@@ -98,17 +118,9 @@ def backward(
         )
         return tuple(each.reshape(B, T, -1) for each in outs)
 
-    return _on_own_rows(here, 3, 1, 1 + again)(*streams, down_FD)
-
-
-def _on_own_rows(
-    here: Callable[..., Any], streams: int, matrices: int, outs: int
-) -> Callable[..., Any]:
-    """Returns `here` run on the rows that each device holds, with whole matrices."""
-    rows = sharding.spec("batch", "tokens", "residual")
-    return sharding.by_device(
-        here, (*[rows] * streams, *[jax.P()] * matrices), (rows,) * outs
-    )
+    outs = ("BTG", "BTF")[: 1 + again]
+    run = sharding.on_local_rows(local, ("BTD", "BTF", "BTF", "FD"), outs)
+    return run(*streams, down_FD)
 
 
 def _sigmoid(x: Array) -> Array:

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from scaletrain import sharding
-from scaletrain.chips import HOPPER
+from scaletrain.hardware.chips import by_kind
 
 
 class _Mosaic:
@@ -93,7 +93,8 @@ def takes(rows: int, inner: int, columns: int, dtype: str) -> bool:
     """Whether the devices of the mesh in use run it, with these sizes on each."""
     whole = rows % (2 * ROWS) == inner % _DEPTH == columns % COLUMNS == 0
     fits = whole and inner <= _DEEPEST and dtype == "bfloat16"
-    return fits and sharding.device_kind() in HOPPER
+    chip = by_kind(sharding.device_kind())
+    return fits and chip is not None and chip.is_hopper
 
 
 def matmul(

@@ -6,7 +6,7 @@ stream and normalises the sum; another gives the gradient of both.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +19,17 @@ from scaletrain import sharding
 
 LARGEST = 16_384  # values of a row that fit into the registers of one block
 _PROGRAMS = 1024  # of the backward kernel; each adds up the rows it sees
+
+
+def supports(shape_BTD: tuple[int, ...], reduce: str) -> bool:
+    """Whether the mesh's devices run `add_norm` on a stream of this shape.
+
+    Args:
+      reduce: format of the sums, as `precision.reduce`.
+    """
+    even = sharding.share(shape_BTD[:2], "batch", "tokens") is not None
+    fits = shape_BTD[-1] <= LARGEST and reduce == "float32"
+    return sharding.platform() == "gpu" and even and fits
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -40,42 +51,26 @@ def add_norm(
 def _forward(x_BTD, branch_BTD, scale_D, eps, interpret):
     alone = branch_BTD is None
     streams = (x_BTD,) if alone else (x_BTD, branch_BTD)
-    here = functools.partial(_forward_here, eps, interpret)
+    local = functools.partial(_forward_local, eps, interpret)
     outs = ("BTD", "BT") if alone else ("BTD", "BT", "BTD")
-    normed_BTD, rate_BT, *sums = _on_own_rows(here, streams, scale_D, outs)
+    dims = ("BTD",) * len(streams)
+    run = sharding.on_local_rows(local, (*dims, "D"), outs)
+    normed_BTD, rate_BT, *sums = run(*streams, scale_D)
     sum_BTD = x_BTD if alone else sums[0]
     return (sum_BTD, normed_BTD), (sum_BTD, rate_BT, scale_D, alone)
 
 
 def _backward(eps, interpret, residuals, cotangents):
     sum_BTD, rate_BT, scale_D, alone = residuals
-    here = functools.partial(_backward_here, interpret)
+    local = functools.partial(_backward_local, interpret)
     streams = (*cotangents, sum_BTD, rate_BT)
-    dx_BTD, dscale_PD = _on_own_rows(here, streams, scale_D, ("BTD", "PD"))
+    dims = "BTD", "BTD", "BTD", "BT", "D"
+    run = sharding.on_local_rows(local, dims, ("BTD", "PD"))
+    dx_BTD, dscale_PD = run(*streams, scale_D)
     return dx_BTD, None if alone else dx_BTD, jnp.sum(dscale_PD, axis=0)
 
 
 add_norm.defvjp(_forward, _backward)
-
-
-def _on_own_rows(
-    here: Callable[..., Any],
-    streams: Sequence[Array],
-    scale_D: Array,
-    outs: Sequence[str],
-) -> Any:
-    """Runs `here` on the rows that each device holds; `outs` are dims of its results.
-
-    The compiler cannot cut a kernel's call by itself. P are sums over rows.
-    """
-    stream = sharding.spec("batch", "tokens", "residual")
-    rows = sharding.mesh_axes("batch", "tokens")
-    specs = {"BTD": stream, "BT": jax.P(*stream[:2]), "PD": jax.P(rows, None)}
-    return sharding.by_device(
-        here,
-        (*(specs["BTD"[: each.ndim]] for each in streams), jax.P()),
-        tuple(specs[name] for name in outs),
-    )(*streams, scale_D)
 
 
 def _call(
@@ -101,7 +96,7 @@ def _block(D: int) -> tuple[int, int]:
     return block, max(1, min(16, block // 512))
 
 
-def _forward_here(eps, interpret, *arrays):
+def _forward_local(eps, interpret, *arrays):
     """Returns the normalised stream, its 1 / rms and, of two streams, their sum."""
     B, T, D = arrays[0].shape
     flat = [each.reshape(B * T, D) for each in arrays[:-1]]
@@ -141,7 +136,7 @@ def _add_norm_forward(*refs, D, eps, block):
     plgpu.store(normed_ref.at[row, columns], normed, mask=inside)
 
 
-def _backward_here(interpret, dsum_BTD, dnormed_BTD, sum_BTD, rate_BT, scale_D):
+def _backward_local(interpret, dsum_BTD, dnormed_BTD, sum_BTD, rate_BT, scale_D):
     """Returns the stream's gradient, and the scale's as a sum for each program."""
     B, T, D = sum_BTD.shape
     block, warps = _block(D)

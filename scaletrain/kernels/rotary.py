@@ -31,6 +31,16 @@ class Heads(NamedTuple):
 Parts = tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]
 
 
+def supports(shape_BTD: tuple[int, ...]) -> bool:
+    """Whether the mesh's devices run `split_rotated` on tokens of this shape.
+
+    With a tensor axis the heads of a device do not lie beside each other.
+    """
+    even = sharding.share(shape_BTD[:2], "batch", "tokens") is not None
+    alone = sharding.axis_size("tensor") == 1
+    return sharding.platform() == "gpu" and alone and even
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def split_rotated(
     heads_BTF: Float[Array, "B T F"],
@@ -51,34 +61,23 @@ def split_rotated(
 
 
 def _forward(heads_BTF, sin_BTP, cos_BTP, heads, interpret):
-    here = functools.partial(_split_here, heads, interpret)
-    parts = _on_own_rows(here, (heads_BTF, sin_BTP, cos_BTP), (4, 4, 4))
+    local = functools.partial(_split_local, heads, interpret)
+    run = sharding.on_local_rows(local, ("BTF", "BTP", "BTP"), ("BTNH", "BTKH", "BTKH"))
+    parts = run(heads_BTF, sin_BTP, cos_BTP)
     return parts, (sin_BTP, cos_BTP)
 
 
 def _backward(heads, interpret, angles, cotangents):
-    here = functools.partial(_join_here, heads, interpret)
-    (dheads_BTF,) = _on_own_rows(here, (*cotangents, *angles), (3,))
+    local = functools.partial(_join_local, heads, interpret)
+    dims = "BTNH", "BTKH", "BTKH", "BTP", "BTP"
+    (dheads_BTF,) = sharding.on_local_rows(local, dims, ("BTF",))(*cotangents, *angles)
     return dheads_BTF, *(jnp.zeros_like(each) for each in angles)
 
 
 split_rotated.defvjp(_forward, _backward)
 
 
-def _on_own_rows(
-    here: Callable[..., Any], streams: tuple[Array, ...], dims: tuple[int, ...]
-) -> Any:
-    """Runs `here` on the tokens that each device holds; `dims` are of its results."""
-    rows = sharding.spec("batch", "tokens")
-    specs = {ndim: jax.P(*rows, *(None,) * (ndim - 2)) for ndim in (3, 4)}
-    return sharding.by_device(
-        here,
-        tuple(specs[each.ndim] for each in streams),
-        tuple(specs[ndim] for ndim in dims),
-    )(*streams)
-
-
-def _split_here(heads, interpret, heads_BTF, sin_BTP, cos_BTP):
+def _split_local(heads, interpret, heads_BTF, sin_BTP, cos_BTP):
     B, T, _ = heads_BTF.shape
     N, K, H = heads
     outs = [(B * T * n, H) for n in (N, K, K)]
@@ -87,7 +86,7 @@ def _split_here(heads, interpret, heads_BTF, sin_BTP, cos_BTP):
     return tuple(each.reshape(B, T, -1, H) for each in found)
 
 
-def _join_here(heads, interpret, dq_BTNH, dk_BTKH, dv_BTKH, sin_BTP, cos_BTP):
+def _join_local(heads, interpret, dq_BTNH, dk_BTKH, dv_BTKH, sin_BTP, cos_BTP):
     B, T, N, H = dq_BTNH.shape
     rows = B * T * (N + 2 * heads.keys)
     parts = (each.reshape(-1, H) for each in (dq_BTNH, dk_BTKH, dv_BTKH))

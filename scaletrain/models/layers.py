@@ -11,10 +11,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from scaletrain import sharding
 from scaletrain.config import LoraConfig, ModelConfig, PrecisionConfig, RopeConfig
-from scaletrain.kernels.norm import LARGEST, add_norm
-from scaletrain.kernels.rotary import Heads, Parts, split_rotated
+from scaletrain.kernels import norm as norm_kernel
+from scaletrain.kernels import rotary as rotary_kernel
 from scaletrain.matrices import LAYER
 from scaletrain.models.attention import Scores, attend
 from scaletrain.models.linear import Linear, project_all, together
@@ -64,17 +63,13 @@ class Norm(nnx.Module):
         self, x_BTD: Float[Array, "B T D"], branch_BTD: Float[Array, "B T D"] | None
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         """Returns `x` with a branch added, if there is one, and that normalised."""
-        if sharding.platform() == "gpu" and self._has_kernel(x_BTD.shape):
+        reduce = self.precision.reduce
+        if not self.centred and norm_kernel.supports(x_BTD.shape, reduce):
             scale_D = self.offset + self.scale[...].astype(jnp.float32)
-            return add_norm(x_BTD, branch_BTD, scale_D, self.eps)
+            return norm_kernel.add_norm(x_BTD, branch_BTD, scale_D, self.eps)
         if branch_BTD is not None:
             x_BTD += branch_BTD
         return x_BTD, self(x_BTD)
-
-    def _has_kernel(self, shape: tuple[int, ...]) -> bool:
-        plain = not self.centred and self.precision.reduce == "float32"
-        even = sharding.share(shape[:2], "batch", "tokens") is not None
-        return plain and even and shape[-1] <= LARGEST
 
 
 def rotary_rates(
@@ -208,7 +203,7 @@ class Attention(nnx.Module):
             v_BSKH,
             q_segments_BT=segments_BT,
             kv_segments_BS=kv_segments_BS,
-            how=Scores(
+            scores=Scores(
                 scale=model.attention_scale or model.d_head**-0.5,
                 soft_cap=model.attention_soft_cap,
                 window=model.sliding_window,
@@ -225,16 +220,20 @@ class Attention(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         positions_BT: Int[Array, "B T"],
         local: bool | Bool[Array, ""],
-    ) -> Parts:
+    ) -> rotary_kernel.Parts:
         """Returns queries, keys and values, with their positions."""
         model, linears = self.model, (self.q, self.k, self.v)
         rope = model.positions == "rope"
-        if rope and self._has_kernel(x_BTD.shape):
+        # Nothing may come between the matmul and the positions.
+        fused = rope and self.q_norm is None and all(each.plain for each in linears)
+        if fused and rotary_kernel.supports(x_BTD.shape):
             ws = tuple(each.weight[...].reshape(x_BTD.shape[2], -1) for each in linears)
             sin_BTP, cos_BTP = _angles(positions_BT, self._rates(local))
-            heads = Heads(model.num_heads, model.num_kv_heads, model.d_head)
+            heads = rotary_kernel.Heads(
+                model.num_heads, model.num_kv_heads, model.d_head
+            )
             heads_BTF = project_all(x_BTD, ws, self.precision)
-            return split_rotated(heads_BTF, sin_BTP, cos_BTP, heads)
+            return rotary_kernel.split_rotated(heads_BTF, sin_BTP, cos_BTP, heads)
         q_BTNH, k_BTKH, v_BTKH = together(x_BTD, linears)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
@@ -243,16 +242,6 @@ class Attention(nnx.Module):
             q_BTNH = rotate(q_BTNH, positions_BT, rates_P)
             k_BTKH = rotate(k_BTKH, positions_BT, rates_P)
         return q_BTNH, k_BTKH, v_BTKH
-
-    def _has_kernel(self, shape: tuple[int, ...]) -> bool:
-        """Whether nothing comes between the matmul and the positions."""
-        if sharding.platform() != "gpu" or sharding.axis_size("tensor") > 1:
-            return False
-        even = sharding.share(shape[:2], "batch", "tokens") is not None
-        alone = self.q_norm is None and all(
-            each.plain for each in (self.q, self.k, self.v)
-        )
-        return even and alone
 
     def _rates(self, local: bool | Bool[Array, ""]) -> Float[Array, " P"]:
         rope, H = self.model.rope, self.model.d_head

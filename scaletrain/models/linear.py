@@ -22,7 +22,7 @@ from scaletrain.config import (
     quantised,
 )
 from scaletrain.matrices import Matrix
-from scaletrain.models.lowbits import project_fp8, project_int8
+from scaletrain.models.quantised import Amax, project_fp8, project_int8
 from scaletrain.sharding import constrain, param
 
 
@@ -117,8 +117,8 @@ def _project_all_backward(precision, residuals, dy_BTF):
 project_all.defvjp(_project_all_forward, _project_all_backward)
 
 
-class Amax(nnx.Variable):
-    """The largest magnitudes a matmul scales its input and its gradient for."""
+class Adapter(nnx.Param):
+    """A matrix of a low-rank update: trained where the weights are frozen."""
 
 
 class Linear(nnx.Module):
@@ -159,6 +159,7 @@ class Linear(nnx.Module):
                 "rank",
                 std=math.prod(sizes[:inner]) ** -0.5,
                 dtype=dtype,
+                kind=Adapter,
             )
             if adapts
             else None
@@ -171,6 +172,7 @@ class Linear(nnx.Module):
                 *axes[inner:],
                 std=0.0,
                 dtype=dtype,
+                kind=Adapter,
             )
             if adapts
             else None

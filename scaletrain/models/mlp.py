@@ -1,7 +1,6 @@
 """The feed-forward branch."""
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -10,10 +9,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from scaletrain import sharding
 from scaletrain.config import LoraConfig, ModelConfig, PrecisionConfig
 from scaletrain.kernels import gated
-from scaletrain.kernels.matmul import takes
 from scaletrain.matrices import GATED, LAYER
 from scaletrain.models.linear import Linear, gathered, gradients, together
 from scaletrain.sharding import constrain
@@ -117,7 +114,12 @@ class Mlp(nnx.Module):
             up_BTF = checkpoint_name(self.up(x_BTD), "mlp_up")
             return self.down(self.activation(up_BTF))
         linears = self.gate, self.up, self.down
-        if self._fits(x_BTD) and all(linear.plain for linear in linears):
+        # The policy "dots" saves the results of XLA's matmuls alone: it would have the
+        # kernels run again.
+        fused = self.model.remat != "dots" and gated.supports(
+            x_BTD.shape, self.model.d_ff, self.precision.compute
+        )
+        if fused and all(linear.plain for linear in linears):
             return fused_mlp(
                 self._fused(), x_BTD, tuple(each.weight[...] for each in linears)
             )
@@ -130,14 +132,3 @@ class Mlp(nnx.Module):
         kept = {*self.model.remat_save, *self.model.remat_offload}
         again = {"mlp_gate", "mlp_up"} <= kept
         return _Fused(_GATES[self.model.mlp], self.precision, again)
-
-    def _fits(self, x_BTD: Float[Array, "B T D"]) -> bool:
-        """Whether the devices have the kernels, and those take what each holds."""
-        # The policy "dots" keeps what XLA multiplies, and would have all made again.
-        if sharding.axis_size("tensor") > 1 or self.model.remat == "dots":
-            return False
-        held = sharding.share(x_BTD.shape[:2], "batch", "tokens")
-        if held is None:
-            return False
-        sizes = math.prod(held), x_BTD.shape[2], self.model.d_ff
-        return takes(*sizes, self.precision.compute)

@@ -7,8 +7,7 @@ checkpoint of one continues in the other.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +17,21 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from scaletrain.config import LoraConfig, ModelConfig, PrecisionConfig
 from scaletrain.matrices import HEAD
+from scaletrain.models import stack
 from scaletrain.models.embedding import look_up
 from scaletrain.models.layers import Attention, Norm, dropped
 from scaletrain.models.linear import Linear, project
 from scaletrain.models.mlp import Mlp
 from scaletrain.sharding import constrain, param
+
+
+class Aux(NamedTuple):
+    """The results of a layer beside its output; of a stack, with a leading layer dim.
+
+    A layer that returns something more (a router's load, say) gets a field here.
+    """
+
+    kv: tuple[Float[Array, "*L B S K H"], Float[Array, "*L B S K H"]] | None
 
 
 @jax.tree_util.register_dataclass
@@ -74,8 +83,14 @@ class Block(nnx.Module):
         local: bool | Bool[Array, ""],
         cache: tuple[Array, ...] | None,
         keys_B2: Key[Array, "B 2"] | None,
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array] | None]:
-        """Returns the layer's output and, with a cache, its keys and values."""
+    ) -> tuple[Float[Array, "B T D"], Aux]:
+        """Returns the layer's output and the results beside it.
+
+        Args:
+          local: whether the layer looks through the sliding window.
+          cache: see `Attention`; with one, its keys and values are in the results.
+          keys_B2: random keys of both branches; None runs without dropout.
+        """
         x_BTD = checkpoint_name(x_BTD, "residual")
         key_one, key_two = (None, None) if keys_B2 is None else keys_B2.T
         with jax.named_scope("attention"):
@@ -89,7 +104,7 @@ class Block(nnx.Module):
             x_BTD, normed_BTD = _added(self.mlp_norm, x_BTD, branch_BTD)
             branch_BTD = _normed(self.mlp_out_norm, self.mlp(normed_BTD))
             x_BTD += dropped(branch_BTD, key_two, self.dropout)
-        return constrain(x_BTD, "batch", "tokens", "residual"), kv
+        return constrain(x_BTD, "batch", "tokens", "residual"), Aux(kv)
 
 
 def _added(
@@ -107,34 +122,6 @@ def _added(
 
 def _normed(norm: Norm | None, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     return x_BTD if norm is None else norm(x_BTD)
-
-
-def _stacked(make: Callable[[jax.Array], nnx.Module], keys: jax.Array) -> nnx.Module:
-    """Returns one module whose parameters hold a layer for each key, stacked."""
-    graphdef, state = jax.vmap(lambda key: nnx.split(make(key)))(keys)
-    for _, leaf in nnx.to_flat_state(state):
-        leaf.set_metadata("logical", ("layers", *leaf.get_metadata("logical")))
-    return nnx.merge(graphdef, state)
-
-
-def _rematerialised(model: ModelConfig, function: Callable) -> Callable:
-    """Returns `function` with what it keeps for the backward pass set by name."""
-    policies = jax.checkpoint_policies
-    if model.remat in ("none", "auto"):  # where nothing is differentiated, see remat
-        return function
-    policy = {
-        "full": policies.nothing_saveable,
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "save": policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=list(model.remat_save),
-            names_which_can_be_offloaded=list(model.remat_offload),
-            offload_src="device",
-            offload_dst="pinned_host",
-        ),
-    }[model.remat]
-    # Inside a scan nothing can be merged across iterations; preventing it would only
-    # put barriers in XLA's way.
-    return jax.checkpoint(function, policy=policy, prevent_cse=model.layers == "unroll")
 
 
 class Decoder(nnx.Module):
@@ -165,7 +152,7 @@ class Decoder(nnx.Module):
             if model.positions == "learned"
             else None
         )
-        self.blocks = _stacked(
+        self.blocks = stack.stacked(
             functools.partial(Block, model, precision, lora),
             jax.random.split(blocks_key, model.num_layers),
         )
@@ -198,9 +185,8 @@ class Decoder(nnx.Module):
           segments_BT: document of each token; equal ids see each other.
           dropout_B: a key for each sequence; None runs without dropout.
         """
-        return self._logits(
-            self.features(tokens_BT, positions_BT, segments_BT, dropout_B)
-        )
+        x_BTD, _ = self.features(tokens_BT, positions_BT, segments_BT, dropout_B)
+        return self._logits(x_BTD)
 
     def features(
         self,
@@ -208,12 +194,12 @@ class Decoder(nnx.Module):
         positions_BT: Int[Array, "B T"],
         segments_BT: Int[Array, "B T"],
         dropout_B: Key[Array, " B"] | None = None,
-    ) -> Float[Array, "B T D"]:
-        """Returns what the head multiplies, see `__call__`."""
+    ) -> tuple[Float[Array, "B T D"], Aux]:
+        """Returns the head's input, see `__call__`, and the layers' other results."""
         x_BTD = self._embed(tokens_BT, positions_BT)
-        x_BTD, _ = self._layers(x_BTD, positions_BT, segments_BT, None, dropout_B)
+        x_BTD, aux = self._layers(x_BTD, positions_BT, segments_BT, None, dropout_B)
         with jax.named_scope("head"):
-            return self.norm(x_BTD)
+            return self.norm(x_BTD), aux
 
     @property
     def output(self) -> Float[Array, "..."]:
@@ -234,9 +220,11 @@ class Decoder(nnx.Module):
         )
         cache = dataclasses.replace(cache, segments_BS=segments_BS)
         x_BTD = self._embed(tokens_BT, positions_BT)
-        x_BTD, (k, v) = self._layers(x_BTD, positions_BT, segments_BT, cache, None)
+        x_BTD, aux = self._layers(x_BTD, positions_BT, segments_BT, cache, None)
         logits_BTV = self._logits(self.norm(x_BTD[:, -1:]))
-        return logits_BTV[:, 0], Cache(k, v, segments_BS, start + tokens_BT.shape[1])
+        length = start + tokens_BT.shape[1]
+        k_LBSKH, v_LBSKH = cast(tuple[Array, Array], aux.kv)
+        return logits_BTV[:, 0], Cache(k_LBSKH, v_LBSKH, segments_BS, length)
 
     @jax.named_scope("embedding")
     def _embed(
@@ -266,8 +254,8 @@ class Decoder(nnx.Module):
         segments_BT: Int[Array, "B T"],
         cache: Cache | None,
         dropout_B: Key[Array, " B"] | None,
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        """Returns the last layer's output and every layer's keys and values."""
+    ) -> tuple[Float[Array, "B T D"], Aux]:
+        """Returns the last layer's output and the results beside it of every layer."""
         model = self.model
         graphdef, params = nnx.split(self.blocks)
 
@@ -285,20 +273,7 @@ class Decoder(nnx.Module):
             block = nnx.merge(graphdef, params)
             return block(x_BTD, positions_BT, segments_BT, local, kv, keys_B2)
 
-        layer = _rematerialised(model, layer)
-        L = model.num_layers
         kv = None if cache is None else (cache.k_LBSKH, cache.v_LBSKH)
-        inputs = (params, kv, jnp.arange(L))
-        if model.layers == "scan":
-            return jax.lax.scan(layer, x_BTD, inputs)
-        layer = jax.jit(layer)  # so that it is traced and written down once
-        # Parts of one split: their gradients are joined by one concatenation.
-        parts = jax.tree.map(lambda leaf: jax.lax.split(leaf, (1,) * L), inputs)
-        outs = []
-        for i in range(L):
-            one = jax.tree.map(
-                lambda leaf, split, i=i: split[i].reshape(leaf.shape[1:]), inputs, parts
-            )
-            x_BTD, out = layer(x_BTD, one)
-            outs.append(out)
-        return x_BTD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+        inputs = (params, kv, jnp.arange(model.num_layers))
+        walk = stack.WALKS[model.layers]
+        return walk(stack.rematerialised(model, layer), x_BTD, inputs)

@@ -4,9 +4,9 @@ from typing import Any, Protocol
 
 import jax
 
-from scaletrain.chips import BF16_PEAK_FLOPS
 from scaletrain.config import RunConfig
 from scaletrain.flops import flops_per_token
+from scaletrain.hardware.chips import by_kind
 
 
 class Meter(Protocol):
@@ -35,7 +35,8 @@ class Throughput:
         """Returns the speed and both MFUs; None where the chip's peak is not known."""
         run, devices = self._run, self._devices
         tokens_per_s = run.batch_size * run.seq_len / step_time_s
-        peak = BF16_PEAK_FLOPS.get(devices[0].device_kind)
+        chip = by_kind(devices[0].device_kind)
+        peak = chip and chip.peak_flops
         share = tokens_per_s / (peak * len(devices)) if peak else None
         causal, palm = flops_per_token(run)
         return {

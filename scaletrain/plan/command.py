@@ -10,13 +10,15 @@ from collections.abc import Generator, Sequence
 from scaletrain import config
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError, PlanError
+from scaletrain.footprint import cost
+from scaletrain.hardware import slices
+from scaletrain.hardware.slices import Slice
 from scaletrain.mesh import AXES
-from scaletrain.plan import compiler, cost, record, search, slices
+from scaletrain.plan import compiler, record, search
 from scaletrain.plan.compiler import Report
 from scaletrain.plan.progress import Progress
 from scaletrain.plan.record import Record, Wanted
 from scaletrain.plan.search import Overrides
-from scaletrain.plan.slices import Slice
 
 _TRIED = 3  # remedies that are shown
 
@@ -139,9 +141,9 @@ def _candidates(run: RunConfig) -> tuple[Overrides, ...]:
     """Returns what model.remat=auto tries in turn, or no change."""
     if run.model.remat != "auto":
         return ({},)
-    from scaletrain import remat  # with the model; an error is told without
+    from scaletrain import compilation  # with the model; errors come without it
 
-    return remat.CANDIDATES
+    return compilation.CANDIDATES
 
 
 def resolved(run: RunConfig, slice_: Slice) -> RunConfig:
@@ -195,7 +197,7 @@ def _searched(run: RunConfig, slice_: Slice, request: Request) -> tuple[Record, 
         raise PlanError("no layout was compiled; there is nothing to propose.")
     if not interrupted:
         roomy = [
-            (each["overrides"], each["hbm_peak_bytes"] / slice_.hbm_bytes)
+            (each["overrides"], each["hbm_peak_bytes"] / slice_.chip.hbm_bytes)
             for each in record.best_first(found)
             if each["fits"]
         ]

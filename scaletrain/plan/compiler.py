@@ -17,13 +17,12 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from scaletrain import config
-from scaletrain.chips import does_not_fit
+from scaletrain import config, hlo
 from scaletrain.config import RunConfig
-from scaletrain.errors import ConfigError, PlanError
+from scaletrain.errors import ConfigError, PlanError, does_not_fit
+from scaletrain.hardware.slices import Slice
 from scaletrain.mesh import AXES
-from scaletrain.plan import hlo, memory, timing
-from scaletrain.plan.slices import Slice
+from scaletrain.plan import memory, timing
 
 _TIMEOUT_S = 1800
 _POLL_S = 0.02

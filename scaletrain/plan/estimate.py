@@ -9,9 +9,9 @@ import math
 
 from scaletrain import config, flops
 from scaletrain.config import RunConfig
+from scaletrain.hardware.slices import Slice
 from scaletrain.matrices import remat_widths
 from scaletrain.mesh import AXES
-from scaletrain.plan.slices import Slice
 
 _MATMUL_EFFICIENCY = 0.6  # of the peak, over a whole step
 # Of a score of plain attention: bytes held at once, times it is written or read.
@@ -101,7 +101,7 @@ def _compute_s(run: RunConfig, slice_: Slice, rows: int) -> float:
     arithmetic = causal * again * run.batch_size * run.seq_len / slice_.devices
     scores = _scores(run, slice_, rows) * run.accumulate_steps * run.model.num_layers
     moved = _SCORE_PASSES * _SCORE_BYTES * scores / slice_.chip.hbm_bytes_per_s
-    return arithmetic / (_MATMUL_EFFICIENCY * slice_.peak_flops) + moved
+    return arithmetic / (_MATMUL_EFFICIENCY * slice_.chip.peak_flops) + moved
 
 
 def _recomputed(run: RunConfig) -> float:

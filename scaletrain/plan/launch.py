@@ -3,8 +3,9 @@
 import shlex
 from collections.abc import Sequence
 
+from scaletrain.hardware import clouds
+from scaletrain.hardware.slices import Slice
 from scaletrain.plan import search
-from scaletrain.plan.slices import Slice
 
 
 def command(
@@ -26,10 +27,10 @@ def command(
 
 def _starter(slice_: Slice) -> list[str]:
     """Returns what starts a process on each of the slice's hosts."""
-    if slice_.is_tpu:
+    if tpu := slice_.chip.tpu:
         slices = [f"--num_slices={slice_.num_slices}"] * (slice_.num_slices > 1)
         words = [f"--topology={slice_.name}", *slices]
-        if slice_.on_vms:
+        if clouds.on_vms(tpu, slice_.shape):
             return ["launch/tpu_vm.sh", *words, "--"]
         pods = ["--image=IMAGE", "--claim=CLAIM"]
         return ["launch/gke/jobset.sh", *words, *pods, "--"]

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from scaletrain.plan.hlo import Module
+from scaletrain.hlo import Module
 
 _VALUE = re.compile(
     r"^ value: <\d+ ([\w.\-]+)(?:\{[\d,]*\})?(?: \(phi\))? @0> "

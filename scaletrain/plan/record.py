@@ -6,11 +6,12 @@ from typing import Any
 
 from scaletrain import flops
 from scaletrain.config import RunConfig
-from scaletrain.plan import cost, launch
+from scaletrain.footprint import cost
+from scaletrain.hardware.slices import Slice
+from scaletrain.plan import launch
 from scaletrain.plan.compiler import Report
 from scaletrain.plan.estimate import estimate, parameters
 from scaletrain.plan.search import Overrides
-from scaletrain.plan.slices import Slice
 
 Record = dict[str, Any]
 BEST = {  # of slices that are compared: the figure that is to be small
@@ -47,29 +48,29 @@ def of(
     causal, palm = flops.flops_per_token(run)
     seconds = sizes["step_time_s"]
     tokens_per_s = run.batch_size * run.seq_len / seconds
-    share = tokens_per_s / (slice_.devices * slice_.peak_flops)
+    share = tokens_per_s / (slice_.devices * slice_.chip.peak_flops)
     tokens = wanted.tokens or run.num_steps * run.batch_size * run.seq_len
     bill = cost.of(
         tokens,
         tokens_per_s / slice_.chips,
         slice_.chips,
-        slice_.generation,
+        slice_.chip.rates,
         **wanted.prices,
     )
     return {
         "topology": slice_.name,
         "num_chips": slice_.chips,
         "num_slices": slice_.num_slices,
-        "fits": accepted and sizes["hbm_peak_bytes"] <= slice_.hbm_bytes,
-        "hbm_limit_bytes": slice_.hbm_bytes,
+        "fits": accepted and sizes["hbm_peak_bytes"] <= slice_.chip.hbm_bytes,
+        "hbm_limit_bytes": slice_.chip.hbm_bytes,
         **sizes,
         "flops_per_token": causal,
         "tokens_per_s_per_chip": tokens_per_s / slice_.chips,
         "tokens_per_s": tokens_per_s,
         "mfu": share * causal,
         "mfu_palm": share * palm,
-        "error_band": slice_.error_band,
-        "rates": [list(row) for row in slice_.rates],
+        "error_band": slice_.chip.error_band,
+        "rates": rates(slice_),
         "tokens": tokens,
         "hours": bill.hours,
         "chip_hours": bill.chip_hours,
@@ -81,6 +82,30 @@ def of(
         "overrides": overrides,
         "command": launch.command(wanted.spec, wanted.given, overrides, slice_),
     }
+
+
+def rates(slice_: Slice) -> list[list[Any]]:
+    """Returns what predicted steps rest on: [name, value, unit, source] each."""
+    chip, across = slice_.chip, ""
+    if slice_.num_slices > 1:
+        across = "between slices"
+    elif not slice_.is_tpu and slice_.hosts > 1:
+        across = "between hosts"
+    figures = [
+        ("bf16 peak", chip.peak_flops, 1e12, "TFLOP/s"),
+        ("of it, matmuls", chip.matmul_efficiency, 1, ""),
+        ("of it, attention", chip.attention_efficiency, 1, ""),
+        ("memory", chip.hbm_bytes_per_s, 1e9, "GB/s"),
+        ("of it, element-wise", chip.memory_efficiency, 1, ""),
+        ("host", chip.host_bytes_per_s, 1e9, "GB/s"),
+        ("link, one way", chip.link_bytes_per_s, 1e9, "GB/s"),
+        (across, chip.network_bytes_per_s, 1e9, "GB/s"),
+    ]
+    return [
+        [name, figure / scale, unit, figure.source]
+        for name, figure, scale, unit in figures
+        if name
+    ]
 
 
 def best_first(records: Sequence[Record]) -> list[Record]:

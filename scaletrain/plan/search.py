@@ -11,9 +11,9 @@ from typing import Any
 from scaletrain import config
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError
+from scaletrain.hardware.slices import Slice
 from scaletrain.mesh import AXES
 from scaletrain.plan.estimate import estimate, factors
-from scaletrain.plan.slices import Slice
 
 MOST = 22  # layouts that are compiled, with scanned layers
 _LARGEST = 8  # parts of a tensor or context axis; more has not paid in a public recipe
@@ -41,7 +41,7 @@ def layouts(run: RunConfig, slice_: Slice, most: int = MOST) -> list[Overrides]:
         except ConfigError:
             continue
         guess = estimate(candidate, slice_)
-        if guess.peak_bytes <= _SLACK * slice_.hbm_bytes:
+        if guess.peak_bytes <= _SLACK * slice_.chip.hbm_bytes:
             scored.append((guess.step_time_s, guess.peak_bytes, overrides))
     scored.sort(key=lambda entry: entry[:2])
     return _spread([overrides for _, _, overrides in scored], most)

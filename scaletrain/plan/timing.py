@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from scaletrain.plan import hlo
-from scaletrain.plan.hlo import COLLECTIVES, Computation, Instruction, Module, Shape
-from scaletrain.plan.slices import DCN_BYTES_PER_S, HOST_BYTES_PER_S, Slice
+from scaletrain import hlo
+from scaletrain.hardware.slices import Slice
+from scaletrain.hlo import COLLECTIVES, Computation, Instruction, Module, Shape
 
 _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id",
@@ -34,6 +34,7 @@ _CLASS_OF = {
     "to host": "host_offload",
     "from host": "host_offload",
 }
+_LOW_PRECISION = {"f8": "fp8", "s8": "int8"}  # by the beginning of a format
 _CUDNN = "__cudnn$fmha"
 _BLOCK = re.compile(r'\\"block_kv\w*\\": (\d+)')  # of splash attention's own words
 _ENDS = ("async-done", "copy-done", "send-done", "recv-done")
@@ -179,13 +180,14 @@ class _Walk:
         """Returns how much longer than in bfloat16 a product takes.
 
         A GPU multiplies float32 as TF32, at half the rate; a TPU rounds it to bfloat16.
-        The chips that train with 8-bit numbers multiply them at twice the rate.
+        8-bit numbers have the rate that the chip has for them.
         """
         first = computation.shape(each.operands[0]) if each.operands else None
-        if first is not None and first.kind.startswith(("f8", "s8")):
-            return 0.5
-        gpu = not self._slice.is_tpu
-        return 2 if gpu and first is not None and first.kind == "f32" else 1
+        if first is None:
+            return 1
+        if low := _LOW_PRECISION.get(first.kind[:2]):
+            return 1 / self._chip.low_precision.get(low, 1)
+        return 2 if first.kind == "f32" and not self._slice.is_tpu else 1
 
     def _traffic(self, each: Instruction, computation: Computation) -> float:
         """Returns the bytes that an operation moves to and from the memory."""
@@ -232,7 +234,7 @@ class _Walk:
             "reduce-scatter": size * (len(members) - 1),
             "collective-permute": size,
         }.get(kind, size * share)
-        seconds = sent / self._slice.group_bytes_per_s(members)
+        seconds = sent / self._slice.group_bytes_per_s(members.tolist())
         sums = self._clock.axes.setdefault(
             axis, {"bytes": 0.0, "wire_s": 0.0, "exposed_s": 0.0, "count": 0}
         )
@@ -257,7 +259,7 @@ class _Walk:
         sums = self._clock.axes.setdefault(
             "dcn", {"bytes": 0.0, "wire_s": 0.0, "exposed_s": 0.0, "count": 0}
         )
-        seconds = size / (DCN_BYTES_PER_S * self._chip.chips)
+        seconds = size * self._chip.devices_per_chip / self._chip.network_bytes_per_s
         sums["bytes"] += size
         sums["wire_s"] += seconds
         sums["count"] += 1
@@ -275,7 +277,7 @@ class _Walk:
         found = self._transfers(name) if name else []
         if name in self._module.computations and (way := self._host_way(name)):
             link, size = way
-            seconds = size / (HOST_BYTES_PER_S * self._chip.chips)
+            seconds = size * self._chip.devices_per_chip / self._chip.host_bytes_per_s
             self._queue(each.name, link, seconds)
         for instruction in found:
             kind = instruction.opcode.removesuffix("-start")

@@ -33,11 +33,11 @@ def main() -> None:
         watch.start()
     import jax
 
-    from scaletrain import step
+    from scaletrain import compilation
 
     try:
         with jax.set_mesh(program.mesh):
-            memory = step.compiled(program).memory_analysis()
+            memory = compilation.compiled(program).memory_analysis()
         facts["executable_bytes"] = (
             memory.argument_size_in_bytes
             + memory.output_size_in_bytes
@@ -56,7 +56,8 @@ def described(request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     import jax
     from jax.experimental import topologies
 
-    from scaletrain import config, mesh, sharding, step
+    from scaletrain import config, mesh, sharding
+    from scaletrain.program import build
 
     slice_ = topologies.get_topology_desc(
         topology_name=request["topology"],
@@ -65,7 +66,7 @@ def described(request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     )
     run = config.resolve(config.from_json(request["config"]), len(slice_.devices))
     grid = mesh.build(run.mesh, slice_.devices)
-    program = step.build(run, grid)
+    program = build(run, grid)
     state = program.state
     facts = {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.weights)),

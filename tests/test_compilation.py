@@ -6,9 +6,11 @@ import jax
 import pytest
 import small
 
-from scaletrain import chips, config, mesh, remat, step
-from scaletrain.errors import ConfigError
-from scaletrain.plan import command, slices
+from scaletrain import compilation, config, mesh
+from scaletrain.errors import ConfigError, does_not_fit
+from scaletrain.hardware import slices
+from scaletrain.plan import command
+from scaletrain.program import build
 
 RUN = config.resolve(small.changed(small.RUN, model__remat="auto"), 1)
 NEEDS = (80, 60, 50, 40, 30)  # GB, of the candidates in turn
@@ -25,7 +27,7 @@ def devices(monkeypatch):
             asked.append(model.remat)
             assert [model.remat, model.remat_save] in [
                 [each["model.remat"], each["model.remat_save"]]
-                for each in remat.CANDIDATES
+                for each in compilation.CANDIDATES
             ]
             if len(asked) <= refused:
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room")
@@ -36,17 +38,17 @@ def devices(monkeypatch):
                 )
             )
 
-        monkeypatch.setattr(step, "compiled", compiled)
-        monkeypatch.setattr(remat, "_limit_bytes", lambda mesh: limit)
+        monkeypatch.setattr(compilation, "compiled", compiled)
+        monkeypatch.setattr(compilation, "_limit_bytes", lambda mesh: limit)
         return asked
 
     return prepare
 
 
 def decide(capsys):
-    program = step.build(RUN, mesh.build(RUN.mesh, jax.devices()[:1]))
+    program = build(RUN, mesh.build(RUN.mesh, jax.devices()[:1]))
     with jax.set_mesh(program.mesh):
-        chosen, _ = remat.compiled(program, RUN)
+        chosen, _ = compilation.decided(program, RUN)
     said = capsys.readouterr().err.splitlines()
     return chosen.run.model, [line for line in said if line.startswith("remat")]
 
@@ -85,7 +87,7 @@ def test_a_cpu_has_no_limit(capsys):
 
 
 def test_every_candidate_is_a_run():
-    for each in remat.CANDIDATES:
+    for each in compilation.CANDIDATES:
         run = RUN
         for path, value in each.items():
             run = config.replaced(run, path, value)
@@ -105,7 +107,7 @@ def test_plan_tries_the_same(monkeypatch):
     request = command.Request(slices=(slice_,))
     found, interrupted = command._planned(RUN, slice_, request, {"seed": 1})
     assert not interrupted
-    assert found["overrides"] == {"seed": 1, **remat.CANDIDATES[2]}
+    assert found["overrides"] == {"seed": 1, **compilation.CANDIDATES[2]}
     assert found["remat"] == "save"
 
 
@@ -114,9 +116,9 @@ def test_a_kernels_own_memory_is_not_the_devices():
     refused = (
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in"
     )
-    assert chips.does_not_fit(f"{refused} memory space hbm. Used 17.40G of 15.75G hbm.")
-    assert chips.does_not_fit("RESOURCE_EXHAUSTED: Out of memory while trying to")
-    assert not chips.does_not_fit(f"{refused} memory space vmem. Used 81.41M of 63.94M")
+    assert does_not_fit(f"{refused} memory space hbm. Used 17.40G of 15.75G hbm.")
+    assert does_not_fit("RESOURCE_EXHAUSTED: Out of memory while trying to")
+    assert not does_not_fit(f"{refused} memory space vmem. Used 81.41M of 63.94M")
 
 
 def test_kernels_are_timed_once_the_devices_are_ready(monkeypatch):
@@ -127,7 +129,9 @@ def test_kernels_are_timed_once_the_devices_are_ready(monkeypatch):
         done.append("lowered")
         return lowered
 
-    monkeypatch.setattr(step, "jitted", lambda _: types.SimpleNamespace(lower=lower))
-    program = step.build(RUN, mesh.build(RUN.mesh, jax.devices()[:1]))
-    step.compiled(program, ready=lambda: done.append("ready"))
+    monkeypatch.setattr(
+        compilation, "jitted", lambda _: types.SimpleNamespace(lower=lower)
+    )
+    program = build(RUN, mesh.build(RUN.mesh, jax.devices()[:1]))
+    compilation.compiled(program, ready=lambda: done.append("ready"))
     assert done == ["lowered", "ready", "compiled"]

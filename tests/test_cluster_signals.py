@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import checkpoint, data, feed, step, stops, train
+from scaletrain import checkpoint, compilation, data, feed, train
+from scaletrain.cluster import signals
 from scaletrain.config import MeshConfig
 from scaletrain.errors import Interrupted
 
@@ -38,12 +39,12 @@ def taken(monkeypatch):
 @pytest.fixture
 def handlers():
     """Gives signals back what they had."""
-    before = {number: signal.getsignal(number) for number in stops.SIGNALS}
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
     yield
     signal.set_wakeup_fd(-1)
     for number, handler in before.items():
         signal.signal(number, handler)
-    stops._requests = stops._Requests()
+    signals._requests = signals._Requests()
 
 
 def signalled(whole, at):
@@ -87,7 +88,7 @@ def outcome(workdir, taken):
 # Where the signal comes, the n-th time there; the step that is saved then.
 MOMENTS = [
     ("tokenisation", feed, "prepare", signalled, 1, None),
-    ("compile", step, "compiled", signalled, 1, None),
+    ("compile", compilation, "compiled", signalled, 1, None),
     ("evaluation", data, "validation_batches", in_batches, 2, 2),
     ("restore", checkpoint.Checkpoints, "restore", signalled, 1, 2),
     ("evaluation that is owed", data, "validation_batches", in_batches, 1, 2),
@@ -101,7 +102,7 @@ def test_signals_at_every_moment_change_nothing(taken, tmp_path, monkeypatch, ha
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     train.run(RUN, str(straight))
     for moment, owner, name, how, at, saved in MOMENTS:
-        stops.catch()
+        signals.catch()
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, how(getattr(owner, name), at))
             with pytest.raises(Interrupted) as caught:
@@ -113,7 +114,7 @@ def test_signals_at_every_moment_change_nothing(taken, tmp_path, monkeypatch, ha
         else:
             assert f"stopped by a signal at step {saved}; saved " in str(caught.value)
             assert records(stopped, "stop_to_saved_s")[-1][0] == saved
-    stops.catch()
+    signals.catch()
     train.run(RUN, str(stopped))
     (told, params), (wanted, same) = outcome(stopped, taken), outcome(straight, taken)
     assert [step for step, _ in wanted[2]] == [2, 4, 6]
@@ -124,11 +125,12 @@ def test_signals_at_every_moment_change_nothing(taken, tmp_path, monkeypatch, ha
 # A main thread that C keeps from running Python's handler, as compilations do.
 STUCK = """
     import contextlib, hashlib, sys
-    from scaletrain import errors, stops
+    from scaletrain import errors
+    from scaletrain.cluster import signals
 
-    stops.catch()
+    signals.catch()
     try:
-        with stops.at_once() if sys.argv[1] == "first" else contextlib.nullcontext():
+        with signals.at_once() if sys.argv[1] == "first" else contextlib.nullcontext():
             print("stuck", flush=True)
             hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
     except errors.Interrupted as err:  # not stuck yet
@@ -172,6 +174,6 @@ def test_a_library_cannot_hide_a_stop(handlers, around):
             if around:
                 raise RuntimeError(around) from err
 
-    stops.catch()
-    with pytest.raises(Interrupted), stops.at_once():
+    signals.catch()
+    with pytest.raises(Interrupted), signals.at_once():
         library()

@@ -18,11 +18,33 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from scaletrain.models.mask import visible
+from scaletrain.models.attention.mask import visible
+from scaletrain.models.attention.scores import Scores, on_local_heads
 
 # Of a sequence, told by their places; the backward pass takes 0.5 GiB for each at
 # 8 x 4096 tokens and 32 heads of 64.
 DOCUMENTS = 8
+
+
+def attend(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    q_segments_BT: Int[Array, "B T"],
+    kv_segments_BS: Int[Array, "B S"],
+    q_start: int | Int[Array, ""],
+    local: bool | Bool[Array, ""],
+    scores: Scores,
+) -> Float[Array, "B T N H"]:
+    """Returns attention by the library's kernels, on each device's own heads."""
+    assert isinstance(q_start, int), "queries are the keys: there is no cache"
+
+    def local_attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, local):
+        T = q_BTNH.shape[1]
+        window = jnp.where(local, scores.window or T, T)
+        return attention(scores.scale, q_BTNH, k_BTKH, v_BTKH, segments_BT, window)
+
+    return on_local_heads(local_attend, q_BTNH, k_BSKH, v_BSKH, q_segments_BT, local)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -48,11 +70,11 @@ def _forward(scale, q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
     qkv = q_BTNH, k_BTKH, v_BTKH
     empty = [
         jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        for shapes in (jax.eval_shape(lambda w=w: _taken(w, qkv)[1]) for w in ways)
+        for shapes in (jax.eval_shape(lambda w=w: _ran(w, qkv)[1]) for w in ways)
     ]
 
     def take(i):
-        out_BTNH, kept, _ = _taken(ways[i], qkv)
+        out_BTNH, kept, _ = _ran(ways[i], qkv)
         return out_BTNH, [*empty[:i], kept, *empty[i + 1 :]]
 
     taken = [functools.partial(take, i) for i in range(len(ways))]
@@ -66,7 +88,7 @@ def _backward(scale, residuals, dout_BTNH):
     which, ways = _ways(scale, segments_BT, window)
 
     def pull(i):
-        return _taken(ways[i], qkv)[2](out_BTNH, kept[i], dout_BTNH)
+        return _ran(ways[i], qkv)[2](out_BTNH, kept[i], dout_BTNH)
 
     pulls = [functools.partial(pull, i) for i in range(len(ways))]
     return (*jax.lax.switch(which, pulls), None, None)
@@ -75,11 +97,13 @@ def _backward(scale, residuals, dout_BTNH):
 attention.defvjp(_forward, _backward)
 
 
-def _taken(way: Callable, qkv: Sequence[Array]) -> tuple[Array, list[Array], Callable]:
-    """Returns what a way makes, what else its gradient needs, and its gradient.
+def _ran(way: Callable, qkv: Sequence[Array]) -> tuple[Array, list[Array], Callable]:
+    """Returns a variant's output, its extra residuals and its gradient function.
 
-    That is a function of both and of the output's gradient; for it alone, what the way
-    makes is dead code.
+    The gradient is a function of output, residuals and the output's gradient. Leaves of
+    jax.vjp's closure that are q, k, v or the output themselves (by identity) are not
+    residuals: kept twice, the switch would copy them. Should a jax version change that
+    closure, this is slower but right.
     """
     out, pull = jax.vjp(way, *qkv)
     leaves, tree = jax.tree.flatten(pull)

@@ -1,27 +1,30 @@
-"""`model.remat=auto`: the step with the least recomputation that fits the memory here.
+"""The train step compiled for the devices of its mesh.
 
-Candidates are compiled one after another, and the one that is taken is not compiled
-again. Whether it fits is the compiler's word for what a step holds at its peak, against
-what a device may allocate; where that is not known, as on CPUs, everything fits.
+With `model.remat=auto` candidates are compiled one after another, and the step with the
+least recomputation that fits is taken. Whether it fits is decided by the peak memory
+that the compiler reports, against what a device may allocate; where that limit is not
+known, as on CPUs, everything fits.
 """
 
 import dataclasses
+import functools
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from scaletrain import step
-from scaletrain.chips import does_not_fit
 from scaletrain.config import RunConfig
 from scaletrain.console import say
-from scaletrain.errors import ConfigError
+from scaletrain.errors import ConfigError, does_not_fit
+from scaletrain.hardware import chips
 from scaletrain.matrices import REMAT_NAMES
-from scaletrain.step import Program
+from scaletrain.program import Program, build
+from scaletrain.step import train_step
 
 _KEPT = (  # of a layer for the backward pass, from all to nothing
     ("none", ()),
@@ -40,12 +43,59 @@ _SHARE = 0.95
 
 
 def compiled(
-    program: Program, asked: RunConfig, ready: Callable[[], Any] = lambda: None
-) -> tuple[Program, Any]:
-    """Returns a program with what `asked` leaves open decided and told, and its step.
+    program: Program,
+    options: dict[str, Any] | None = None,
+    ready: Callable[[], Any] = lambda: None,
+) -> Any:
+    """Returns `train_step` compiled for the program's devices.
+
+    An option that the compiler does not know is left out with a warning.
 
     Args:
-      ready: see `step.compiled`.
+      ready: called once the program is written down: it waits until the devices have
+        nothing else to do, for the compiler takes the kernels that are fastest there.
+    """
+    kind = cast(Mesh, program.mesh).devices.flat[0].device_kind
+    lowered = jitted(program).lower(program.state, program.batch)
+    wanted = chips.compiler_options(kind) | (options or {})
+    ready()
+    while True:
+        try:
+            return lowered.compile(compiler_options=wanted)
+        except jax.errors.JaxRuntimeError as err:
+            unknown = [name for name in wanted if f"option: '{name}'" in str(err)]
+            if not unknown:
+                raise
+            value = wanted.pop(unknown[0])
+            warnings.warn(
+                f"compiler option {unknown[0]}={value}; this compiler does not know "
+                "it; it is left out, and the step may be slower.",
+                stacklevel=2,
+            )
+
+
+def jitted(program: Program) -> Any:
+    """Returns `train_step` with state donated and shardings pinned, ready to lower."""
+    layout = jax.tree.map(lambda leaf: leaf.sharding, program.state)
+    whole = NamedSharding(program.mesh, jax.P())
+    return jax.jit(
+        functools.partial(train_step, program=program),
+        in_shardings=(layout, {k: v.sharding for k, v in program.batch.items()}),
+        out_shardings=(layout, whole),
+        donate_argnums=0,
+    )
+
+
+def decided(
+    program: Program, asked: RunConfig, ready: Callable[[], Any] = lambda: None
+) -> tuple[Program, Any]:
+    """Returns the program with its open settings decided, and its compiled step.
+
+    Prints each decision.
+
+    Args:
+      asked: the settings before `program.build` decided any of them.
+      ready: see `compiled`.
 
     Raises:
       ConfigError: model.remat=auto, and no candidate fits.
@@ -56,7 +106,7 @@ def compiled(
     if asked.model.remat == "auto":
         program, execute = _first_that_fits(program, ready)
     else:
-        execute = step.compiled(program, ready=ready)
+        execute = compiled(program, ready=ready)
     say(f"compiled in {time.perf_counter() - began:.1f} s")
     return program, execute
 
@@ -65,7 +115,7 @@ def _first_that_fits(program: Program, ready: Callable[[], Any]) -> tuple[Progra
     limit, others = _limit_bytes(cast(Mesh, program.mesh)), []
     for remat, names in _KEPT:
         run = _keeping(program.run, remat, names)
-        chosen = step.build(run, program.mesh)
+        chosen = build(run, program.mesh)
         execute = _compiled_if_possible(chosen, ready)
         needed = None if execute is None else peak_bytes(execute)
         words = " ".join([remat, ",".join(names)]).strip()
@@ -97,7 +147,7 @@ def _keeping(run: RunConfig, remat: str, names: tuple[str, ...]) -> RunConfig:
 def _compiled_if_possible(program: Program, ready: Callable[[], Any]) -> Any:
     """Returns the compiled step, or None where even compiling finds no room for it."""
     try:
-        return step.compiled(program, ready=ready)
+        return compiled(program, ready=ready)
     except jax.errors.JaxRuntimeError as err:
         if not does_not_fit(str(err)):
             raise

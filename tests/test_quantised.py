@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import checkpoint, mesh, step
+from scaletrain import checkpoint, compilation, mesh, step
 from scaletrain.config import MeshConfig, PrecisionConfig
 from scaletrain.errors import ConfigError
+from scaletrain.hardware import chips
 from scaletrain.matrices import LAYER
-from scaletrain.models import lowbits
+from scaletrain.models import quantised
+from scaletrain.program import build, initial_state
 from scaletrain.workdir import Workdir
 
 DELAYED = small.changed(
@@ -22,29 +24,29 @@ DELAYED = small.changed(
 )
 
 
-@pytest.mark.parametrize("kind", [lowbits.FORWARD, lowbits.BACKWARD])
+@pytest.mark.parametrize("kind", [quantised.FORWARD, quantised.BACKWARD])
 @pytest.mark.parametrize("top", [1e-3, 1.0, 447.9, 448.0, 448.1, 6e4])
 def test_rounding_is_that_of_the_format(kind, top):
     """Against numpy: the least power of two that fits, then the nearest number."""
     x = np.random.default_rng(0).normal(size=1000).astype(np.float32)
     x *= np.float32(top) / np.abs(x).max()
-    scale = float(lowbits.scale_of(lowbits.amax(jnp.asarray(x)), kind))
+    scale = float(quantised.scale_of(quantised.amax(jnp.asarray(x)), kind))
     most = float(ml_dtypes.finfo(kind).max)
     assert np.log2(scale) % 1 == 0
     assert np.abs(x).max() <= scale * most < 2 * np.abs(x).max()
-    found = lowbits.rounded(jnp.asarray(x), kind, jnp.float32(scale))
+    found = quantised.rounded(jnp.asarray(x), kind, jnp.float32(scale))
     wanted = (x / np.float32(scale)).astype(kind)
     np.testing.assert_array_equal(np.asarray(found), wanted)
 
 
 def test_what_is_too_large_becomes_the_largest_and_raises_the_next_scale():
     x = jnp.array([-1e4, 3.0, 448.0])
-    values = lowbits.rounded(x, lowbits.FORWARD, jnp.float32(1))
+    values = quantised.rounded(x, quantised.FORWARD, jnp.float32(1))
     np.testing.assert_array_equal(np.asarray(values, np.float32), [-448, 3, 448])
-    assert lowbits.met(values) > 2 * 448
-    assert lowbits.met(values[1:2]) == 3
-    hurt = lowbits.rounded(x.at[1].set(jnp.inf), lowbits.FORWARD, jnp.float32(1))
-    assert not np.isfinite(lowbits.met(hurt))
+    assert quantised.met(values) > 2 * 448
+    assert quantised.met(values[1:2]) == 3
+    hurt = quantised.rounded(x.at[1].set(jnp.inf), quantised.FORWARD, jnp.float32(1))
+    assert not np.isfinite(quantised.met(hurt))
 
 
 @functools.cache
@@ -53,8 +55,8 @@ def gradients(**settings):
     run = small.changed(
         small.RUN, precision__compute="bfloat16", seq_len=128, **settings
     )
-    program = step.build(run, mesh.build(run.mesh, jax.devices()[:1]))
-    state = jax.jit(functools.partial(step.initial_state, run, program.tx))()
+    program = build(run, mesh.build(run.mesh, jax.devices()[:1]))
+    state = jax.jit(functools.partial(initial_state, run, program.tx))()
     expected = jax.tree.map(lambda history: history[0], state.amax)
     objective = functools.partial(step._objective, program=program)
     batch = jax.tree.map(jnp.asarray, small.text_batch(run))
@@ -108,8 +110,12 @@ def test_one_history_however_a_step_is_executed(alone, cut):
     found, wanted = jax.device_get((taken.state.amax, alone[0].state.amax))
     assert all((leaf[:3] > 0).all() for leaf in jax.tree.leaves(found))
     assert all((leaf[3:] == 0).all() for leaf in jax.tree.leaves(found))
-    # A sum in another order may round to the 8-bit number next to it.
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=0.3), found, wanted)
+    # A sum in another order may round to the 8-bit number next to it; the entries of
+    # later steps also have the differences of the weights in them.
+    first, expected = (jax.tree.map(lambda h: h[2], each) for each in (found, wanted))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=0.3), first, expected
+    )
 
 
 def test_history_is_saved_and_restored_to_the_bit(alone, tmp_path):
@@ -153,20 +159,22 @@ def test_what_is_not_finite_never_reaches_the_history(alone):
 def test_what_is_named_has_a_history(settings, names):
     """All but the head and the embeddings unless told otherwise; adapters have none."""
     run = small.changed(DELAYED, **settings)
-    program = step.build(run, mesh.build(run.mesh, jax.devices()[:1]))
+    program = build(run, mesh.build(run.mesh, jax.devices()[:1]))
     wanted = {f"blocks/{name}/amax" for name in names}
     assert set(checkpoint.flat(program.state.amax)) == wanted
     with jax.set_mesh(program.mesh):
-        traced = str(step.jitted(program).trace(program.state, program.batch).jaxpr)
+        traced = str(
+            compilation.jitted(program).trace(program.state, program.batch).jaxpr
+        )
     low = run.precision.matmul == "fp8"
     assert ("f8_e4m3fn" in traced, "f8_e5m2" in traced) == (low, low)
 
 
 def test_units_that_a_device_lacks_are_refused(monkeypatch):
-    monkeypatch.setitem(step.LOW_PRECISION, "cpu", {"int8": 2})
+    monkeypatch.setattr(chips, "low_precision", lambda kind: {"int8": 2})
     with pytest.raises(
         ConfigError, match="precision.matmul=fp8; cpu is not.*use compute or int8"
     ):
-        step.build(DELAYED, mesh.build(DELAYED.mesh, jax.devices()[:1]))
+        build(DELAYED, mesh.build(DELAYED.mesh, jax.devices()[:1]))
     plain = small.changed(DELAYED, precision=PrecisionConfig())
-    step.build(plain, mesh.build(plain.mesh, jax.devices()[:1]))
+    build(plain, mesh.build(plain.mesh, jax.devices()[:1]))

@@ -16,16 +16,59 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from flax import nnx
+from jaxtyping import Array, Bool, Float
 
 from scaletrain.config import PrecisionConfig
 
 FORWARD, BACKWARD = jnp.float8_e4m3fn, jnp.float8_e5m2
 _EXPONENTS = (-100, 100)  # of a scale: neither it nor 1 over it leaves float32
-
-
+HISTORY = 16  # optimizer steps whose amax values scale the next one
+# A value at a format's maximum was clipped, and may have been any larger one: it is
+# taken for 4 times as large, so that four steps of clipping undo a factor of 256.
 _GROWTH = 4.0
+Tree = Any
 Groups = tuple[tuple[Float[Array, "..."], ...], ...]
+
+
+class Amax(nnx.Variable):
+    """The amax of an fp8 matmul's input and of its output's gradient, [2], expected.
+
+    Its "gradient" is the amax that was seen, see `project_fp8`.
+    """
+
+
+def empty_history(amax: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns an amax history [HISTORY, ...] of no steps: all zero."""
+    return jnp.zeros((HISTORY, *amax.shape))
+
+
+def shifted(history: Tree) -> Tree:
+    """Returns amax histories moved on by a step, the newest entry zero."""
+    return jax.tree.map(lambda h: jnp.roll(h, 1, axis=0).at[0].set(0), history)
+
+
+def expected(history: Tree) -> Tree:
+    """Returns the largest amax of the steps before the newest."""
+    return jax.tree.map(lambda h: jnp.max(h[1:], axis=0), history)
+
+
+def recorded(history: Tree, amax: Tree, finite: Bool[Array, ""]) -> Tree:
+    """Returns histories with `amax` as their newest entry, unless it is not finite."""
+
+    def with_newest(history: jax.Array, amax: jax.Array) -> jax.Array:
+        return history.at[0].max(jnp.where(finite, amax, 0))
+
+    return jax.tree.map(with_newest, history, amax)
+
+
+def all_finite(amax: Tree) -> Bool[Array, ""]:
+    """Returns whether every amax is finite.
+
+    Values clipped to the scale of earlier steps would hide an infinity from the loss.
+    """
+    leaves = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(amax)]
+    return jnp.all(jnp.array(leaves)) if leaves else jnp.array(True)
 
 
 class Scaled(NamedTuple):
