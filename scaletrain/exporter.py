@@ -6,7 +6,6 @@ Everything is written under a temporary name and moved when it is whole.
 import dataclasses
 import json
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,14 +19,15 @@ from scaletrain import (
     data,
     families,
     mesh,
-    metrics,
     safetensors,
 )
 from scaletrain.checkpoint import warm_start
 from scaletrain.config import PrecisionConfig, RunConfig
 from scaletrain.errors import CheckpointError, ConfigError
 from scaletrain.families import Entry, Family, Piece, adapters
+from scaletrain.files import creating
 from scaletrain.program import build
+from scaletrain.workdir import Workdir
 
 Tensors = dict[str, tuple[tuple[int, ...], np.dtype]]  # name -> shape and format
 DTYPES = {
@@ -68,24 +68,15 @@ def run(
         stored = checkpoints.dtypes(at)
         weights = warm_start.weights_in(checkpoints, at, program.state)
     weights = checkpoint.flat(weights)
-    partial = target.parent / f".{target.name}.exporting"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    source = Workdir.of(workdir)
+    with creating(f"--to={to}", target, "exporting") as partial:
         if run.lora.rank and not merge:
             tensors = _adapter(partial, family, run, weights, dtype)
         else:
             tensors = _model(partial, family, run, weights, stored, dtype)
-            beside = pathlib.Path(workdir, "tokenizer", "generation_config.json")
+            beside = source.tokenizer / "generation_config.json"
             _describe(partial, settings, tensors, tokenizer, beside)
-        _card(partial, run, family, workdir, at, tensors)
-        partial.rename(target)
-    except OSError as err:
-        raise CheckpointError(
-            f"--to={to}; it cannot be written: {err}; give another folder."
-        ) from err
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _card(partial, run, family, source, at, tensors)
     return {"family": family.name, "step": at, "tensors": len(tensors), "to": to}
 
 
@@ -226,7 +217,7 @@ def _card(
     folder: pathlib.Path,
     run: RunConfig,
     family: Family,
-    workdir: str,
+    workdir: Workdir,
     at: int,
     tensors: Tensors,
 ) -> None:
@@ -238,7 +229,7 @@ def _card(
         "---",
         "library_name: " + ("peft" if _is_adapter(tensors) else "transformers"),
         "---",
-        f"# {pathlib.Path(workdir).absolute().name}, step {at}",
+        f"# {workdir.path.absolute().name}, step {at}",
         "",
         f"A {family.name} model trained with scaletrain: {what}.",
         "",
@@ -249,7 +240,7 @@ def _card(
     ]
     if run.init_from:
         lines.append(f"- started from: {run.init_from}")
-    lines += ["", "## Evaluation", *_evaluation(pathlib.Path(workdir), at)]
+    lines += ["", "## Evaluation", *_evaluation(workdir, at)]
     lines += ["", "## Settings", "```json", config.to_json(run).rstrip(), "```", ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
@@ -263,10 +254,10 @@ def _source(run: RunConfig) -> str:
     return f"{run.data.source}{path}, tokenizer {run.data.tokenizer}"
 
 
-def _evaluation(workdir: pathlib.Path, at: int) -> list[str]:
+def _evaluation(workdir: Workdir, at: int) -> list[str]:
     """Returns a line for each number of the last evaluation up to step `at`."""
     found = {}
-    for record in metrics.records(workdir):
+    for record in workdir.records():
         if "eval_loss" in record and record["step"] <= at:
             found = record
     if not found:

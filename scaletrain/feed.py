@@ -7,7 +7,7 @@ import numpy as np
 
 from scaletrain import cluster, data, sharding
 from scaletrain.config import RunConfig
-from scaletrain.metrics import say
+from scaletrain.console import say
 from scaletrain.program import Program
 
 

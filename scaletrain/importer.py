@@ -11,8 +11,6 @@ import functools
 import json
 import math
 import pathlib
-import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,9 +28,10 @@ from scaletrain.config import (
 )
 from scaletrain.errors import CheckpointError, ConfigError
 from scaletrain.families import Entry, Family
+from scaletrain.files import check_room, creating
 from scaletrain.program import build
 from scaletrain.safetensors import Stored
-from scaletrain.workdir import check_room
+from scaletrain.workdir import Workdir
 
 _GENERATION = "generation_config.json"
 _SEQ_LEN = 2048  # of the settings an import leaves; training may set another
@@ -61,25 +60,16 @@ def run(
     stored = _matched(folder, family, model, entries)
     needed = sum(safetensors.nbytes(t.shape, t.dtype) for t in stored.values())
     check_room(f"--workdir={workdir}", target, needed)
-    partial = target.parent / f".{target.name}.importing"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with creating(f"--workdir={workdir}", target, "importing") as partial:
+        new = Workdir(partial)
         tokenizer = _tokenizer(folder, settings.data)
         if tokenizer is not None:
-            tokenizer.save(partial / "tokenizer")
-        _leave_generation(ids, partial / "tokenizer")
+            tokenizer.save(new.tokenizer)
+        _leave_generation(ids, new.tokenizer)
         weights = _weights(entries, stored, shapes)
-        with contextlib.closing(checkpoint.Store(partial, settings)) as new:
-            new.save_weights(weights)
-        text = config.to_json(settings)
-        (partial / "config.json").write_text(text, encoding="utf-8")
-        partial.rename(target)
-    except OSError as err:
-        raise CheckpointError(
-            f"--workdir={workdir}; it cannot be written: {err}; give another folder."
-        ) from err
-    finally:
-        _remove(partial)
+        with contextlib.closing(checkpoint.Store(new, settings)) as checkpoints:
+            checkpoints.save_weights(weights)
+        new.config.write_text(config.to_json(settings), encoding="utf-8")
     count = sum(math.prod(leaf.shape) for leaf in shapes.values())
     return {
         "family": family.name,
@@ -88,14 +78,6 @@ def run(
         "workdir": str(target),
         "tokenizer": tokenizer is not None,
     }
-
-
-def _remove(partial: pathlib.Path) -> None:
-    """Removes what a failed import wrote, with what it still had under way."""
-    if partial.exists():
-        for pause in (0.1, 0.4, 0.0):  # seconds; writes outlive the error of one
-            shutil.rmtree(partial, ignore_errors=True)
-            time.sleep(pause)
 
 
 def in_words(found: Mapping[str, Any]) -> str:
@@ -164,7 +146,7 @@ def _settings(
     tokenizer = _tokenizer_file(folder)
     where = DataConfig(source="synthetic")
     if tokenizer is not None:
-        where = DataConfig(tokenizer=str(target / "tokenizer" / tokenizer.name))
+        where = DataConfig(tokenizer=str(Workdir(target).tokenizer / tokenizer.name))
     settings = RunConfig(
         batch_size=math.lcm(8, jax.device_count()),
         seq_len=min(model.max_positions or _SEQ_LEN, _SEQ_LEN),

@@ -11,14 +11,14 @@ killed while it goes back goes on as if it had not been.
 import dataclasses
 import json
 import math
-import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from scaletrain import cluster
 from scaletrain.checkpoint import Store
 from scaletrain.errors import CheckpointError, DivergedError
+from scaletrain.files import atomic_write
+from scaletrain.workdir import Workdir
 
 _LISTED = 200  # documents of a skipped update that are written down
 _TOLD = 5  # and of these, that a line on the terminal names
@@ -85,15 +85,13 @@ def _is_record(record: Any) -> bool:
 class Rollbacks:
     """How often a run went back, where to, and what it left out for good."""
 
-    def __init__(
-        self, workdir: pathlib.Path, checkpoints: Store, say: Callable[[str], Any]
-    ):
+    def __init__(self, workdir: Workdir, checkpoints: Store, say: Callable[[str], Any]):
         """Reads what the workdir says.
 
         Raises:
           CheckpointError: `rollbacks.json` is damaged.
         """
-        self._path = workdir / "rollbacks.json"
+        self._path = workdir.rollbacks
         self._checkpoints, self._say = checkpoints, say
         self.records = self._read()
         newest = checkpoints.latest()
@@ -169,15 +167,8 @@ class Rollbacks:
         """Makes the records durable before any process relies on them."""
         self.records = records
         if cluster.lead():
-            partial = self._path.with_suffix(".partial")
-            with partial.open("w", encoding="utf-8") as file:
-                json.dump(records, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self._path)
-            folder = os.open(self._path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            content = json.dumps(records, indent=1).encode()
+            atomic_write(self._path, content, durable=True)
         cluster.wait("rollback")
 
     def clear(self) -> int | None:

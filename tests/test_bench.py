@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import bench, config, hlo, mesh, metrics
+from scaletrain import bench, config, flops, hlo, matrices, mesh
 from scaletrain.bench import command, loops, profile, roofline, shapes, sweep, timing
 from scaletrain.commands import line
 from scaletrain.config import LoraConfig, MeshConfig
@@ -142,13 +142,13 @@ def test_shapes_have_the_flops_of_the_run(devices, settings):
     gemms = shapes.gemms(run)
     found = sum(each.count * each.flops * len(each.passes) for each in gemms.values())
     weight_flops = 4 if run.lora.rank else 6
-    weights = weight_flops * metrics.matmul_weights(run.model)
+    weights = weight_flops * flops.matmul_weights(run.model)
     assert found * devices == weights * tokens
     attention = shapes.attentions(run)
     found = sum(each.count * 3 * each.flops for each in attention.values())
     plain = small.changed(run, lora=LoraConfig(), init_from="")
-    causal, _ = metrics.flops_per_token(plain)
-    rest = causal - 6 * metrics.matmul_weights(run.model)
+    causal, _ = flops.flops_per_token(plain)
+    rest = causal - 6 * flops.matmul_weights(run.model)
     assert found * devices == pytest.approx(rest * tokens)
 
 
@@ -272,7 +272,7 @@ def test_sweep_finds_the_fastest_that_fits(capfd):
     best = candidates[0]
     assert best["overrides"] == {
         "model.attention": "xla", "model.layers": "unroll", "batch_size": 12,
-        "model.remat": "save", "model.remat_save": config.REMAT_NAMES,
+        "model.remat": "save", "model.remat_save": matrices.REMAT_NAMES,
     }  # fmt: skip
     applied = sweeping.applied(best["overrides"])
     assert (applied.batch_size, applied.model.remat) == (12, "save")

@@ -27,6 +27,7 @@ from scaletrain.checkpoint.manifest import UNFINISHED, Manifest
 from scaletrain.checkpoint.retention import kept
 from scaletrain.errors import CheckpointError
 from scaletrain.program import TrainState
+from scaletrain.workdir import Workdir
 
 # Orbax's threads of a save that failed end when they are collected.
 pytestmark = [
@@ -57,7 +58,7 @@ def told():
 @contextlib.contextmanager
 def opened(path, told, **settings):
     run = small.changed(RUN, **settings)
-    with contextlib.closing(Store(path, run, say=told.append)) as found:
+    with contextlib.closing(Store(Workdir(path), run, say=told.append)) as found:
         yield found
 
 
@@ -415,7 +416,7 @@ def test_killed_at_any_moment_the_newest_whole_step_is_found(tmp_path, monkeypat
 # One of two processes; the parameters are spread over both.
 PROCESS = """\
 import argparse, errno, os, pathlib, sys, time
-from scaletrain import checkpoint, cluster, config
+from scaletrain import checkpoint, cluster, config, workdir
 from scaletrain.checkpoint import manifest, writer
 folder, number, port = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 cluster.join(argparse.Namespace(
@@ -447,7 +448,7 @@ fails = {  # step -> process, and what of it fails
     6: (1, writer._Sealing, "async_save"),
 }
 run = config.from_json((folder / "run.json").read_text())
-checkpoints = checkpoint.Store(folder, run, say=print)
+checkpoints = checkpoint.Store(workdir.Workdir(folder), run, say=print)
 try:
     for step in range(1, 7):
         who, owner, name = fails.get(step, (None, manifest, "leave_sums"))
@@ -553,7 +554,7 @@ def test_temporary_steps_go_when_a_newer_one_is_whole():
 def test_a_workdir_holds_one_run(tmp_path):
     code = (
         "import pathlib, sys; from scaletrain import workdir\n"
-        f"with workdir.held(pathlib.Path({str(tmp_path)!r}), print):\n"
+        f"with workdir.held(workdir.Workdir.of({str(tmp_path)!r}), print):\n"
         "    print('held', flush=True); sys.stdin.read()"
     )
     pipe = subprocess.PIPE
@@ -563,11 +564,11 @@ def test_a_workdir_holds_one_run(tmp_path):
         assert other.stdout.readline() == b"held\n"
         with (
             pytest.raises(CheckpointError, match=f"process {other.pid} on .* trains"),
-            workdir.held(tmp_path, print),
+            workdir.held(Workdir(tmp_path), print),
         ):
             pass
         other.kill()
-    with workdir.held(tmp_path, print):  # the kernel let go
+    with workdir.held(Workdir(tmp_path), print):  # the kernel let go
         assert json.loads((tmp_path / "lock").read_text())["pid"] != other.pid
 
 
@@ -593,7 +594,7 @@ def test_a_workdir_that_cannot_be_locked_is_refused(
     monkeypatch.setattr(workdir.fcntl, "flock", failing(number))
     with (
         pytest.raises(CheckpointError, match=words),
-        workdir.held(tmp_path, print),
+        workdir.held(Workdir(tmp_path), print),
     ):
         pass
 
@@ -601,7 +602,7 @@ def test_a_workdir_that_cannot_be_locked_is_refused(
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
 def test_a_file_system_without_locks_is_told_of(tmp_path, told, monkeypatch, number):
     monkeypatch.setattr(workdir.fcntl, "flock", failing(number))
-    with workdir.held(tmp_path, told.append):
+    with workdir.held(Workdir(tmp_path), told.append):
         pass
     assert "its file system has no locks" in told[0]
     assert os.strerror(number) in told[0]

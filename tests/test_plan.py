@@ -27,10 +27,10 @@ from jax.sharding import NamedSharding
 from scaletrain import (
     compilation,
     config,
+    flops,
     hlo,
     main,
     mesh,
-    metrics,
     sharding,
     step,
     train,
@@ -390,7 +390,7 @@ def test_weights_travel_as_often_as_they_must(planned):
     run, said = planned
     assert set(said.step.communication) == {"fsdp"}
     sums = said.step.communication["fsdp"]
-    weights = metrics.matmul_weights(run.model)
+    weights = flops.matmul_weights(run.model)
     # Three quarters come from others: of bfloat16 twice, of float32 gradients once,
     # or twice where the sum goes to all, as small ones do; the head's gathered once.
     gathered = 2 * (2 * weights - run.model.d_model * run.model.vocab_size) * 3 / 4
@@ -447,7 +447,7 @@ def test_arithmetic_is_counted_to_the_flop():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiler.timing, "account", count)
         compiler.compile(run, slices.parse("v5e:1x1"))
-    _, palm = metrics.flops_per_token(run)  # the plain attention computes every score
+    _, palm = flops.flops_per_token(run)  # the plain attention computes every score
     assert found[0] == pytest.approx(palm * run.batch_size * run.seq_len, rel=0.01)
 
 
@@ -494,7 +494,7 @@ def test_a_plan_holds_what_it_promises():
     found = command.run(RUN, request)
     assert found.keys() >= KEYS
     json.dumps(found)
-    causal, _ = metrics.flops_per_token(RUN)
+    causal, _ = flops.flops_per_token(RUN)
     assert found["overrides"] == {}
     assert found["mfu"] == pytest.approx(
         causal * found["tokens_per_s_per_chip"] / 197e12
@@ -1071,7 +1071,7 @@ def test_small_runs_are_the_same_everywhere(monkeypatch):
                     leaf.addressable_shards[device].data.nbytes
                     for leaf in jax.tree.leaves(of)
                 ), part
-        _, palm = metrics.flops_per_token(run)  # plain attention makes every score
+        _, palm = flops.flops_per_token(run)  # plain attention makes every score
         assert palm * run.batch_size * run.seq_len == _dots(jaxpr.jaxpr)
         assert estimate.parameters(run) == told["parameters"]
 

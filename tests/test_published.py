@@ -41,6 +41,7 @@ from scaletrain.data.tokenizers import JsonTokenizer
 from scaletrain.errors import CheckpointError, ConfigError, DataError
 from scaletrain.models import Decoder
 from scaletrain.program import build
+from scaletrain.workdir import Workdir
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 FAMILIES = [
@@ -858,5 +859,6 @@ def test_an_import_needs_little_more_memory_than_its_weights(tmp_path):
 def test_a_card_tells_of_evaluations_that_are_not_finite(tmp_path):
     told = ['{"step": 3, "eval_loss": 2.5}', '{"step": 4, "eval_loss": null}', "{"]
     (tmp_path / "metrics.jsonl").write_text("\n".join(told))
-    assert exporter._evaluation(tmp_path, 3) == ["- step: 3", "- loss: 2.5000"]
-    assert exporter._evaluation(tmp_path, 9) == ["- step: 4", "- loss: not finite"]
+    workdir = Workdir(tmp_path)
+    assert exporter._evaluation(workdir, 3) == ["- step: 3", "- loss: 2.5000"]
+    assert exporter._evaluation(workdir, 9) == ["- step: 4", "- loss: not finite"]

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scaletrain import compilation, data, feed, loop, metrics, sharding
+from scaletrain import compilation, data, feed, loop, sharding
 from scaletrain.config import RunConfig
+from scaletrain.monitor.meter import peak_memory_bytes
 from scaletrain.program import Batch, Program, initial
 
 WARM_UP = 3  # steps: a first one loads kernels, and a second may record graphs of them
@@ -43,7 +44,7 @@ class Steps:
     """The compiled step with a state and a feed, ready to go on and on."""
 
     def __init__(self, program: Program, asked: RunConfig, feed: Callable):
-        self._peak_before = metrics.peak_memory_bytes(jax.local_devices())
+        self._peak_before = peak_memory_bytes(jax.local_devices())
         began = time.perf_counter()
         self.program, self.compiled = compilation.decided(program, asked)
         self.compile_time_s = time.perf_counter() - began
@@ -92,7 +93,7 @@ class Steps:
         A device counts since the process began: when others filled it more before,
         its count says nothing of these steps.
         """
-        counted = metrics.peak_memory_bytes(jax.local_devices())
+        counted = peak_memory_bytes(jax.local_devices())
         if counted is not None and counted > (self._peak_before or 0):
             return counted
         return compilation.peak_bytes(self.compiled)

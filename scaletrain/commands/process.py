@@ -1,10 +1,10 @@
 """The state of a process that trains: the other processes, and kept executables."""
 
 import argparse
-import os
 
 from scaletrain import cluster, config
 from scaletrain.config import RunConfig
+from scaletrain.workdir import Workdir
 
 _COMPILED_BYTES = 2**31  # in a workdir; beyond it those used least recently go
 
@@ -30,6 +30,6 @@ def keep_compiled(workdir: str) -> None:
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
-        folder = os.path.join(workdir, "compiled")
-        jax.config.update("jax_compilation_cache_dir", folder)
+        folder = Workdir.of(workdir).compiled
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", _COMPILED_BYTES)

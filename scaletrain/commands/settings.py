@@ -2,11 +2,11 @@
 
 import argparse
 import dataclasses
-import pathlib
 
 from scaletrain import config, paths
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError
+from scaletrain.workdir import Workdir
 
 
 def of_experiment(args: argparse.Namespace) -> RunConfig:
@@ -39,7 +39,7 @@ def of_workdir(args: argparse.Namespace) -> RunConfig:
 
 
 def _settings_file(workdir: str) -> str:
-    path = pathlib.Path(workdir) / "config.json"
+    path = Workdir.of(workdir).config
     if not path.is_file():
         raise ConfigError(
             [

@@ -6,7 +6,7 @@ from scaletrain.cluster import signals
 from scaletrain.commands import options, process, settings
 from scaletrain.commands.command import Command, Result
 from scaletrain.config import RunConfig
-from scaletrain.phases import Phases
+from scaletrain.monitor.phase_clock import Phases
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,6 @@ from scaletrain.config.form import (
     whole,
 )
 from scaletrain.config.rules import (
-    REMAT_NAMES,
     check,
     differences,
     mesh_size,
@@ -26,8 +25,6 @@ from scaletrain.config.rules import (
 )
 from scaletrain.config.schema import (
     FAMILIES,
-    GATED,
-    LINEARS,
     MAX_SPIKE_WINDOW,
     AxesConfig,
     CheckpointConfig,
@@ -49,10 +46,7 @@ from scaletrain.config.schema import (
 
 __all__ = [
     "FAMILIES",
-    "GATED",
-    "LINEARS",
     "MAX_SPIKE_WINDOW",
-    "REMAT_NAMES",
     "AxesConfig",
     "CheckpointConfig",
     "DataConfig",

@@ -11,7 +11,6 @@ from typing import Any
 
 from scaletrain import paths
 from scaletrain.config.schema import (
-    LINEARS,
     AxesConfig,
     MeshConfig,
     RunConfig,
@@ -19,11 +18,8 @@ from scaletrain.config.schema import (
     named,
 )
 from scaletrain.errors import ConfigError, counted
+from scaletrain.matrices import LAYER, REMAT_NAMES
 
-# Intermediate values a layer names for remat="save"; models/ names exactly these.
-REMAT_NAMES = (
-    "residual", "query", "key", "value", "attention", "mlp_gate", "mlp_up",
-)  # fmt: skip
 AXES = tuple(field.name for field in dataclasses.fields(AxesConfig))
 
 
@@ -174,7 +170,7 @@ def _targets(path: str, targets: tuple[str, ...]) -> Iterator[str]:
         if not named((target,)):
             yield (
                 f"{path}={target}; no matrix has that name; "
-                f"pick from {', '.join(LINEARS)}, with * and ? for parts."
+                f"pick from {', '.join(LAYER)}, with * and ? for parts."
             )
 
 

@@ -11,6 +11,8 @@ import fnmatch
 from collections.abc import Iterator
 from typing import Any
 
+from scaletrain.matrices import GATED, LAYER
+
 
 def setting(
     default: Any,
@@ -49,7 +51,7 @@ class ModelConfig:
     d_head: int = setting(64, least=2)  # even: rotary positions turn pairs
     d_ff: int = setting(1024, least=1)
     vocab_size: int = setting(512, least=2)  # rows of the table; >= the tokenizer's
-    mlp: str = setting("swiglu", choices=("swiglu", "geglu", "gelu", "relu2"))
+    mlp: str = setting("swiglu", choices=(*GATED, "gelu", "relu2"))
     head: str = setting("untied", choices=("untied", "tied"))
     bias: str = setting("none", choices=("none", "qkv", "all"))
     norm: str = setting("rms", choices=("rms", "rms_plus_one", "layer"))
@@ -105,7 +107,7 @@ class PrecisionConfig:
     gradients: str = setting("float32", choices=DTYPES)  # of weights, and over devices
     matmul: str = setting("compute", choices=("compute", "fp8", "int8"))  # of `targets`
     scaling: str = setting("current", choices=("current", "delayed"))  # fp8, by whose
-    targets: tuple[str, ...] = ("attention/*", "mlp/*")  # of LINEARS, * and ? allowed
+    targets: tuple[str, ...] = ("attention/*", "mlp/*")  # names, * and ? allowed
 
     @property
     def plain(self) -> "PrecisionConfig":
@@ -121,7 +123,7 @@ class LoraConfig:
 
     rank: int = setting(0, least=0)  # 0 = train every weight
     alpha: float = setting(16.0, least=0.0)  # the update is scaled by alpha / rank
-    targets: tuple[str, ...] = ("attention/*", "mlp/*")  # of LINEARS, * and ? allowed
+    targets: tuple[str, ...] = ("attention/*", "mlp/*")  # names, * and ? allowed
 
 
 MAX_SPIKE_WINDOW = 1024  # updates the optimizer's state remembers
@@ -193,7 +195,8 @@ class EvalConfig:
     num_batches: int = setting(0, least=0)  # of batch_size; 0 = the whole split
 
 
-# Published families that `scaletrain.families` can read and write.
+# Published families that `scaletrain.families` reads and writes, each in a module of
+# its name. A model without a family of its own is offered to them in this order.
 FAMILIES = (
     "", "llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "gemma2", "gemma3",
     "gpt2",
@@ -225,16 +228,8 @@ class RunConfig:
     eval: EvalConfig = EvalConfig()
 
 
-# The matrices of a layer, which adapters can be put beside; models/ uses these names.
-LINEARS = (
-    "attention/q", "attention/k", "attention/v", "attention/o",
-    "mlp/gate", "mlp/up", "mlp/down",
-)  # fmt: skip
-GATED = ("swiglu", "geglu")  # the values of model.mlp that have a gate
-
-
 def adapted(lora: LoraConfig) -> tuple[str, ...]:
-    """Returns the names in LINEARS that get adapters."""
+    """Returns the names of matrices that get adapters."""
     return named(lora.targets) if lora.rank else ()
 
 
@@ -244,14 +239,14 @@ def evaluated(run: RunConfig) -> RunConfig:
 
 
 def quantised(precision: PrecisionConfig) -> tuple[str, ...]:
-    """Returns the names in LINEARS that are multiplied in 8 bits."""
+    """Returns the names of matrices that are multiplied in 8 bits."""
     return named(precision.targets) if precision.matmul != "compute" else ()
 
 
 def named(patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the names in LINEARS that one of `patterns` is for."""
+    """Returns the names of matrices that one of `patterns` is for."""
     return tuple(
-        name for name in LINEARS if any(fnmatch.fnmatch(name, p) for p in patterns)
+        name for name in LAYER if any(fnmatch.fnmatch(name, p) for p in patterns)
     )
 
 

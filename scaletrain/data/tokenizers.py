@@ -18,7 +18,7 @@ from scaletrain.config.schema import DataConfig
 from scaletrain.data import sidecars
 from scaletrain.data.chats import ChatTemplate, Message
 from scaletrain.errors import DataError
-from scaletrain.workdir import rewrite
+from scaletrain.files import atomic_write
 
 END_OF_TEXT = "<|endoftext|>"
 # Spellings of the end of a text in published tokenizers, the likeliest first.
@@ -416,7 +416,7 @@ def _write(
     about = json.dumps({"kind": kind, "end_of_text": end_of_text})
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in {**files, "about.json": about.encode("utf-8")}.items():
-        rewrite(folder / name, content)
+        atomic_write(folder / name, content)
 
 
 def _config(kind: str, end_of_text: str, **more: Any) -> bytes:

@@ -3,36 +3,26 @@
     mapping   the machine: declared once, read in both directions
     spelling  the ways config.json has been written
 
-To add one, declare a `Family` in a file of its own and list it here.
+To add one, declare a `Family` in a file of its name and list it in `config.FAMILIES`.
 """
 
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from scaletrain.config import FAMILIES as NAMES
+from scaletrain import config as settings
 from scaletrain.config import ModelConfig
 from scaletrain.errors import CheckpointError
-from scaletrain.families import (
-    gemma2,
-    gemma3,
-    gpt2,
-    llama,
-    mapping,
-    mistral,
-    olmo2,
-    phi3,
-    qwen2,
-    qwen3,
-    spelling,
-)
+from scaletrain.families import mapping, spelling
 from scaletrain.families.mapping import Entry, Family, Piece, entries
 
 __all__ = ["FAMILIES", "Entry", "Family", "Piece", "entries", "of_config", "of_model"]
 
-# In the order in which a model without a family of its own is offered to them.
-_MODULES = (llama, mistral, qwen2, qwen3, olmo2, phi3, gemma2, gemma3, gpt2)
-FAMILIES = {module.FAMILY.name: module.FAMILY for module in _MODULES}
-assert set(FAMILIES) == set(NAMES) - {""}
+FAMILIES: dict[str, Family] = {
+    name: importlib.import_module(f"{__name__}.{name}").FAMILY
+    for name in settings.FAMILIES
+    if name
+}
 
 
 def of_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:

@@ -10,17 +10,7 @@ from typing import Any
 from scaletrain.config import LoraConfig, adapted
 from scaletrain.errors import CheckpointError
 from scaletrain.families.mapping import Entry, Family, Piece
-
-# Letters of the inputs and the outputs of each adapted matrix, see `mapping._sizes`.
-_LETTERS = {
-    "attention/q": ("d", "n h"),
-    "attention/k": ("d", "k h"),
-    "attention/v": ("d", "k h"),
-    "attention/o": ("n h", "d"),
-    "mlp/gate": ("d", "f"),
-    "mlp/up": ("d", "f"),
-    "mlp/down": ("f", "d"),
-}
+from scaletrain.matrices import LAYER
 
 
 def tensors(entries: Iterable[Entry], lora: LoraConfig) -> dict[str, Piece]:
@@ -39,7 +29,7 @@ def tensors(entries: Iterable[Entry], lora: LoraConfig) -> dict[str, Piece]:
                 "with other matrices, which adapter files cannot say; use --merge."
             )
         for piece in held:
-            inputs, outputs = _LETTERS[targets[piece.path]]
+            inputs, outputs = map(" ".join, LAYER[targets[piece.path]].letters)
             sizes = {**piece.sizes, "r": lora.rank}
             path = piece.path.removesuffix("weight")
             name = f"base_model.model.{entry.name.removesuffix('.weight')}"

@@ -15,6 +15,7 @@ from einops import rearrange
 from scaletrain.config import ModelConfig, replaced
 from scaletrain.errors import CheckpointError
 from scaletrain.families.spelling import shown
+from scaletrain.matrices import DIMS
 
 Config = Mapping[str, Any]  # a config.json, flattened to dotted keys
 _REQUIRED = object()
@@ -266,15 +267,8 @@ def _get(config: Any, path: str) -> Any:
 
 def _sizes(model: ModelConfig) -> dict[str, int]:
     """Returns the size of each letter of a pattern."""
-    return {
-        "d": model.d_model,
-        "n": model.num_heads,
-        "k": model.num_kv_heads,
-        "h": model.d_head,
-        "f": model.d_ff,
-        "v": model.vocab_size,
-        "p": model.max_positions,
-    }
+    sizes = {dim.letter: getattr(model, setting) for setting, dim in DIMS.items()}
+    return sizes | {"p": model.max_positions}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,13 +9,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from scaletrain.config import (
-    GATED,
-    LoraConfig,
-    ModelConfig,
-    PrecisionConfig,
-)
+from scaletrain.config import LoraConfig, ModelConfig, PrecisionConfig
 from scaletrain.kernels import gated
+from scaletrain.matrices import GATED, LAYER
 from scaletrain.models.linear import Linear, gathered, gradients, together
 from scaletrain.sharding import constrain
 
@@ -94,23 +90,21 @@ class Mlp(nnx.Module):
     ):
         D, F = model.d_model, model.d_ff
         keys = jax.random.split(key, 3)
-        both = {"precision": precision, "lora": lora, "bias": model.bias == "all"}
-        up = ("btd,df->btf", (D, F), ("embed", "ff"))
+        linear = functools.partial(
+            Linear,
+            model=model,
+            precision=precision,
+            lora=lora,
+            bias=model.bias == "all",
+        )
         self.gate = (
-            Linear(keys[0], *up, name="mlp/gate", std=D**-0.5, **both)
+            linear(keys[0], LAYER["mlp/gate"], std=D**-0.5)
             if model.mlp in GATED
             else None
         )
-        self.up = Linear(keys[1], *up, name="mlp/up", std=D**-0.5, **both)
-        self.down = Linear(
-            keys[2],
-            "btf,fd->btd",
-            (F, D),
-            ("ff", "embed"),
-            name="mlp/down",
-            std=(2 * model.num_layers * F) ** -0.5,
-            **both,
-        )
+        self.up = linear(keys[1], LAYER["mlp/up"], std=D**-0.5)
+        std = (2 * model.num_layers * F) ** -0.5
+        self.down = linear(keys[2], LAYER["mlp/down"], std=std)
         self.activation = _ACTIVATIONS[model.mlp]
         self.model, self.precision = model, precision
 

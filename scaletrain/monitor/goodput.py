@@ -15,8 +15,9 @@ from typing import Any, Self
 
 import jax
 
-from scaletrain.phases import STEP, Phases
-from scaletrain.workdir import rewrite
+from scaletrain.files import atomic_write
+from scaletrain.monitor.phase_clock import STEP, Phases
+from scaletrain.workdir import Workdir
 
 _EVERY_S = 2.0
 _BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")  # of Linux
@@ -47,8 +48,8 @@ class Account:
     A start that is refused, or that has nothing to do, makes none: it is no attempt.
     """
 
-    def __init__(self, workdir: pathlib.Path, phases: Phases):
-        self._path, self._phases = workdir / "attempts.json", phases
+    def __init__(self, workdir: Workdir, phases: Phases):
+        self._path, self._phases = workdir.attempts, phases
         self._over, self._writing = threading.Event(), threading.Lock()
         self._attempts, elapsed = self._read(), phases.elapsed()
         self._now: dict[str, Any] = {
@@ -110,7 +111,7 @@ class Account:
     def _write(self) -> None:
         with self._writing, contextlib.suppress(OSError):  # as with a lost one
             self._measure()
-            rewrite(self._path, json.dumps(self._attempts, indent=1).encode())
+            atomic_write(self._path, json.dumps(self._attempts, indent=1).encode())
 
     def total(self) -> dict[str, Any]:
         """Returns the seconds of the run by cause; productive is what is not lost."""

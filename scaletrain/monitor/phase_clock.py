@@ -13,7 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from scaletrain.workdir import rewrite
+from scaletrain.files import atomic_write
+from scaletrain.workdir import Workdir
 
 STEP, WAIT = "step", "wait"  # too many of them to be told one by one
 _KEPT = 64  # durations of a phase that are remembered
@@ -79,9 +80,9 @@ class Phases:
         """Returns the seconds since the attempt began."""
         return self._clock() - self._began
 
-    def tell(self, workdir: pathlib.Path) -> None:
+    def tell(self, workdir: Workdir) -> None:
         """Keeps `status.json` of the workdir up to date from here on."""
-        self._status = workdir / "status.json"
+        self._status = workdir.status
         self._tell("")
 
     def _tell(self, changed: str) -> None:
@@ -90,4 +91,4 @@ class Phases:
         status = {"phase": self.now()[0], "since": time.time(), "pid": os.getpid()}
         # Who looks at it can do without; a full disk is told of where it matters.
         with contextlib.suppress(OSError):
-            rewrite(self._status, json.dumps(status).encode())
+            atomic_write(self._status, json.dumps(status).encode())

@@ -7,7 +7,6 @@ in which nothing here ran, on a machine that was paused, is no part of a phase.
 
 import faulthandler
 import os
-import pathlib
 import sys
 import threading
 import time
@@ -17,7 +16,8 @@ from typing import Self
 import jax
 
 from scaletrain.errors import Interrupted
-from scaletrain.phases import Phases
+from scaletrain.monitor.phase_clock import Phases
+from scaletrain.workdir import Workdir
 
 FACTOR = 20.0  # times the usual time of a phase
 FLOOR_S = 300.0  # below which no phase is called slow: disks may stall for minutes
@@ -36,7 +36,7 @@ class Watchdog:
     def __init__(
         self,
         phases: Phases,
-        workdir: pathlib.Path,
+        workdir: Workdir,
         limit_s: float,
         floor_s: float = FLOOR_S,
         end: Callable[[int], None] = os._exit,
@@ -98,7 +98,7 @@ class Watchdog:
     def _dump(self) -> str:
         """Returns where the stacks are; a disk that fails must not end the watch."""
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        path = self._workdir / f"stacks-{jax.process_index()}-{stamp}.txt"
+        path = self._workdir.stacks(jax.process_index(), stamp)
         try:
             with path.open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
