@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from scaletrain.config.schema import DataConfig
-from scaletrain.data import sidecars
+from scaletrain.data import tokenizer_files
 from scaletrain.data.chats import ChatTemplate, Message
 from scaletrain.errors import DataError
 from scaletrain.files import atomic_write
@@ -104,7 +104,7 @@ class ByteTokenizer:
         assert library.token_to_id(END_OF_TEXT) == self.end_id
         return {
             "tokenizer.json": library.to_str().encode("utf-8"),
-            sidecars.CONFIG: _config("PreTrainedTokenizerFast", END_OF_TEXT),
+            tokenizer_files.CONFIG: _config("PreTrainedTokenizerFast", END_OF_TEXT),
         }
 
 
@@ -115,7 +115,7 @@ class JsonTokenizer:
         self,
         content: str,
         end_of_text: str = "",
-        files: sidecars.Sidecars | None = None,
+        files: tokenizer_files.Sidecars | None = None,
     ):
         """Reads `content`.
 
@@ -136,8 +136,8 @@ class JsonTokenizer:
         except Exception as err:  # the library raises nothing narrower
             raise ValueError(f"it is not a tokenizer.json: {err}") from err
         self._files = dict(files or {})
-        self._special_tokens = sidecars.special_tokens(self._files)
-        self._template = sidecars.chat_template(self._files)
+        self._special_tokens = tokenizer_files.special_tokens(self._files)
+        self._template = tokenizer_files.chat_template(self._files)
         vocabulary = library.get_vocab()
         named = self._special_tokens.get("eos_token", "")
         self._end_of_text = _end_token(vocabulary, end_of_text, named)
@@ -166,17 +166,19 @@ class JsonTokenizer:
         A tokenizer that was trained here puts an end of text before every document,
         and so before `text`; somebody else's says itself how a text begins.
         """
-        if sidecars.CONFIG not in self._files:
+        if tokenizer_files.CONFIG not in self._files:
             return [self.end_id, *self.encode_batch([text])[0].tolist()]
         # These two stand above the framing in tokenizer.json.
-        told = {"add_bos_token", "add_eos_token"} & set(sidecars.config(self._files))
+        told = {"add_bos_token", "add_eos_token"} & set(
+            tokenizer_files.config(self._files)
+        )
         ids = self._open_library.encode(text, add_special_tokens=not told).ids
         ids = [*self._asked("bos"), *ids, *self._asked("eos")]
         return ids or [self.end_id]
 
     def _asked(self, name: str) -> list[int]:
         """Returns the token that tokenizer_config.json puts around every text."""
-        asked = sidecars.config(self._files).get(f"add_{name}_token")
+        asked = tokenizer_files.config(self._files).get(f"add_{name}_token")
         token = self._special_tokens.get(f"{name}_token", "")
         found = self._open_library.token_to_id(token) if asked else None
         return [] if found is None else [found]
@@ -249,7 +251,7 @@ class JsonTokenizer:
     def published(self) -> dict[str, bytes]:
         """Returns the files it was read from, with a config if there was none."""
         config = _config("PreTrainedTokenizerFast", self._end_of_text)
-        return {sidecars.CONFIG: config} | self._everything()
+        return {tokenizer_files.CONFIG: config} | self._everything()
 
     def _everything(self) -> dict[str, bytes]:
         return self._files | {"tokenizer.json": self._content.encode("utf-8")}
@@ -335,7 +337,7 @@ class PieceTokenizer:
             named["bos_token"] = spell(first)
         # Not legacy leaves out the space that the model puts before every text.
         config = _config("LlamaTokenizer", spell(self.end_id), legacy=True, **named)
-        return {"tokenizer.model": self._content, sidecars.CONFIG: config}
+        return {"tokenizer.model": self._content, tokenizer_files.CONFIG: config}
 
 
 def read_tokenizer(data: DataConfig) -> Tokenizer | None:
@@ -355,7 +357,7 @@ def read_tokenizer(data: DataConfig) -> Tokenizer | None:
         content = filesystem.cat_file(path)
         if data.tokenizer.endswith(".model"):
             return PieceTokenizer(content, data.end_of_text)
-        files = sidecars.beside(filesystem, path)
+        files = tokenizer_files.beside(filesystem, path)
         return JsonTokenizer(content.decode("utf-8"), data.end_of_text, files)
     except (OSError, ValueError, ImportError) as err:
         raise DataError(
@@ -399,7 +401,7 @@ def load_tokenizer(folder: pathlib.Path) -> Tokenizer:
             content = (folder / "tokenizer.model").read_bytes()
             return PieceTokenizer(content, about["end_of_text"])
         text = (folder / "tokenizer.json").read_bytes().decode("utf-8")
-        paths = {name: folder / name for name in sidecars.NAMES}
+        paths = {name: folder / name for name in tokenizer_files.NAMES}
         files = {n: path.read_bytes() for n, path in paths.items() if path.is_file()}
         return JsonTokenizer(text, about["end_of_text"], files)
     except (OSError, ValueError, KeyError, TypeError) as err:
