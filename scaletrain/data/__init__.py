@@ -1,5 +1,6 @@
 """From a corpus to the batch of a step.
 
+    files       those that data.path names  (tables: their rows)
     sources     documents or rows, in an order that never changes
     tokenizers  text to ids and back  (sidecars: their files; chats: conversations)
     tokenise    documents to one token stream a split  (blocks: its files)
