@@ -6,6 +6,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Iterator
+from glob import has_magic
 from typing import Any, BinaryIO, NamedTuple
 
 from scaletrain.config.schema import DataConfig
@@ -188,8 +189,6 @@ def _list_folders(filesystem: Any, pattern: str) -> None:
     Raises:
       OSError: a folder cannot be listed.
     """
-    from glob import has_magic
-
     parts = pattern.split("/")
     for depth, part in enumerate(parts):
         if depth and has_magic(part):
@@ -206,7 +205,8 @@ def _check_kinds(data: DataConfig, matches: list[File]) -> None:
     """Refuses files whose suffix does not say what is in them, all at once."""
     for file in matches:
         if file.suffix in _TAR:
-            raise _archive(data, file, "tar")
+            # The short suffixes, such as .tgz, are not all known to fsspec.
+            raise _archive(data, file, "tar" if file.suffix == ".tar" else "")
     unknown = [f for f in matches if f.suffix not in {*ROWS, *_TEXT, ""}]
     if unknown:
         names = ", ".join(file.name for file in unknown[:5])
@@ -220,9 +220,12 @@ def _check_kinds(data: DataConfig, matches: list[File]) -> None:
         raise refused(data, why, remedy)
 
 
-def _archive(data: DataConfig, file: File, protocol: str) -> DataError:
-    url = f"{protocol}://**::{file.filesystem.unstrip_protocol(file.path)}"
-    remedy = f"unpack it, or set data.path={url!r}"
+def _archive(data: DataConfig, file: File, protocol: str = "") -> DataError:
+    """Returns the error that tells of fsspec's `protocol` for what is in `file`."""
+    remedy = "unpack it"
+    if protocol:
+        url = f"{protocol}://**::{file.filesystem.unstrip_protocol(file.path)}"
+        remedy += f", or set data.path={url!r}"
     return refused(data, f"{file.path} is an archive of several files", remedy)
 
 

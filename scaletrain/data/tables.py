@@ -1,7 +1,6 @@
 """Rows of .jsonl, .json, .csv, .tsv and .parquet files, by name."""
 
 import csv
-import io
 import itertools
 import json
 import sys
@@ -88,7 +87,7 @@ def _csv(
 ) -> Iterator[Row]:
     """Yields the rows below the header, which are numbered from 1."""
     csv.field_size_limit(sys.maxsize)  # else 128 KiB: documents are longer
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    text = (line.decode("utf-8-sig") for line in file)
     remedy = "write it anew, or leave it out"
     with door(f"data.path={data.path!r}; {name} is not sound CSV", remedy):
         lines = csv.reader(text, delimiter=delimiter, strict=True)
