@@ -465,7 +465,7 @@ def test_what_would_not_reach_the_model_is_refused(run, tmp_path, row, message):
 
 def test_files_without_rows_are_refused(run, tmp_path):
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(DataError, match=r"a.txt has no rows; write the conversations"):
+    with pytest.raises(DataError, match=r"a.txt has no rows; write conversations"):
         prepared(run(tmp_path / "a.txt"))
     parquet.write_table(pyarrow.table({"text": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"a.parquet has neither messages.*\['text'\]"):

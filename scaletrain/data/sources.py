@@ -41,9 +41,7 @@ def rows(data: DataConfig) -> Iterator[Row]:
     """
     for file in files.matching(data):
         if file.is_text:
-            remedy = (
-                "write the conversations as .jsonl or .parquet, or leave the file out"
-            )
+            remedy = "write conversations as .jsonl or .parquet, or leave the file out"
             raise refused(data, f"{file.name} has no rows", remedy)
         for row in tables.rows(data, file, FIELDS):
             if not isinstance(row.fields, dict):
@@ -134,16 +132,17 @@ def _data_source(data: DataConfig) -> Any:
         "prepare it with tfds.builder(name, file_format='array_record')"
         ".download_and_prepare(), below the folder that TFDS_DATA_DIR names"
     )
-    try:
-        return tfds.data_source(data.path, split=data.split, download=False)
-    except tfds.core.DatasetNotFoundError as err:
-        why = "TFDS has no data set of this name, configuration and version"
-        raise refused(data, why, f"correct the name, or {prepare}") from err
-    except (KeyError, AssertionError) as err:
-        raise refused(data, "it is not prepared", prepare) from err
-    except (ValueError, NotImplementedError, ImportError) as err:
-        why = f"data.split={data.split!r} cannot be read at random: {err}"
-        raise refused(data, why, f"correct the setting, or {prepare}") from err
+    with door(f"data.path={data.path!r}; it cannot be opened", prepare):
+        try:
+            return tfds.data_source(data.path, split=data.split, download=False)
+        except tfds.core.DatasetNotFoundError as err:
+            why = "TFDS has no data set of this name, configuration and version"
+            raise refused(data, why, f"correct the name, or {prepare}") from err
+        except (KeyError, AssertionError) as err:
+            raise refused(data, "it is not prepared", prepare) from err
+        except (ValueError, NotImplementedError, ImportError) as err:
+            why = f"data.split={data.split!r} cannot be read at random: {err}"
+            raise refused(data, why, f"correct the setting, or {prepare}") from err
 
 
 def _tfds(data: DataConfig) -> Iterator[Document]:
