@@ -16,7 +16,8 @@ import numpy as np
 
 from scaletrain.config.schema import DataConfig
 from scaletrain.data import tokenizer_files
-from scaletrain.data.chats import ChatTemplate, Message
+from scaletrain.data.chats import ChatTemplate, Message, Tool
+from scaletrain.data.files import door
 from scaletrain.errors import DataError
 from scaletrain.files import atomic_write
 
@@ -183,15 +184,18 @@ class JsonTokenizer:
         found = self._open_library.token_to_id(token) if asked else None
         return [] if found is None else [found]
 
-    def chat(self, messages: Sequence[Message]) -> tuple[np.ndarray, np.ndarray]:
+    def chat(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = ()
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Returns the int32 ids of a conversation, and which of them answer.
 
         A token answers if its first character is one that an assistant's message adds.
 
         Raises:
-          DataError: no chat template, or one that does not write these messages.
+          DataError: no chat template, or one that does not write these messages or
+            any of these tools.
         """
-        text, spans = self._chat_template.answers(messages)
+        text, spans = self._chat_template.answers(messages, tools)
         found = self._chat_library.encode(text, add_special_tokens=False)
         answered = np.zeros(len(text) + 1, bool)
         for start, stop in spans:
@@ -352,18 +356,14 @@ def read_tokenizer(data: DataConfig) -> Tokenizer | None:
         return None
     if data.tokenizer == "bytes":
         return ByteTokenizer()
-    try:
+    remedy = "give bytes, bpe, or the path of a tokenizer.json or of a .model file"
+    with door(f"data.tokenizer={data.tokenizer!r}; it cannot be read", remedy):
         filesystem, path = fsspec.core.url_to_fs(data.tokenizer)
         content = filesystem.cat_file(path)
         if data.tokenizer.endswith(".model"):
             return PieceTokenizer(content, data.end_of_text)
         files = tokenizer_files.beside(filesystem, path)
         return JsonTokenizer(content.decode("utf-8"), data.end_of_text, files)
-    except (OSError, ValueError, ImportError) as err:
-        raise DataError(
-            f"data.tokenizer={data.tokenizer!r}; it cannot be read: {err}; give bytes, "
-            "bpe, or the path of a tokenizer.json or a SentencePiece .model file."
-        ) from err
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
