@@ -2,7 +2,7 @@
 
     files       those that data.path names  (tables: their rows)
     sources     documents or rows, in an order that never changes
-    tokenizers  text to ids and back  (tokenizer_files, chats)
+    tokenizers  text to ids and back  (chats: conversations)
     tokenise    documents to one token stream a split  (blocks: its files)
     cache       the streams, made once and kept  (counts: of their bytes)
     sequences   windows of a stream, by number  (packing: of conversations)
