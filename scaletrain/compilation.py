@@ -6,7 +6,6 @@ that the compiler reports, against what a device may allocate; where that limit 
 known, as on CPUs, everything fits.
 """
 
-import dataclasses
 import functools
 import time
 import warnings
@@ -18,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
+from scaletrain import config
 from scaletrain.config import RunConfig
 from scaletrain.console import say
 from scaletrain.errors import ConfigError, does_not_fit
@@ -113,8 +113,8 @@ def decided(
 
 def _first_that_fits(program: Program, ready: Callable[[], Any]) -> tuple[Program, Any]:
     limit, others = _limit_bytes(cast(Mesh, program.mesh)), []
-    for remat, names in _KEPT:
-        run = _keeping(program.run, remat, names)
+    for (remat, names), overrides in zip(_KEPT, CANDIDATES, strict=True):
+        run = config.applied(program.run, overrides)
         chosen = build(run, program.mesh)
         execute = _compiled_if_possible(chosen, ready)
         needed = None if execute is None else peak_bytes(execute)
@@ -135,13 +135,6 @@ def peak_bytes(execute: Any) -> int:
     """Returns what a device holds at most while it takes the compiled step."""
     found = execute.memory_analysis()
     return found.peak_memory_in_bytes - found.host_temp_size_in_bytes
-
-
-def _keeping(run: RunConfig, remat: str, names: tuple[str, ...]) -> RunConfig:
-    model = dataclasses.replace(
-        run.model, remat=remat, remat_save=names, remat_offload=()
-    )
-    return dataclasses.replace(run, model=model)
 
 
 def _compiled_if_possible(program: Program, ready: Callable[[], Any]) -> Any:

@@ -37,7 +37,7 @@ def evaluate(
       between: called before each batch; what it raises ends the evaluation.
     """
     run = program.run
-    rows = run.batch_size // run.accumulate_steps
+    rows = run.micro_batch_rows
     shapes = {
         name: jax.ShapeDtypeStruct((rows, run.seq_len), s.dtype, sharding=s.sharding)
         for name, s in program.batch.items()
@@ -82,7 +82,7 @@ def run(run: RunConfig, workdir: str, at: int | None, split: str) -> dict[str, A
     Raises:
       ScaletrainError: no such checkpoint, or settings it was not made with.
     """
-    run = config.resolve(config.evaluated(run), jax.device_count())
+    run = config.resolve(run.for_evaluation, jax.device_count())
     grid = mesh.build(run.mesh)
     program = build(run, grid)
     with jax.set_mesh(grid):
@@ -126,7 +126,7 @@ def score(
     grid = mesh.build(run.mesh)
     program = build(run, grid)
     B, T = ids_BT.shape
-    ways = grid.shape["data"] * grid.shape["fsdp"]
+    shards = run.batch_shards
     execute = jax.jit(functools.partial(step.logits_step, program=program))
     whole = jax.NamedSharding(grid, jax.P())
     nats = 0.0
@@ -134,9 +134,9 @@ def score(
     with jax.set_mesh(grid), jax.default_matmul_precision("highest"):
         at, weights = warm_start.weights_of(workdir, run, at, program.state)
         with _logits_file(save_logits, (B, T, run.model.vocab_size)) as write:
-            for first in range(0, B, ways):
-                rows_BT = np.zeros((ways, T), np.int32)
-                real = min(ways, B - first)
+            for first in range(0, B, shards):
+                rows_BT = np.zeros((shards, T), np.int32)
+                real = min(shards, B - first)
                 rows_BT[:real] = ids_BT[first : first + real]
                 logits_BTV, nats_B = execute(weights, jax.device_put(rows_BT, whole))
                 nats += float(np.asarray(nats_B)[:real].sum())

@@ -10,7 +10,7 @@ A sliding window caps the keys a query sees in both.
 import math
 
 from scaletrain import matrices
-from scaletrain.config import ModelConfig, RunConfig, adapted
+from scaletrain.config import ModelConfig, RunConfig
 
 
 def matmul_weights(model: ModelConfig) -> int:
@@ -28,7 +28,7 @@ def flops_per_token(run: RunConfig) -> tuple[float, float]:
     adapters = sum(
         lora.rank * sum(matrix.shape(model))
         for matrix in matrices.of_layer(model)
-        if matrix.name in adapted(lora)
+        if matrix.name in lora.adapted
     )
     weights = (4 if lora.rank else 6) * matmul_weights(model)
     weights += 6 * model.num_layers * adapters
@@ -40,7 +40,7 @@ def flops_per_token(run: RunConfig) -> tuple[float, float]:
 
 def keys_seen(model: ModelConfig, layer: int, seq_len: int) -> tuple[float, float]:
     """Returns the keys a query sees on average: (causal, PaLM's convention)."""
-    window, every = model.sliding_window, model.global_every
-    if not 0 < window < seq_len or (every and (layer + 1) % every == 0):
+    window = model.sliding_window
+    if not model.is_local(layer) or window >= seq_len:
         return seq_len / 2, seq_len
     return window * (1 - window / (2 * seq_len)), window

@@ -79,8 +79,8 @@ def generate(
       ends: the ids that end a text, first the one that stands between documents.
     """
     prompts = [list(p) or [ends[0]] for p in prompts]
-    ways = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
-    B = -(-len(prompts) // ways) * ways
+    shards = program.run.batch_shards
+    B = -(-len(prompts) // shards) * shards
     # A multiple of 64 lets prompts of similar lengths share a compilation.
     T = -(-max(map(len, prompts)) // 64) * 64
     tokens_BT = np.zeros((B, T), np.int32)
@@ -127,7 +127,7 @@ def run(
         found.append(f"--seed={seed}; outside 0 to {2**32 - 1}; give a number in it.")
     if found:
         raise ConfigError(found)
-    run = config.resolve(config.evaluated(run), jax.device_count())
+    run = config.resolve(run.for_evaluation, jax.device_count())
     grid = mesh.build(run.mesh)
     program = build(run, grid)
     tokenizer = warm_start.tokenizer_of(workdir, run)

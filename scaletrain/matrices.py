@@ -5,6 +5,7 @@ that `bench` times all follow from a row. Nothing here needs jax.
 """
 
 import dataclasses
+import fnmatch
 import math
 from typing import Any, NamedTuple
 
@@ -106,6 +107,13 @@ REMAT_NAMES = (
     "residual",
     *(name for matrix in _ROWS for name in (matrix.takes, matrix.gives) if name),
 )
+
+
+def named(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the names of a layer's matrices that one of `patterns` is for."""
+    return tuple(
+        name for name in LAYER if any(fnmatch.fnmatch(name, p) for p in patterns)
+    )
 
 
 def of_layer(model: Any) -> tuple[Matrix, ...]:

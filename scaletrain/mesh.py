@@ -7,7 +7,6 @@ outer part of the axis of the same name.
 """
 
 import collections
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,10 +15,9 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from scaletrain.config import AxesConfig, MeshConfig
+from scaletrain.config import AXES, AxesConfig, MeshConfig
 from scaletrain.errors import ShardingError
 
-AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
 _TYPES = (AxisType.Auto,) * len(AXES)
 
 
@@ -29,8 +27,8 @@ def _sizes(axes: AxesConfig) -> tuple[int, ...]:
 
 def abstract(config: MeshConfig) -> AbstractMesh:
     """Returns the mesh of a resolved `config` without devices, for planning."""
-    sizes = (i * d for i, d in zip(_sizes(config), _sizes(config.dcn), strict=True))
-    return AbstractMesh(tuple(sizes), AXES, axis_types=_TYPES)
+    sizes = tuple(config.size(axis) for axis in AXES)
+    return AbstractMesh(sizes, AXES, axis_types=_TYPES)
 
 
 def build(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -43,13 +41,13 @@ def build(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     inner, outer = _sizes(config), _sizes(config.dcn)
     grids = [
         mesh_utils.create_device_mesh(inner, slice_, allow_split_physical_axes=True)
-        for slice_ in _slices(devices, math.prod(outer))
+        for slice_ in _slices(devices, config.num_slices)
     ]
     # [outer axes, inner axes] -> pairs (outer, inner) of each axis -> their product
     grid = np.array(grids).reshape(outer + inner)
     pairs = [axis for i in range(len(AXES)) for axis in (i, i + len(AXES))]
-    whole = tuple(i * o for i, o in zip(inner, outer, strict=True))
-    return Mesh(grid.transpose(pairs).reshape(whole), AXES, axis_types=_TYPES)
+    sizes = tuple(config.size(axis) for axis in AXES)
+    return Mesh(grid.transpose(pairs).reshape(sizes), AXES, axis_types=_TYPES)
 
 
 def _slices(devices: Sequence[Any], count: int) -> list[list[Any]]:

@@ -8,8 +8,6 @@ whose chips are not the mesh's is refused here, before anything is paid for.
 """
 
 import argparse
-import dataclasses
-import math
 import re
 import sys
 
@@ -27,7 +25,7 @@ def check(run: RunConfig, where: str, devices: int) -> RunConfig:
     Raises:
       ConfigError: the mesh is larger or smaller, or cannot be split as asked.
     """
-    asked = config.mesh_size(run.mesh)
+    asked = run.mesh.num_devices
     if asked is not None and asked != devices:
         raise ConfigError(
             [
@@ -44,12 +42,12 @@ def check_slices(run: RunConfig, num_slices: int) -> None:
     Raises:
       ConfigError: the axes of `mesh.dcn` do not multiply to `num_slices`.
     """
-    outer = math.prod(dataclasses.astuple(run.mesh.dcn))
-    if outer != num_slices:
+    if run.mesh.num_slices != num_slices:
         raise ConfigError(
             [
-                f"--num_slices={num_slices}; the axes of mesh.dcn multiply to {outer}; "
-                f"give --config.mesh.dcn.data={num_slices}, or as many slices."
+                f"--num_slices={num_slices}; the axes of mesh.dcn multiply to "
+                f"{run.mesh.num_slices}; give --config.mesh.dcn.data={num_slices}, "
+                "or as many slices."
             ]
         )
 

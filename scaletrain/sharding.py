@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Float
 
+from scaletrain.config import BATCH_AXES
 from scaletrain.errors import ShardingError
 
 MeshAxes = None | str | tuple[str, ...]
@@ -29,7 +30,7 @@ class Rules:
     """The mesh axes that split each logical axis; None keeps it whole."""
 
     # activations
-    batch: MeshAxes = ("data", "fsdp")
+    batch: MeshAxes = BATCH_AXES
     tokens: MeshAxes = "context"
     residual: MeshAxes = None
     # parameters

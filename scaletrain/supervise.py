@@ -6,7 +6,6 @@ the devices belong to the process that is started.
 """
 
 import dataclasses
-import math
 import signal
 import subprocess
 import sys
@@ -16,10 +15,9 @@ from types import FrameType
 
 from scaletrain import config
 from scaletrain.config import RunConfig
-from scaletrain.errors import ConfigError, Interrupted, counted
+from scaletrain.errors import Interrupted, counted
 from scaletrain.workdir import Workdir
 
-_ROWS = ("data", "fsdp")  # axes that cut a batch into rows
 _MOST_PARTS = 64
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 300.0
 _CENSUS = (
@@ -108,38 +106,28 @@ def fitted(run: RunConfig, devices: int, slices: int) -> list[str]:
     where nothing does: the next start says why.
     """
     mesh = run.mesh
-    outer = math.prod(dataclasses.astuple(mesh.dcn))
-    if config.mesh_size(mesh) == devices and outer in (1, slices):
+    if mesh.num_devices == devices and mesh.num_slices in (1, slices):
         return []
-    rows_over = [getattr(part, axis) for part in (mesh, mesh.dcn) for axis in _ROWS]
-    ways = math.prod(rows_over)
-    kept = (config.mesh_size(mesh) or 0) // ways
+    shards = run.batch_shards
+    kept = (mesh.num_devices or 0) // shards
     left, rest = divmod(devices, kept * slices)
     if rest:
         return []
     for fsdp in range(min(left, mesh.fsdp), 0, -1):
         for more in range(1, _MOST_PARTS + 1):
-            found = {
+            overrides = {
                 "mesh.data": left // fsdp,
                 "mesh.fsdp": fsdp,
                 "mesh.dcn.data": slices,
                 "mesh.dcn.fsdp": 1,
                 "accumulate_steps": run.accumulate_steps * more,
             }
-            enough = more * left * slices >= ways
-            if left % fsdp == 0 and enough and _fits(run, found, devices):
-                return [f"--config.{path}={value}" for path, value in found.items()]
+            enough = more * left * slices >= shards
+            if left % fsdp or not enough:
+                continue
+            if config.is_possible(config.applied(run, overrides), devices):
+                return config.flags(overrides)
     return []
-
-
-def _fits(run: RunConfig, changes: dict[str, int], devices: int) -> bool:
-    for path, value in changes.items():
-        run = config.replaced(run, path, value)
-    try:
-        config.resolve(run, devices)
-    except ConfigError:
-        return False
-    return True
 
 
 def worth_another(code: int) -> bool:

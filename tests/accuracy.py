@@ -17,7 +17,7 @@ import jax
 
 from scaletrain import config
 from scaletrain.config import DataConfig, MeshConfig, PrecisionConfig
-from scaletrain.config.form import from_config_dict
+from scaletrain.config.load import from_config_dict
 from scaletrain.hardware import slices
 from scaletrain.plan import compiler
 

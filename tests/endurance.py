@@ -77,7 +77,7 @@ class Attempt:
         words = [f"--config={settings}", f"--workdir={self.workdir}"]
         env = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(config.mesh_size(self.mesh)),
+            "JAX_NUM_CPU_DEVICES": str(self.mesh.num_devices),
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         }
         self.said = (folder / "said.txt").open("w+", encoding="utf-8")

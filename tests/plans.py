@@ -15,7 +15,7 @@ import time
 
 from scaletrain import config
 from scaletrain.hardware import slices
-from scaletrain.plan import command, compiler, search
+from scaletrain.plan import command, compiler
 
 ROOT = pathlib.Path(__file__).parent.parent
 SLICES = (
@@ -31,9 +31,7 @@ def resolved(experiment, topology, overrides):
     """Returns an experiment's run for a slice, and the slice."""
     slice_ = slices.parse(topology)
     run = config.load(str(ROOT / "experiments" / experiment))
-    for path, value in overrides.items():
-        run = config.replaced(run, path, value)
-    return command.resolved(run, slice_), slice_
+    return command.resolved(config.applied(run, overrides), slice_), slice_
 
 
 def main():
@@ -42,7 +40,7 @@ def main():
     asked, before = sys.argv[1:], path.read_text(encoding="utf-8").splitlines()
     lines = []
     for experiment, topology, overrides in SLICES:
-        words = " ".join([experiment, *search.flags(overrides)])
+        words = " ".join([experiment, *config.flags(overrides)])
         head = f"| `{words}` | {topology} |"
         if asked and experiment not in asked:
             lines += [line for line in before if line.startswith(head)]

@@ -42,11 +42,9 @@ RUN = RunConfig(
 
 def changed(run, **settings):
     """Returns `run` with settings exchanged, `a__b` standing for `a.b`."""
-    for path, value in settings.items():
-        head, _, rest = path.partition("__")
-        new = changed(getattr(run, head), **{rest: value}) if rest else value
-        run = dataclasses.replace(run, **{head: new})
-    return run
+    return config.applied(
+        run, {path.replace("__", "."): value for path, value in settings.items()}
+    )
 
 
 def random_batch(run, seed):
@@ -96,7 +94,7 @@ class Taken:
     """A program that takes steps on the first devices of this machine."""
 
     def __init__(self, run):
-        devices = config.mesh_size(run.mesh)
+        devices = run.mesh.num_devices
         self.run = config.resolve(run, devices)
         self.mesh = mesh.build(self.run.mesh, jax.devices()[:devices])
         self.program = build(self.run, self.mesh)

@@ -88,10 +88,7 @@ def test_a_cpu_has_no_limit(capsys):
 
 def test_every_candidate_is_a_run():
     for each in compilation.CANDIDATES:
-        run = RUN
-        for path, value in each.items():
-            run = config.replaced(run, path, value)
-        config.check(run)
+        config.check(config.applied(RUN, each))
 
 
 def test_plan_tries_the_same(monkeypatch):

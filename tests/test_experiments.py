@@ -22,7 +22,7 @@ PARAMETERS = {"llama3_8b": 8.03e9, "llama3_70b": 70.55e9, "gpt2_124m": 124e6}
 def test_lowers_for_tpu(spec):
     """Shapes, shardings and every operation are accepted for the real mesh."""
     run = config.load(spec)
-    run = config.resolve(run, config.mesh_size(run.mesh) or 4)
+    run = config.resolve(run, run.mesh.num_devices or 4)
     grid = mesh.abstract(run.mesh)
     with jax.sharding.use_abstract_mesh(grid):
         program = build(run, grid)

@@ -100,7 +100,7 @@ def test_only_adapters_are_trained_and_held_by_the_optimizer(base):
     """On the compiled step: what it takes, what it gives back, what it changes."""
     run = adapted(base, mesh=config.MeshConfig())
     taken = small.Taken(run)
-    wanted = {f"blocks/{name}/lora_{x}" for name in config.adapted(LORA) for x in "ab"}
+    wanted = {f"blocks/{name}/lora_{x}" for name in LORA.adapted for x in "ab"}
     assert set(checkpoint.flat(taken.state.params)) == wanted
     held = sum(leaf.size for leaf in jax.tree.leaves(taken.state.params))
     counters = 64 + 2 * config.MAX_SPIKE_WINDOW  # and the losses and norms it has seen

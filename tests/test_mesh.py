@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from scaletrain import mesh
-from scaletrain.config import AxesConfig, MeshConfig
+from scaletrain.config import AXES, AxesConfig, MeshConfig
 from scaletrain.errors import ShardingError
 
 
 def test_every_axis_exists_and_is_auto():
     grid = mesh.build(MeshConfig(data=2, tensor=4))
-    assert dict(grid.shape) == dict.fromkeys(mesh.AXES, 1) | {"data": 2, "tensor": 4}
+    assert dict(grid.shape) == dict.fromkeys(AXES, 1) | {"data": 2, "tensor": 4}
     assert set(grid.axis_types) == {jax.sharding.AxisType.Auto}
     assert mesh.abstract(MeshConfig(data=2, tensor=4)).shape == grid.shape
 

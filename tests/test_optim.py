@@ -10,14 +10,11 @@ import pytest
 import small
 
 from scaletrain import mesh, optim, step
-from scaletrain.config import MeshConfig, OptimConfig, RunConfig
-from scaletrain.config.schema import leaves
+from scaletrain.config import FIELDS, MeshConfig, OptimConfig, RunConfig
 from scaletrain.optim import muon
 from scaletrain.program import build
 
-CHOICES = {
-    path: field.metadata.get("choices") for path, field, _ in leaves(RunConfig())
-}
+CHOICES = {path: field.metadata["choices"] for path, field in FIELDS.items()}
 OPTIMIZERS = CHOICES["optim.name"]
 RATES = {"sgd": 1.0, "lion": 3e-3}
 SHRINKS = 5e-3  # of a matrix, in a step: its rate x its decay

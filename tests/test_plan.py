@@ -699,7 +699,7 @@ def test_layouts_cut_sequences_where_attention_can():
     assert all(each["mesh.context"] > 1 for each in found[:1])
     assert {each["model.layers"] for each in found} == {"scan"}
     for each in found:
-        search.applied(run, each, slice_)
+        search.laid_out(run, each, slice_)
     kernel = small.changed(run, model__attention="splash", batch_size=8)
     found = search.layouts(kernel, slice_, 24)
     assert found
@@ -876,12 +876,11 @@ def test_collectives_are_as_few_and_as_late_as_promised(name, monkeypatch):
     monkeypatch.setattr(compiler.hlo, "parse", kept)
     slice_ = slices.parse(name)
     run = config.load("experiments/llama3_8b.py")
-    for path, value in {
+    overrides = {
         "model.num_layers": 4, "batch_size": slice_.devices, "accumulate_steps": 1,
         "mesh.fsdp": slice_.devices,
-    }.items():  # fmt: skip
-        run = config.replaced(run, path, value)
-    run = command.resolved(run, slice_)
+    }  # fmt: skip
+    run = command.resolved(config.applied(run, overrides), slice_)
     compiler.compile(run, slice_)
     module = parse(texts[0])
     forward, backward = sorted(_layers(module, 4), key=len)

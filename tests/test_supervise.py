@@ -61,7 +61,7 @@ def test_retries_are_those_without_progress(supervisor, capsys):
 def on(run, found, devices):
     for flag in found:
         path, value = flag.removeprefix("--config.").split("=")
-        run = config.replaced(run, path, int(value))
+        run = config.applied(run, {path: int(value)})
     return config.resolve(run, devices)
 
 

@@ -60,7 +60,7 @@ def one_device(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     whole = train.mesh.build
     monkeypatch.setattr(
-        train.mesh, "build", lambda c: whole(c, jax.devices()[: config.mesh_size(c)])
+        train.mesh, "build", lambda c: whole(c, jax.devices()[: c.num_devices])
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from scaletrain.plan import search
+from scaletrain import config
 
 _GIB = 2**30
 
@@ -110,7 +110,7 @@ def _candidates(found: list[dict[str, Any]]) -> Iterator[str]:
     yield "Tried, best first; words to copy:"
     yield "   tokens/s a device   step s      GiB"
     for each in found:
-        words = " ".join(search.flags(each["overrides"])) or "(as configured)"
+        words = " ".join(config.flags(each["overrides"])) or "(as configured)"
         if each["fits"]:
             memory = each["peak_memory_bytes"]
             size = "n/a" if memory is None else f"{memory / _GIB:.2f}"

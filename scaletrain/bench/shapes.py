@@ -52,9 +52,9 @@ class Attention:
 
 def gemms(run: RunConfig) -> dict[str, Gemm]:
     """Returns the matmuls of a resolved run, adapters left out, by their names."""
-    model, tensor = run.model, _axis(run, "tensor")
+    model, tensor = run.model, run.mesh.size("tensor")
     trained = run.lora.rank == 0
-    rows = _rows(run) * run.seq_len // _axis(run, "context")
+    rows = run.shard_rows * run.seq_len // run.mesh.size("context")
     count = model.num_layers * run.accumulate_steps
     shapes = {
         matrix.name.split("/")[1]: Gemm(
@@ -69,16 +69,14 @@ def gemms(run: RunConfig) -> dict[str, Gemm]:
 
 def attentions(run: RunConfig) -> dict[str, Attention]:
     """Returns the attention of local and of global layers, as far as there are any."""
-    model, tensor = run.model, _axis(run, "tensor")
+    model, tensor = run.model, run.mesh.size("tensor")
     kinds: dict[bool, list[int]] = {}
     for layer in range(model.num_layers):
-        every = model.global_every
-        local = model.sliding_window > 0 and not (every and (layer + 1) % every == 0)
-        kinds.setdefault(local, []).append(layer)
+        kinds.setdefault(model.is_local(layer), []).append(layer)
     return {
         "local" if local else "global": Attention(
-            rows=_rows(run),
-            queries=run.seq_len // _axis(run, "context"),
+            rows=run.shard_rows,
+            queries=run.seq_len // run.mesh.size("context"),
             keys=run.seq_len,
             heads=model.num_heads // tensor,
             kv_heads=model.num_kv_heads // tensor,
@@ -89,14 +87,3 @@ def attentions(run: RunConfig) -> dict[str, Attention]:
         )
         for local, layers in kinds.items()
     }
-
-
-def _axis(run: RunConfig, name: str) -> int:
-    """Returns the size of a mesh axis, inside and across slices."""
-    return getattr(run.mesh, name) * getattr(run.mesh.dcn, name)
-
-
-def _rows(run: RunConfig) -> int:
-    """Returns the sequences of a part of the batch that lie on a device."""
-    ways = _axis(run, "data") * _axis(run, "fsdp")
-    return run.batch_size // run.accumulate_steps // ways

@@ -14,13 +14,11 @@ import jax
 from scaletrain import config
 from scaletrain.bench.measure import Timed
 from scaletrain.compilation import CANDIDATES
-from scaletrain.config import RunConfig
+from scaletrain.config import Overrides, RunConfig
 from scaletrain.console import say
 from scaletrain.errors import ConfigError, does_not_fit
 from scaletrain.hardware import chips
-from scaletrain.plan import search
 
-Overrides = dict[str, Any]
 _BATCHES = (0.5, 1, 1.5, 2)
 
 
@@ -56,17 +54,18 @@ class Sweep:
         Raises:
           ConfigError: the settings do not go together.
         """
-        run = self.run
-        for path, value in overrides.items():
-            run = config.replaced(run, path, value)
-        return config.resolve(config.check(run), self._num_devices)
+        return config.resolve(config.applied(self.run, overrides), self._num_devices)
 
     def _search(self) -> None:
         batches = [
             batch
             for factor in _BATCHES
-            if self._is_possible(
-                batch := {"batch_size": int(self.run.batch_size * factor)}
+            if config.is_possible(
+                config.applied(
+                    self.run,
+                    batch := {"batch_size": int(self.run.batch_size * factor)},
+                ),
+                self._num_devices,
             )
         ]
         switches = [
@@ -87,13 +86,6 @@ class Sweep:
                 level += 1
                 if level == len(CANDIDATES):
                     return
-
-    def _is_possible(self, overrides: Overrides) -> bool:
-        try:
-            self.applied(overrides)
-        except ConfigError:
-            return False
-        return True
 
     def _speed(self, overrides: Overrides) -> float:
         """Returns tokens a second of a device; 0 where the run is not possible."""
@@ -117,7 +109,7 @@ class Sweep:
         speed = 0.0
         if timed:
             speed = run.batch_size * run.seq_len / timed.step_time_s / self._num_devices
-        changed = search.spelled(overrides, self.run)
+        changed = config.changes(self.run, overrides)
         self._candidates.append(
             {
                 "overrides": changed,
@@ -128,7 +120,7 @@ class Sweep:
                 "peak_memory_bytes": timed and timed.peak_memory_bytes,
             }
         )
-        words = " ".join(search.flags(changed)) or "as configured"
+        words = " ".join(config.flags(changed)) or "as configured"
         verdict = problem or f"{speed:,.0f} tokens/s a device"
         say(f"{words}: {verdict}; {self._left} more at most")
         return speed
@@ -149,5 +141,4 @@ def _matmuls(kind: str) -> list[Overrides]:
 
 def _choices(path: str) -> list[str]:
     """Returns the values a setting may have, but that which decides on one."""
-    fields = {name: field for name, field, _ in config.leaves(RunConfig())}
-    return [each for each in fields[path].metadata["choices"] if each != "auto"]
+    return [each for each in config.FIELDS[path].metadata["choices"] if each != "auto"]

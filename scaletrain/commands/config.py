@@ -19,7 +19,7 @@ def _execute(run: RunConfig, args: argparse.Namespace) -> Result:
     from scaletrain import mesh, sharding
     from scaletrain.program import build
 
-    run = config.resolve(run, config.mesh_size(run.mesh) or jax.device_count())
+    run = config.resolve(run, run.mesh.num_devices or jax.device_count())
     devices = mesh.abstract(run.mesh)
     with jax.sharding.use_abstract_mesh(devices):
         table = sharding.table(build(run, devices).state.params)

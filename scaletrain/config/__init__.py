@@ -1,30 +1,35 @@
-"""Settings: what they are (`schema`), how they arrive (`form`), what holds (`rules`).
+"""Settings: what they are, how they arrive, and what must hold between them.
+
+    setting     a field that carries its story: doc, range, use, resume
+    schema      the settings
+    experiment  an experiment file
+    load        a file and overrides to a checked run, and back to text
+    overrides   other values for some settings, as text and as values
+    rules       what must hold between settings
+    resume      what may change between two attempts at a run
+    explain     the story of a setting, for a terminal and for docs/
 
 Nothing here imports jax: a configuration can be built, printed and compared without
 touching a device.
 """
 
-from scaletrain.config.form import (
-    file_and_argument,
+from scaletrain.config.experiment import file_and_argument
+from scaletrain.config.load import (
     from_config_dict,
     from_json,
     load,
     override,
-    replaced,
     to_config_dict,
     to_json,
-    whole,
 )
-from scaletrain.config.rules import (
-    check,
-    differences,
-    mesh_size,
-    problems,
-    resolve,
-    unable,
-)
+from scaletrain.config.overrides import Overrides, applied, changes, flags, whole
+from scaletrain.config.resume import differences
+from scaletrain.config.rules import check, is_possible, problems, resolve, unable
 from scaletrain.config.schema import (
+    AXES,
+    BATCH_AXES,
     FAMILIES,
+    FIELDS,
     MAX_SPIKE_WINDOW,
     AxesConfig,
     CheckpointConfig,
@@ -37,15 +42,14 @@ from scaletrain.config.schema import (
     PrecisionConfig,
     RopeConfig,
     RunConfig,
-    adapted,
-    evaluated,
-    leaves,
-    named,
-    quantised,
 )
+from scaletrain.config.setting import get, leaves
 
 __all__ = [
+    "AXES",
+    "BATCH_AXES",
     "FAMILIES",
+    "FIELDS",
     "MAX_SPIKE_WINDOW",
     "AxesConfig",
     "CheckpointConfig",
@@ -55,24 +59,24 @@ __all__ = [
     "MeshConfig",
     "ModelConfig",
     "OptimConfig",
+    "Overrides",
     "PrecisionConfig",
     "RopeConfig",
     "RunConfig",
-    "adapted",
+    "applied",
+    "changes",
     "check",
     "differences",
-    "evaluated",
     "file_and_argument",
+    "flags",
     "from_config_dict",
     "from_json",
+    "get",
+    "is_possible",
     "leaves",
     "load",
-    "mesh_size",
-    "named",
     "override",
     "problems",
-    "quantised",
-    "replaced",
     "resolve",
     "to_config_dict",
     "to_json",

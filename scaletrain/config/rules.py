@@ -7,20 +7,18 @@ effect is a problem too: whoever set it expects something to happen.
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
 
 from scaletrain import paths
 from scaletrain.config.schema import (
+    AXES,
+    FIELDS,
     AxesConfig,
     MeshConfig,
     RunConfig,
-    leaves,
-    named,
 )
+from scaletrain.config.setting import Condition, get, leaves
 from scaletrain.errors import ConfigError, counted
-from scaletrain.matrices import LAYER, REMAT_NAMES
-
-AXES = tuple(field.name for field in dataclasses.fields(AxesConfig))
+from scaletrain.matrices import LAYER, REMAT_NAMES, named
 
 
 def check(run: RunConfig) -> RunConfig:
@@ -50,17 +48,11 @@ def problems(run: RunConfig) -> list[str]:
     return [problem for rule in rules for problem in rule(run)]
 
 
-def _get(config: Any, path: str) -> Any:
-    for name in path.split("."):
-        config = getattr(config, name)
-    return config
-
-
 def _values(run: RunConfig) -> Iterator[str]:
     """Yields every value outside its own choices or range."""
     for path, field, value in leaves(run):
-        choices = field.metadata.get("choices")
-        least, most = field.metadata.get("least"), field.metadata.get("most")
+        choices = field.metadata["choices"]
+        least, most = field.metadata["least"], field.metadata["most"]
         if choices and value not in choices:
             yield f"{path}={value!r}; unknown; pick one of {', '.join(choices)}."
         if isinstance(value, float) and not math.isfinite(value):
@@ -69,7 +61,7 @@ def _values(run: RunConfig) -> Iterator[str]:
             yield f"{path}={value}; below {least}; give {least} or more."
         elif most is not None and value > most:
             yield f"{path}={value}; above {most}; give {most} or less."
-        if (kind := field.metadata.get("path")) and isinstance(value, str):
+        if (kind := field.metadata["path"]) and isinstance(value, str):
             yield from paths.problems(path, value, local=kind == "local")
         if field.name in AXES and value == 0:
             yield f"{path}=0; an axis has one device or more; give 1, or -1 for all."
@@ -113,7 +105,7 @@ def _model(run: RunConfig) -> Iterator[str]:
 def unable(run: RunConfig, kernel: str) -> list[tuple[str, str]]:
     """Returns why an attention kernel cannot run `run`, each with what to do."""
     model, found = run.model, []
-    if kernel in ("splash", "cudnn") and _axis_sizes(run.mesh)["context"] != 1:
+    if kernel in ("splash", "cudnn") and run.mesh.size("context") != 1:
         found.append(
             (
                 f"mesh.context={run.mesh.context} cuts sequences, which it takes whole",
@@ -215,19 +207,14 @@ def _batch(run: RunConfig) -> Iterator[str]:
         )
 
 
-def _axis_sizes(mesh: MeshConfig) -> dict[str, int]:
-    """Returns the whole size of each axis, inside and across slices."""
-    return {name: _get(mesh, name) * _get(mesh.dcn, name) for name in AXES}
-
-
 def _layout(run: RunConfig) -> Iterator[str]:
     """Yields what can be said while one axis may still be -1."""
     mesh = run.mesh
-    free = [n for n in AXES if _get(mesh, n) == -1]
-    free += [f"dcn.{n}" for n in AXES if _get(mesh.dcn, n) == -1]
+    free = [n for n in AXES if get(mesh, n) == -1]
+    free += [f"dcn.{n}" for n in AXES if get(mesh.dcn, n) == -1]
     if len(free) > 1:
         yield f"mesh.{free[0]}=-1; mesh.{free[1]} is -1 too; leave one axis free."
-    sizes = _axis_sizes(mesh)
+    sizes = {axis: mesh.size(axis) for axis in AXES}
     if sizes["expert"] != 1:
         yield (
             f"mesh.expert={mesh.expert}; the model has no experts; "
@@ -248,26 +235,25 @@ def _layout(run: RunConfig) -> Iterator[str]:
         ("context", "seq_len"),
     )
     for axis, path in splits:
-        size, whole = sizes[axis], _get(run, path)
+        size, whole = sizes[axis], get(run, path)
         if size > 1 and whole % size:
-            near = _nearest(size, [_get(run, p) for a, p in splits if a == axis])
+            near = _nearest(size, [get(run, p) for a, p in splits if a == axis])
             yield (
                 f"mesh.{axis}={size}; does not divide {path}={whole}; "
                 f"the nearest that can is {near}."
             )
-    ways = sizes["data"] * sizes["fsdp"]
-    part = run.batch_size // run.accumulate_steps
-    if sizes["data"] > 0 and sizes["fsdp"] > 0 and part % ways:
-        fewer = math.gcd(run.batch_size // ways, run.accumulate_steps)
+    shards, rows = run.batch_shards, run.micro_batch_rows
+    if sizes["data"] > 0 and sizes["fsdp"] > 0 and rows % shards:
+        fewer = math.gcd(run.batch_size // shards, run.accumulate_steps)
         # One part alone is none for multi_steps.
-        helps = run.batch_size % ways == 0
+        helps = run.batch_size % shards == 0
         helps &= fewer > 1 or run.optim.accumulate != "multi_steps"
         other = f", or set accumulate_steps={fewer}" if helps else ""
         yield (
-            f"batch_size={run.batch_size}; {part} sequences at a time "
+            f"batch_size={run.batch_size}; {rows} sequences at a time "
             f"(accumulate_steps={run.accumulate_steps}) do not divide over "
-            f"mesh.data x mesh.fsdp = {ways}; make batch_size a multiple of "
-            f"{run.accumulate_steps * ways}{other}."
+            f"mesh.data x mesh.fsdp = {shards}; make batch_size a multiple of "
+            f"{run.accumulate_steps * shards}{other}."
         )
 
 
@@ -277,12 +263,6 @@ def _nearest(size: int, wholes: list[int]) -> int:
     return min(
         (d for d in range(1, most + 1) if most % d == 0), key=lambda d: abs(d - size)
     )
-
-
-def mesh_size(mesh: MeshConfig) -> int | None:
-    """Returns how many devices `mesh` asks for; None when it takes what is there."""
-    sizes = [_get(part, name) for part in (mesh, mesh.dcn) for name in AXES]
-    return None if -1 in sizes else math.prod(sizes)
 
 
 def resolve(run: RunConfig, num_devices: int, where: str = "here") -> RunConfig:
@@ -296,9 +276,9 @@ def resolve(run: RunConfig, num_devices: int, where: str = "here") -> RunConfig:
         from them does not divide what it splits.
     """
     mesh = run.mesh
-    sizes = [_get(part, name) for part in (mesh, mesh.dcn) for name in AXES]
+    sizes = [get(part, name) for part in (mesh, mesh.dcn) for name in AXES]
     fixed = math.prod(size for size in sizes if size != -1)
-    spelled = ", ".join(f"{n}={s}" for n, s in _axis_sizes(mesh).items() if s != 1)
+    spelled = ", ".join(f"{n}={s}" for n in AXES if (s := mesh.size(n)) != 1)
     rest, remainder = divmod(num_devices, fixed)
     if remainder or (-1 not in sizes and rest != 1):
         are = "is" if num_devices == 1 else "are"
@@ -311,18 +291,28 @@ def resolve(run: RunConfig, num_devices: int, where: str = "here") -> RunConfig:
         )
 
     def fill(axes: AxesConfig) -> dict[str, int]:
-        return {n: rest for n in AXES if _get(axes, n) == -1}
+        return {n: rest for n in AXES if get(axes, n) == -1}
 
     dcn = dataclasses.replace(mesh.dcn, **fill(mesh.dcn))
     mesh = dataclasses.replace(mesh, dcn=dcn, **fill(mesh))
     return check(dataclasses.replace(run, mesh=mesh))
 
 
+def is_possible(run: RunConfig, num_devices: int) -> bool:
+    """Returns whether `resolve` accepts `run`."""
+    try:
+        resolve(run, num_devices)
+    except ConfigError:
+        return False
+    return True
+
+
 def _nearest_mesh(mesh: MeshConfig, num_devices: int) -> str:
     """Returns how to cover the devices by changing the largest axis, if that does."""
-    name = max(AXES, key=lambda axis: _get(mesh, axis))
-    whole = mesh_size(mesh)
-    others = (whole or 1) // max(1, _get(mesh, name))
+    axes = [axis for axis in AXES if axis not in ("expert", "stage")]  # these stay 1
+    name = max(axes, key=lambda axis: get(mesh, axis))
+    whole = mesh.num_devices
+    others = (whole or 1) // max(1, get(mesh, name))
     if whole is None or num_devices % others:
         return "make the axes multiply to that number, or"
     return f"set mesh.{name}={num_devices // others}, or"
@@ -343,7 +333,7 @@ def _optim(run: RunConfig) -> Iterator[str]:
             f"{o.warmup_steps} more than num_steps={run.num_steps}; shorten one."
         )
     for name in ("b1", "b2"):
-        if _get(o, name) == 1:
+        if get(o, name) == 1:
             yield f"optim.{name}=1; the average would never move; stay below 1."
 
 
@@ -387,105 +377,33 @@ def _cadence(run: RunConfig) -> Iterator[str]:
         )
     if run.data.source != "synthetic" and run.data.validation_fraction == 0:
         for path in ("eval_every_steps", "eval.num_batches"):
-            if _get(run, path):
+            if get(run, path):
                 yield (
-                    f"{path}={_get(run, path)}; data.validation_fraction=0 leaves "
+                    f"{path}={get(run, path)}; data.validation_fraction=0 leaves "
                     f"nothing to evaluate; set one of the two."
                 )
-
-
-# (setting, the setting that decides whether it is read, values under which it is)
-_NO_EFFECT = (
-    ("model.remat_save", "model.remat", ("save",)),
-    ("model.remat_offload", "model.remat", ("save",)),
-    ("model.rope.base", "model.positions", ("rope",)),
-    ("model.rope.local_base", "model.positions", ("rope",)),
-    ("model.rope.scaling", "model.positions", ("rope",)),
-    ("model.rope.factor", "model.rope.scaling", ("linear", "llama3")),
-    ("model.rope.low_freq", "model.rope.scaling", ("llama3",)),
-    ("model.rope.high_freq", "model.rope.scaling", ("llama3",)),
-    ("model.rope.original_len", "model.rope.scaling", ("llama3",)),
-    ("precision.scaling", "precision.matmul", ("fp8",)),
-    ("precision.targets", "precision.matmul", ("fp8", "int8")),
-    ("optim.decay_steps", "optim.schedule", ("wsd",)),
-    ("optim.final_ratio", "optim.schedule", ("cosine", "linear", "wsd")),
-    ("optim.b1", "optim.name", ("adamw", "lion", "muon", "sgd")),
-    ("optim.b2", "optim.name", ("adamw", "lion", "muon")),
-    ("optim.eps", "optim.name", ("adamw", "muon")),
-    ("data.path", "data.source", ("files", "tfds")),
-    ("data.text_field", "data.source", ("files", "tfds")),
-    ("data.text_field", "data.format", ("text",)),
-    ("data.split", "data.source", ("tfds",)),
-    ("data.tokenizer", "data.source", ("stdlib", "files", "tfds")),
-    ("data.end_of_text", "data.source", ("stdlib", "files", "tfds")),
-    ("data.validation_fraction", "data.source", ("stdlib", "files", "tfds")),
-    ("data.cache_dir", "data.source", ("stdlib", "files", "tfds")),
-)
 
 
 def _unused(run: RunConfig) -> Iterator[str]:
     """Yields every setting moved off its default that nothing would read."""
     default = RunConfig()
-    choices = {path: field.metadata.get("choices") for path, field, _ in leaves(run)}
-    for path, switch, read_by in _NO_EFFECT:
-        value = _get(run, path)
-        idle = _get(run, switch) in set(choices[switch]) - set(read_by)
-        if idle and value != _get(default, path):
-            yield (
-                f"{path}={value!r}; no effect with {switch}={_get(run, switch)}; "
-                f"leave it at {_get(default, path)!r}, or set {switch} to "
-                f"{' or '.join(read_by)}."
-            )
-    # (setting, the number that has to be set for it to be read)
-    for path, switch in (
-        ("model.global_every", "model.sliding_window"),
-        ("model.rope.local_base", "model.sliding_window"),
-        ("optim.spike_window", "optim.spike_sigma"),
-        ("lora.alpha", "lora.rank"),
-        ("lora.targets", "lora.rank"),
-    ):
-        if _get(run, switch) == 0 and _get(run, path) != _get(default, path):
-            yield (
-                f"{path}={_get(run, path)!r}; no effect with {switch}=0; "
-                f"set {switch}, or leave it at {_get(default, path)!r}."
-            )
-    if run.optim.decay_embeddings == "yes" and run.optim.weight_decay == 0:
-        yield (
-            "optim.decay_embeddings='yes'; no effect with optim.weight_decay=0; "
-            "set optim.weight_decay, or leave it at 'no'."
-        )
-    if run.data.end_of_text and run.data.tokenizer in ("bytes", "bpe"):
-        yield (
-            f"data.end_of_text={run.data.end_of_text!r}; no effect with "
-            f"data.tokenizer={run.data.tokenizer}; leave it at ''."
-        )
+    for path, field, value in leaves(run):
+        if value != get(default, path):
+            for condition in field.metadata["used_when"]:
+                yield from _idle(run, path, condition)
 
 
-# What may change between two attempts at one run; all other settings decide the
-# model, the data or the shape of the optimizer's state.
-_FREE = (
-    "num_steps", "accumulate_steps", "log_every_steps", "eval_every_steps",
-    "watchdog_s",
-    "init_from", "family", "model.layers", "model.remat", "model.remat_save",
-    "model.remat_offload", "model.attention", "precision.compute",
-    "precision.reduce", "precision.gradients",
-)  # fmt: skip
-# Settings of data say how tokens are come by; whether they are those of then is seen on
-# the tokens themselves, see `checkpoint.Checkpoints.agree`.
-_FREE_GROUPS = ("mesh.", "optim.", "checkpoint.", "eval.", "data.")
-_HELD = ("optim.name", "optim.accumulate", "data.format")
-
-
-def differences(then: RunConfig, now: RunConfig) -> tuple[list[str], list[str]]:
-    """Returns the changed settings that stop a resume, and those that do not."""
-    held, free = [], []
-    for path, _, before in leaves(then):
-        after = _get(now, path)
-        if before != after:
-            is_free = path in _FREE or path.startswith(_FREE_GROUPS)
-            is_free = is_free and path not in _HELD
-            if path == "init_from" and then.lora.rank:
-                is_free = False  # adapters mean nothing without what they adapt
-            line = f"{path}: {before!r} then, {after!r} now"
-            (free if is_free else held).append(line)
-    return held, free
+def _idle(run: RunConfig, path: str, condition: Condition) -> Iterator[str]:
+    """Yields the problem of a setting that is read only under a condition."""
+    switch, values, negated = condition
+    now, choices = get(run, switch), FIELDS[switch].metadata["choices"]
+    if condition.holds(run) or (choices and now not in choices):
+        return
+    line = f"{path}={get(run, path)!r}; no effect with {switch}="
+    leave = f"leave it at {get(RunConfig(), path)!r}"
+    if not negated:
+        yield f"{line}{now}; {leave}, or set {switch} to {' or '.join(values)}."
+    elif isinstance(now, str):
+        yield f"{line}{now}; {leave}."
+    else:
+        yield f"{line}{now:g}; set {switch}, or {leave}."

@@ -7,7 +7,7 @@ layout is, so they follow from the names alone.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from scaletrain.config import LoraConfig, adapted
+from scaletrain.config import LoraConfig
 from scaletrain.errors import CheckpointError
 from scaletrain.hf.families.mapping import Entry, Family, Piece
 from scaletrain.matrices import LAYER
@@ -20,7 +20,7 @@ def tensors(entries: Iterable[Entry], lora: LoraConfig) -> dict[str, Piece]:
       CheckpointError: the family stores an adapted matrix joined with others.
     """
     found = {}
-    targets = {f"blocks/{name}/weight": name for name in adapted(lora)}
+    targets = {f"blocks/{name}/weight": name for name in lora.adapted}
     for entry in entries:
         held = [piece for piece in entry.pieces if piece.path in targets]
         if held and len(entry.pieces) > 1:

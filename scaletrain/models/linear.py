@@ -14,13 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from scaletrain import sharding
-from scaletrain.config import (
-    LoraConfig,
-    ModelConfig,
-    PrecisionConfig,
-    adapted,
-    quantised,
-)
+from scaletrain.config import LoraConfig, ModelConfig, PrecisionConfig
 from scaletrain.matrices import Matrix
 from scaletrain.models.quantised import Amax, project_fp8, project_int8
 from scaletrain.sharding import constrain, param
@@ -139,8 +133,8 @@ class Linear(nnx.Module):
         lora: LoraConfig,
         bias: bool = False,
     ):
-        dtype, adapts = precision.params, matrix.name in adapted(lora)
-        low = matrix.name in quantised(precision)
+        dtype, adapts = precision.params, matrix.name in lora.adapted
+        low = matrix.name in precision.quantised
         axes, sizes = [dim.axis for dim in matrix.dims], matrix.sizes(model)
         inner = len(matrix.ins)  # dims that are summed over
         self.weight = param(key, sizes, *axes, std=std, dtype=dtype)

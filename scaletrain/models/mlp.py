@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from scaletrain.config import LoraConfig, ModelConfig, PrecisionConfig
 from scaletrain.kernels import glu
-from scaletrain.matrices import GATED, LAYER
+from scaletrain.matrices import LAYER
 from scaletrain.models.linear import Linear, gathered, gradients, together
 from scaletrain.sharding import constrain
 
@@ -98,9 +98,7 @@ class Mlp(nnx.Module):
             bias=model.bias == "all",
         )
         self.gate = (
-            linear(keys[0], LAYER["mlp/gate"], std=D**-0.5)
-            if model.mlp in GATED
-            else None
+            linear(keys[0], LAYER["mlp/gate"], std=D**-0.5) if model.is_gated else None
         )
         self.up = linear(keys[1], LAYER["mlp/up"], std=D**-0.5)
         std = (2 * model.num_layers * F) ** -0.5

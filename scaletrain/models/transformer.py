@@ -263,9 +263,7 @@ class Decoder(nnx.Module):
             params, kv, index = inputs
             if cache is not None:
                 kv = (*kv, cache.segments_BS, cache.length)
-            local: bool | Bool[Array, ""] = model.sliding_window > 0
-            if local and model.global_every:
-                local = (index + 1) % model.global_every != 0
+            local: bool | Bool[Array, ""] = model.is_local(index)
             keys_B2 = None
             if dropout_B is not None and model.dropout:
                 fold = jax.vmap(lambda key: jax.random.fold_in(key, index))

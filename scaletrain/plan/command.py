@@ -8,17 +8,15 @@ import sys
 from collections.abc import Generator, Sequence
 
 from scaletrain import config
-from scaletrain.config import RunConfig
+from scaletrain.config import Overrides, RunConfig
 from scaletrain.errors import ConfigError, PlanError
 from scaletrain.footprint import cost
 from scaletrain.hardware import slices
 from scaletrain.hardware.slices import Slice
-from scaletrain.mesh import AXES
 from scaletrain.plan import compiler, record, search
 from scaletrain.plan.compiler import Report
 from scaletrain.plan.progress import Progress
 from scaletrain.plan.record import Record, Wanted
-from scaletrain.plan.search import Overrides
 
 _TRIED = 3  # remedies that are shown
 
@@ -121,7 +119,7 @@ def _planned(
     full, found = request.full, {}
     known = compiler.knows(slice_)
     for remat in _candidates(run):
-        run = search.applied(run, remat, slice_)
+        run = search.laid_out(run, remat, slice_)
         said = compiler.compile(run, slice_, full=full) if known else None
         found = record.of(run, slice_, said, {**chosen, **remat}, request.wanted)
         if found["fits"]:
@@ -152,23 +150,18 @@ def resolved(run: RunConfig, slice_: Slice) -> RunConfig:
     Raises:
       ConfigError: the mesh does not cover the slice.
     """
-    if slice_.num_slices > 1 and _across(run) == 1:
-        run = config.replaced(run, "mesh.dcn.data", slice_.num_slices)
+    if slice_.num_slices > 1 and run.mesh.num_slices == 1:
+        run = config.applied(run, {"mesh.dcn.data": slice_.num_slices})
     whole = config.resolve(run, slice_.devices, f"in {slice_.name}")
-    if slice_.is_tpu and _across(whole) != slice_.num_slices:
+    if slice_.is_tpu and whole.mesh.num_slices != slice_.num_slices:
         raise ConfigError(
             [
                 f"--num_slices={slice_.num_slices}; the axes of mesh.dcn are for "
-                f"{_across(whole)}; give that number, or set mesh.dcn.data="
+                f"{whole.mesh.num_slices}; give that number, or set mesh.dcn.data="
                 f"{slice_.num_slices} and its other axes to 1."
             ]
         )
     return whole
-
-
-def _across(run: RunConfig) -> int:
-    """Returns how many parts the axes across slices make."""
-    return math.prod(getattr(run.mesh.dcn, name) for name in AXES)
 
 
 def _chosen(run: RunConfig, whole: RunConfig) -> Overrides:
@@ -209,7 +202,7 @@ def _searched(run: RunConfig, slice_: Slice, request: Request) -> tuple[Record, 
     best = candidates[0]
     if best["fits"] and slice_.is_tpu and not interrupted:
         overrides = best["overrides"]
-        whole = search.applied(run, overrides, slice_)
+        whole = search.laid_out(run, overrides, slice_)
         print(f"plan: compiling the best of {len(found)} whole", file=sys.stderr)
         try:
             said = compiler.compile(whole, slice_, full=True)
@@ -231,7 +224,7 @@ def _compiled(
     """Returns the plans of `layouts`, and whether an interrupt left some out."""
     if not layouts:
         return [], False
-    runs = [search.applied(run, overrides, slice_) for overrides in layouts]
+    runs = [search.laid_out(run, overrides, slice_) for overrides in layouts]
     found: list[Record] = []
     progress = Progress(f"layouts of {slice_.name}", len(runs))
     try:
@@ -240,7 +233,7 @@ def _compiled(
                 if isinstance(said, PlanError):
                     progress.tell(str(said))
                 else:
-                    overrides = (chosen or {}) | search.spelled(layouts[index], run)
+                    overrides = (chosen or {}) | config.changes(run, layouts[index])
                     found.append(
                         record.of(runs[index], slice_, said, overrides, request.wanted)
                     )

@@ -18,10 +18,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from scaletrain import config, hlo
-from scaletrain.config import RunConfig
+from scaletrain.config import AXES, RunConfig
 from scaletrain.errors import ConfigError, PlanError, does_not_fit
 from scaletrain.hardware.slices import Slice
-from scaletrain.mesh import AXES
 from scaletrain.plan import memory, schedule
 
 _TIMEOUT_S = 1800
@@ -237,6 +236,4 @@ def _report(
 
 def axes(run: RunConfig) -> dict[str, int]:
     """Returns the size of each mesh axis, in the order of the devices."""
-    return {
-        name: getattr(run.mesh, name) * getattr(run.mesh.dcn, name) for name in AXES
-    }
+    return {axis: run.mesh.size(axis) for axis in AXES}

@@ -12,10 +12,15 @@ import jax
 from flax import nnx
 
 from scaletrain import config, flops
-from scaletrain.config import LoraConfig, ModelConfig, PrecisionConfig, RunConfig
+from scaletrain.config import (
+    AXES,
+    LoraConfig,
+    ModelConfig,
+    PrecisionConfig,
+    RunConfig,
+)
 from scaletrain.hardware.slices import Slice
 from scaletrain.matrices import remat_widths
-from scaletrain.mesh import AXES
 from scaletrain.models.transformer import Decoder
 
 _MATMUL_EFFICIENCY = 0.6  # of the peak, over a whole step
@@ -41,9 +46,9 @@ class Estimate:
 
 def estimate(run: RunConfig, slice_: Slice) -> Estimate:
     """Returns the estimate of a resolved run."""
-    ways = {name: _size(run, name) for name in AXES}
+    ways = {axis: run.mesh.size(axis) for axis in AXES}
     shards = ways["fsdp"] * ways["tensor"]
-    rows = run.batch_size // run.accumulate_steps // (ways["data"] * ways["fsdp"])
+    rows = run.shard_rows
     tokens = rows * run.seq_len // ways["context"]
     count = parameters(run)
     held = 4 if run.precision.params == "float32" else 2
@@ -57,10 +62,6 @@ def estimate(run: RunConfig, slice_: Slice) -> Estimate:
     exposed = _communication_s(run, slice_, ways, tokens, count)
     by_class["other"] = 0
     return Estimate(by_class, compute + exposed, exposed)
-
-
-def _size(run: RunConfig, axis: str) -> int:
-    return getattr(run.mesh, axis) * getattr(run.mesh.dcn, axis)
 
 
 def parameters(run: RunConfig) -> int:
@@ -79,7 +80,7 @@ def _parameters(model: ModelConfig, lora: LoraConfig) -> int:
 
 def _activations(run: RunConfig, slice_: Slice, tokens: int, rows: int) -> int:
     """Returns bytes of what the backward pass waits for, and of the largest layer."""
-    model, tensor = run.model, _size(run, "tensor")
+    model, tensor = run.model, run.mesh.size("tensor")
     # Bytes a value of width D and of one that is split, with float32 copies: fitted
     # to what the compiler kept of Llama 8B on v5p:4x4x4 with and without a tensor axis.
     wide = sum(remat_widths(model).values())
@@ -102,8 +103,8 @@ def _scores(run: RunConfig, slice_: Slice, rows: int) -> int:
     asked = run.model.attention
     if asked == kernel or (asked == "auto" and not config.unable(run, kernel)):
         return 0
-    pairs = run.seq_len**2 // _size(run, "context")
-    return rows * run.model.num_heads // _size(run, "tensor") * pairs
+    pairs = run.seq_len**2 // run.mesh.size("context")
+    return rows * run.model.num_heads // run.mesh.size("tensor") * pairs
 
 
 def _compute_s(run: RunConfig, slice_: Slice, rows: int) -> float:

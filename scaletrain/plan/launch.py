@@ -3,15 +3,15 @@
 import shlex
 from collections.abc import Sequence
 
+from scaletrain import config
 from scaletrain.hardware import clouds
 from scaletrain.hardware.slices import Slice
-from scaletrain.plan import search
 
 
 def command(
     spec: str,
     given: Sequence[tuple[str, str]],
-    overrides: search.Overrides,
+    overrides: config.Overrides,
     slice_: Slice,
 ) -> str:
     """Returns the line to run, quoted for a shell.
@@ -21,7 +21,7 @@ def command(
       overrides: those that it chose; they replace the given ones.
     """
     kept = [f"--config.{path}={text}" for path, text in given if path not in overrides]
-    words = [f"--config={spec}", "--workdir=WORKDIR", *kept, *search.flags(overrides)]
+    words = [f"--config={spec}", "--workdir=WORKDIR", *kept, *config.flags(overrides)]
     return shlex.join([*_starter(slice_), *words])
 
 

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
+from scaletrain import config
 from scaletrain.errors import counted
-from scaletrain.plan import record, search
+from scaletrain.plan import record
 from scaletrain.plan.record import Record
 
 _GIB = 2**30
@@ -126,5 +127,5 @@ def _table(records: list[Record]) -> Iterator[str]:
 
 def _changed(each: Record) -> str:
     """Returns the overrides of a plan without the part that all have."""
-    words = search.flags(each["overrides"])
+    words = config.flags(each["overrides"])
     return " ".join(word.removeprefix("--config.") for word in words)

@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from scaletrain import config
-from scaletrain.config import RunConfig
+from scaletrain.config import AXES, Overrides, RunConfig
 from scaletrain.errors import ConfigError
 from scaletrain.hardware.slices import Slice
-from scaletrain.mesh import AXES
 from scaletrain.plan.estimate import estimate, factors
 
 MOST = 22  # layouts that are compiled, with scanned layers
@@ -29,15 +28,13 @@ _POLICIES = (
     ("none", ()),
 )
 
-Overrides = dict[str, Any]
-
 
 def layouts(run: RunConfig, slice_: Slice, most: int = MOST) -> list[Overrides]:
     """Returns the overrides of the likeliest layouts, the fastest estimate first."""
     scored = []
     for overrides in _all(run, slice_):
         try:
-            candidate = applied(run, overrides, slice_)
+            candidate = laid_out(run, overrides, slice_)
         except ConfigError:
             continue
         guess = estimate(candidate, slice_)
@@ -62,15 +59,13 @@ def unrolled(
     return [each | {"model.layers": "unroll"} for each in small[:_TWINS]]
 
 
-def applied(run: RunConfig, overrides: Overrides, slice_: Slice) -> RunConfig:
+def laid_out(run: RunConfig, overrides: Overrides, slice_: Slice) -> RunConfig:
     """Returns `run` with `overrides`, resolved for the slice.
 
     Raises:
       ConfigError: the settings do not go together.
     """
-    for path, value in overrides.items():
-        run = config.replaced(run, path, value)
-    return config.resolve(config.check(run), slice_.devices)
+    return config.resolve(config.applied(run, overrides), slice_.devices)
 
 
 def _all(run: RunConfig, slice_: Slice) -> Iterator[Overrides]:
@@ -133,7 +128,7 @@ def _spread(ranked: list[Overrides], most: int) -> list[Overrides]:
 def remedies(run: RunConfig, slice_: Slice) -> list[Overrides]:
     """Returns changes that make a step smaller, the cheapest first."""
     found: list[Overrides] = []
-    ways = run.mesh.data * run.mesh.fsdp * slice_.num_slices
+    ways = run.batch_shards
     parts = [p for p in _parts(run, ways) if p > run.accumulate_steps]
     found += [{"accumulate_steps": p} for p in (*parts[:1], *parts[-1:])]
     again: Overrides = {}
@@ -150,27 +145,8 @@ def remedies(run: RunConfig, slice_: Slice) -> list[Overrides]:
     least = {"accumulate_steps": parts[-1]} if parts else {}
     found += [least | again, least | again | cut]
     once = [each for i, each in enumerate(found) if each and each not in found[:i]]
-    return [each for each in once if _possible(run, each, slice_)]
-
-
-def _possible(run: RunConfig, overrides: Overrides, slice_: Slice) -> bool:
-    try:
-        applied(run, overrides, slice_)
-    except ConfigError:
-        return False
-    return True
-
-
-def spelled(overrides: Overrides, run: RunConfig) -> dict[str, Any]:
-    """Returns the overrides that differ from `run`, as they are written."""
-    now = {path: value for path, _, value in config.leaves(run)}
-    return {path: value for path, value in overrides.items() if now[path] != value}
-
-
-def flags(overrides: Overrides) -> list[str]:
-    """Returns the overrides as words of a command line."""
-
-    def text(value: Any) -> str:
-        return ",".join(value) if isinstance(value, tuple) else str(value)
-
-    return [f"--config.{path}={text(value)}" for path, value in overrides.items()]
+    return [
+        each
+        for each in once
+        if config.is_possible(config.applied(run, each), slice_.devices)
+    ]

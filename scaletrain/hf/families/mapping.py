@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from scaletrain.config import ModelConfig, replaced
+from scaletrain.config import ModelConfig, applied, get, leaves
 from scaletrain.errors import CheckpointError
 from scaletrain.hf.families.normalise import shown
 from scaletrain.matrices import DIMS
@@ -102,7 +102,7 @@ class Key:
 
     def _number(self, value: Any) -> int | float:
         """Returns our number; a whole one is not made by leaving a fraction out."""
-        kind = type(_get(ModelConfig(), self.path))
+        kind = type(get(ModelConfig(), self.path))
         try:
             if isinstance(value, (bool, str)):
                 raise TypeError
@@ -180,13 +180,14 @@ def to_model(family: Family, config: Config) -> ModelConfig:
     model, problems = ModelConfig(), list(_unknown(family, config))
     for key in family.keys:
         try:
-            model = replaced(model, key.path, key.read(config))
+            model = applied(model, {key.path: key.read(config)})
         except ValueError as err:
             problems.append(str(err))
     if not problems:
         try:
             for path, value in family.implied.items():
-                model = replaced(model, path, _told(f"model.{path}", value, config))
+                ours = _told(f"model.{path}", value, config)
+                model = applied(model, {path: ours})
         except ValueError as err:
             problems.append(str(err))
     if problems:
@@ -228,12 +229,13 @@ def to_config(family: Family, model: ModelConfig) -> dict[str, Any]:
     Raises:
       ValueError: the family has no such model; the text names the settings.
     """
-    config = {key.key: key.write(_get(model, key.path)) for key in family.keys}
+    config = {key.key: key.write(get(model, key.path)) for key in family.keys}
     config |= {name: allowed[0] for name, allowed in family.fixed.items()}
+    read = to_model(family, config)
     differing = [
-        f"model.{path}={ours!r}"
-        for path, ours, theirs in _architecture(model, to_model(family, config))
-        if ours != theirs
+        f"model.{path}={value!r}"
+        for path, value in _architecture(model)
+        if get(read, path) != value
     ]
     if differing:
         raise ValueError(", ".join(differing))
@@ -244,25 +246,11 @@ def to_config(family: Family, model: ModelConfig) -> dict[str, Any]:
     }
 
 
-_EXECUTION = ("dropout", "layers", "remat", "remat_save", "remat_offload", "attention")
-
-
-def _architecture(
-    one: Any, two: Any, prefix: str = ""
-) -> Iterator[tuple[str, Any, Any]]:
-    """Yields (path, value, value) of the settings that say what a model computes."""
-    for field in dataclasses.fields(one):
-        ours, theirs = getattr(one, field.name), getattr(two, field.name)
-        if dataclasses.is_dataclass(ours):
-            yield from _architecture(ours, theirs, f"{prefix}{field.name}.")
-        elif field.name not in _EXECUTION:
-            yield f"{prefix}{field.name}", ours, theirs
-
-
-def _get(config: Any, path: str) -> Any:
-    for name in path.split("."):
-        config = getattr(config, name)
-    return config
+def _architecture(model: ModelConfig) -> Iterator[tuple[str, Any]]:
+    """Yields (path, value) of the settings that say what a model computes."""
+    for path, field, value in leaves(model):
+        if field.metadata["exported"]:
+            yield path, value
 
 
 def _sizes(model: ModelConfig) -> dict[str, int]:

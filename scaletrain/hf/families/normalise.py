@@ -6,6 +6,8 @@ Readers of every age know the older spelling, so that is the one written.
 from collections.abc import Mapping
 from typing import Any
 
+from scaletrain.config import ModelConfig
+
 
 def shown(value: Any) -> str:
     """Returns what a file holds as a message can hold it."""
@@ -98,8 +100,11 @@ def _pattern(found: dict[str, Any]) -> int | None:
 
 def layer_types(pattern: int, num_layers: int) -> list[str]:
     """Returns the kind of each layer under a `sliding_pattern`."""
-    full = [bool(pattern) and (i + 1) % pattern == 0 for i in range(num_layers)]
-    return ["full_attention" if each else "sliding_attention" for each in full]
+    model = ModelConfig(sliding_window=1, global_every=pattern)
+    return [
+        "sliding_attention" if model.is_local(layer) else "full_attention"
+        for layer in range(num_layers)
+    ]
 
 
 def nested_rope(config: dict[str, Any]) -> dict[str, Any]:
