@@ -99,6 +99,8 @@ def test_an_account_that_is_lost_or_not_ours_is_begun_anew(tmp_path):
         assert len(json.loads((tmp_path / "attempts.json").read_text())) == 1
     path = tmp_path / "attempts.json"
     (ours,) = json.loads(path.read_text())
+    keys = ["began", "up", "boot", "from", "to", "taken", "phases", "seconds"]
+    assert list(ours) == keys
     others = [3, ours | {"phases": None}, ours | {"taken": 4}, ours | {"up": "x"}]
     path.write_text(json.dumps([ours, *others]))
     with goodput.Account(Workdir(tmp_path), Phases()) as account:
