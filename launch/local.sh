@@ -16,6 +16,10 @@ while [[ $# -gt 0 ]]; do
   case "$1" in
     --processes=*) processes="${1#*=}" ;;
     --devices=*) devices="${1#*=}" ;;
+    --processes | --devices)
+      echo "local.sh: $1; no value; write $1=VALUE." >&2
+      exit 2
+      ;;
     --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
     --) shift; break ;;
     *) echo "local.sh: $1; unknown; see --help." >&2; exit 2 ;;

@@ -37,6 +37,11 @@ while [[ $# -gt 0 ]]; do
     --max_restarts=*) max_restarts="${1#*=}" ;;
     --delete) delete=yes ;;
     --dry-run) dry_run=yes ;;
+    --topology | --num_slices | --name | --zone | --project | --create | --setup | \
+      --max_restarts)
+      echo "tpu_vm.sh: $1; no value; write $1=VALUE." >&2
+      exit 2
+      ;;
     --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
     --) shift; break ;;
     *) echo "tpu_vm.sh: $1; unknown; see --help." >&2; exit 2 ;;
@@ -73,7 +78,7 @@ on_all() { queued "$@" --node=all --worker=all --batch-size=all; }
 # 1. What is asked for, and whether the mesh covers it.
 python="$root/.venv/bin/python"
 [[ -x "$python" ]] || python="$(dirname "$(command -v scaletrain)")/python3"
-said="$("$python" -m scaletrain.launch --topology="$topology" \
+said="$("$python" -m scaletrain.preflight --topology="$topology" \
   --num_slices="$num_slices" -- "$@")"
 declare -A slice
 while IFS='=' read -r key value; do slice["$key"]="$value"; done <<<"$said"

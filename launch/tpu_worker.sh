@@ -15,7 +15,7 @@ install() {
     command -v uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
     PATH="$HOME/.local/bin:$PATH"
     uv venv --clear --python=3.12 .venv
-    uv pip install --python=.venv/bin/python -c constraints.txt --editable '.[tpu]'
+    uv pip install --python=.venv/bin/python -c constraints.txt --editable '.[tpu,gcs]'
     touch .venv/ready
   fi
   bash -c "$1"

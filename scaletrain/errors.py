@@ -9,6 +9,7 @@ ScaletrainError
 ├── CheckpointError  a checkpoint that is missing, partial or of another model
 ├── PlanError        a compiler that refuses a program
 ├── BenchError       a step that the devices cannot hold
+├── MachineError     memory, a disk or a device that is not to be had
 ├── DivergedError    no update is sound any more
 └── Interrupted      a signal arrived; everything is saved
 
@@ -16,6 +17,11 @@ ScaletrainError
 """
 
 from collections.abc import Sequence
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Returns `number` with its noun: 1 device, 2 devices."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 class ScaletrainError(Exception):
@@ -67,6 +73,12 @@ class BenchError(ScaletrainError):
     exit_code = 1
 
 
+class MachineError(ScaletrainError):
+    """Something the machine cannot give, while it works."""
+
+    exit_code = 1
+
+
 class DivergedError(ScaletrainError):
     """Training whose updates are all left out, however often it goes back."""
 
@@ -85,4 +97,5 @@ def does_not_fit(message: str) -> bool:
     Of a TPU's fast memory, `vmem`, the same is said: there a kernel's blocks are too
     large, and nothing that makes a step smaller helps.
     """
-    return "RESOURCE_EXHAUSTED" in message and "memory space vmem" not in message
+    exhausted = "RESOURCE_EXHAUSTED" in message or "Out of memory" in message
+    return exhausted and "memory space vmem" not in message

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from scaletrain import config, data, mesh, origin, sharding, step
+from scaletrain import config, data, mesh, sharding, step
+from scaletrain.checkpoint import warm_start
 from scaletrain.config import PrecisionConfig, RunConfig
 from scaletrain.errors import DataError
 from scaletrain.files import atomic_file, check_room
@@ -47,7 +48,7 @@ def evaluate(
         sequences,
         batch_size=rows,
         rows=sharding.rows_here(shapes["tokens"]),
-        num_batches=run.eval.num_batches,
+        num_batches=run.eval.num_batches * run.accumulate_steps,
     )
     sums = np.zeros(2)
     execute = _jitted(program)
@@ -58,14 +59,15 @@ def evaluate(
     loss = sums[0] / sums[1]
     found = {
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700)),
+        "perplexity": math.exp(min(loss, 700)) if math.isfinite(loss) else loss,
         "tokens": int(sums[1]),
     }
     split = sequences.split
     if split is not None:
         nats = loss * (split.num_tokens - 1)
         found["bits_per_byte"] = nats / split.num_bytes / math.log(2)
-        found |= {f"bits_per_byte_{k}": v for k, v in data.baselines(corpus).items()}
+        counted = data.baselines(corpus, split)
+        found |= {f"bits_per_byte_{k}": v for k, v in counted.items()}
     return found
 
 
@@ -84,8 +86,9 @@ def run(run: RunConfig, workdir: str, at: int | None, split: str) -> dict[str, A
     grid = mesh.build(run.mesh)
     program = build(run, grid)
     with jax.set_mesh(grid):
-        at, weights = origin.weights_of(workdir, run, at, program.state)
-        corpus = data.prepare(run, lambda line: print(line, file=sys.stderr))
+        at, weights = warm_start.weights_of(workdir, run, at, program.state)
+        tokenizer = warm_start.tokenizer_of(workdir, run)
+        corpus = data.prepare(run, _tell, tokenizer)
         sequences = data.sequences(corpus, split, run)
         found = evaluate(program, weights, corpus, sequences)
     if not found:
@@ -94,6 +97,10 @@ def run(run: RunConfig, workdir: str, at: int | None, split: str) -> dict[str, A
             "raise data.validation_fraction, or lower seq_len."
         )
     return {"step": at, **found}
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def score(
@@ -125,7 +132,7 @@ def score(
     nats = 0.0
     # TPUs and GPUs multiply float32 in shorter formats unless told otherwise.
     with jax.set_mesh(grid), jax.default_matmul_precision("highest"):
-        at, weights = origin.weights_of(workdir, run, at, program.state)
+        at, weights = warm_start.weights_of(workdir, run, at, program.state)
         with _logits_file(save_logits, (B, T, run.model.vocab_size)) as write:
             for first in range(0, B, ways):
                 rows_BT = np.zeros((ways, T), np.int32)
@@ -193,7 +200,8 @@ def _logits_file(
 def in_words(found: dict[str, Any]) -> str:
     """Returns the numbers as a person reads them."""
     if "loss" not in found:
-        return "has no sequence"
+        known = found.get("evaluated", True)
+        return "has no sequence" if known else "was not evaluated"
     words = f"loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"
     if "bits_per_byte" in found:
         words += (

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from scaletrain import (
@@ -18,11 +19,11 @@ from scaletrain import (
     data,
     families,
     mesh,
-    origin,
     safetensors,
 )
+from scaletrain.checkpoint import warm_start
 from scaletrain.config import PrecisionConfig, RunConfig
-from scaletrain.errors import ConfigError
+from scaletrain.errors import CheckpointError, ConfigError
 from scaletrain.families import Entry, Family, Piece, adapters
 from scaletrain.files import creating
 from scaletrain.program import build
@@ -61,9 +62,11 @@ def run(
     family, settings = families.of_model(run.family, model)
     grid = mesh.build(run.mesh)
     program = build(run, grid)
-    with checkpoint.reading(workdir, run, at) as (checkpoints, at), jax.set_mesh(grid):
+    tokenizer = warm_start.tokenizer_of(workdir, run)
+    checkpoints, at = checkpoint.reading(workdir, run, at)
+    with jax.set_mesh(grid):
         stored = checkpoints.dtypes(at)
-        weights = origin.weights_in(checkpoints, at, program.state)
+        weights = warm_start.weights_in(checkpoints, at, program.state)
     weights = checkpoint.flat(weights)
     source = Workdir.of(workdir)
     with creating(f"--to={to}", target, "exporting") as partial:
@@ -71,7 +74,8 @@ def run(
             tensors = _adapter(partial, family, run, weights, dtype)
         else:
             tensors = _model(partial, family, run, weights, stored, dtype)
-            _describe(partial, settings, tensors, source.tokenizer)
+            beside = source.tokenizer / "generation_config.json"
+            _describe(partial, settings, tensors, tokenizer, beside)
         _card(partial, run, family, source, at, tensors)
     return {"family": family.name, "step": at, "tensors": len(tensors), "to": to}
 
@@ -126,11 +130,31 @@ def _model(
 
     def read(name: str) -> np.ndarray:
         entry = entries[name]
-        return entry.join(layer).astype(kind(entry))
+        return _rounded(name, entry.join(layer), kind(entry))
 
     tensors = {name: (entry.shape, kind(entry)) for name, entry in entries.items()}
     safetensors.write(folder, tensors, read)
     return tensors
+
+
+def _rounded(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Returns a tensor in another format.
+
+    Raises:
+      CheckpointError: a number in it has none there.
+    """
+    with np.errstate(over="ignore"):
+        rounded = tensor.astype(dtype)
+    lost = np.isinf(rounded) & np.isfinite(tensor)
+    if lost.any():
+        largest = float(np.abs(tensor[lost].astype(np.float64)).max())
+        most = {kind: float(ml_dtypes.finfo(kind).max) for kind in DTYPES.values()}
+        wider = [str(kind) for kind, limit in most.items() if limit >= largest]
+        raise CheckpointError(
+            f"--dtype={dtype}; it goes up to {most[dtype]:.6g}, and {name} has "
+            f"{largest:.6g}; give --dtype={' or '.join(wider)}."
+        )
+    return rounded
 
 
 def _adapter(
@@ -148,13 +172,13 @@ def _adapter(
     def read(name: str) -> np.ndarray:
         piece = pieces[name]
         ours = np.asarray(jax.device_get(weights[piece.path][piece.index]))
-        return piece.theirs(ours).astype(kind)
+        return _rounded(name, piece.theirs(ours), kind)
 
     tensors = {name: (piece.shape, kind) for name, piece in pieces.items()}
     safetensors.write_file(
         folder / "adapter_model.safetensors", list(tensors), tensors, read
     )
-    base = origin.parsed(run.init_from)[0]
+    base = warm_start.parsed(run.init_from)[0]
     settings = adapters.config(family, run.lora, pieces, base)
     _json(folder / "adapter_config.json", settings)
     return tensors
@@ -164,16 +188,20 @@ def _describe(
     folder: pathlib.Path,
     settings: dict[str, Any],
     tensors: Tensors,
-    tokenizer: pathlib.Path,
+    tokenizer: data.Tokenizer | None,
+    imported: pathlib.Path,
 ) -> None:
-    """Writes config.json, the tokenizer's files and what generation needs."""
-    generation = {}
-    if (tokenizer / "about.json").is_file():
-        found = data.load_tokenizer(tokenizer)
-        generation = {"bos_token_id": found.end_id, "eos_token_id": found.end_id}
-        for name, content in found.published().items():
+    """Writes config.json, the tokenizer's files and what generation needs.
+
+    Args:
+      imported: the generation_config.json of an import, if there is one.
+    """
+    generation: dict[str, Any] = {}
+    if tokenizer is not None:
+        end_id = tokenizer.end_id
+        generation = {"bos_token_id": end_id, "eos_token_id": end_id}
+        for name, content in tokenizer.published().items():
             (folder / name).write_bytes(content)
-    imported = tokenizer / "generation_config.json"
     if imported.is_file():
         generation = safetensors.json_object(imported)
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -11,9 +11,13 @@ from scaletrain.console import say
 from scaletrain.program import Program
 
 
-def prepare(run: RunConfig) -> data.Corpus:
-    """Returns the corpus, which the first process of a host makes for the others."""
-    return cluster.in_turns(lambda: data.prepare(run, say))
+def prepare(run: RunConfig, tokenizer: data.Tokenizer | None = None) -> data.Corpus:
+    """Returns the corpus, which the first process of a host makes for the others.
+
+    Args:
+      tokenizer: see `data.prepare`.
+    """
+    return cluster.in_turns(lambda: data.prepare(run, say, tokenizer))
 
 
 def batches_of(

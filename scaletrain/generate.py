@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
 import math
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,9 +13,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from scaletrain import config, data, mesh, origin
+from scaletrain import config, mesh, safetensors
+from scaletrain.checkpoint import warm_start
 from scaletrain.config import RunConfig
-from scaletrain.errors import ConfigError
+from scaletrain.data import Tokenizer
+from scaletrain.errors import ConfigError, DataError
 from scaletrain.models import Cache
 from scaletrain.program import Program, build
 from scaletrain.workdir import Workdir
@@ -63,18 +65,19 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     sampling: Sampling,
-    end_id: int,
+    ends: Sequence[int],
     seed: int,
 ) -> list[list[int]]:
-    """Returns the new tokens of each prompt, up to and without `end_id`.
+    """Returns the new tokens of each prompt, up to and without the first of `ends`.
 
     Prompts of different lengths share a batch: the shorter ones are padded on the
     left with slots that nobody sees, so that every row writes the same slot.
 
     Args:
       prompts: token ids; an empty one starts a new document.
+      ends: the ids that end a text, first the one that stands between documents.
     """
-    prompts = [list(p) or [end_id] for p in prompts]
+    prompts = [list(p) or [ends[0]] for p in prompts]
     ways = program.mesh.shape["data"] * program.mesh.shape["fsdp"]
     B = -(-len(prompts) // ways) * ways
     # A multiple of 64 lets prompts of similar lengths share a compilation.
@@ -86,17 +89,19 @@ def generate(
         segments_BT[row, T - len(prompt) :] = 1
     positions_BT = np.maximum(np.cumsum(segments_BT, axis=1) - 1, 0).astype(np.int32)
     unused_B = np.arange(B) >= len(prompts)
-    out_BN = _jitted(program, sampling, end_id)(
+    out_BN = _jitted(program, sampling, tuple(ends))(
         weights, tokens_BT, positions_BT, segments_BT, unused_B, jax.random.key(seed)
     )
     rows = np.asarray(jax.device_get(out_BN)).tolist()[: len(prompts)]
-    return [row[: row.index(end_id)] if end_id in row else row for row in rows]
+    return [
+        list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows
+    ]
 
 
 @functools.lru_cache(maxsize=8)
-def _jitted(program: Program, sampling: Sampling, end_id: int) -> Any:
+def _jitted(program: Program, sampling: Sampling, ends: tuple[int, ...]) -> Any:
     return jax.jit(
-        functools.partial(_decode, program=program, sampling=sampling, end_id=end_id)
+        functools.partial(_decode, program=program, sampling=sampling, ends=ends)
     )
 
 
@@ -124,8 +129,13 @@ def run(
     run = config.resolve(config.evaluated(run), jax.device_count())
     grid = mesh.build(run.mesh)
     program = build(run, grid)
-    tokenizer = _tokenizer(Workdir.of(workdir).tokenizer, prompts)
-    end_id = tokenizer.end_id if tokenizer else -1  # -1: nothing ends a text
+    tokenizer = warm_start.tokenizer_of(workdir, run)
+    if tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
+        raise DataError(
+            f"--workdir={workdir}; it has no tokenizer; give --prompt_ids, or the "
+            "workdir of a run that was started on text."
+        )
+    ends = _ends(Workdir.of(workdir), tokenizer)
     ids = [
         tokenizer.prompt(prompt)
         if tokenizer and isinstance(prompt, str)
@@ -135,26 +145,44 @@ def run(
     if problems := list(_problems(prompts, ids, run, sampling.max_new_tokens)):
         raise ConfigError(problems)
     with jax.set_mesh(grid):
-        _, weights = origin.weights_of(workdir, run, at, program.state)
-        new = generate(
-            program, weights, ids, sampling=sampling, end_id=end_id, seed=seed
-        )
+        _, weights = warm_start.weights_of(workdir, run, at, program.state)
+        new = generate(program, weights, ids, sampling=sampling, ends=ends, seed=seed)
     found = [
         {"prompt": prompt, "ids": row} for prompt, row in zip(prompts, new, strict=True)
     ]
     if tokenizer is not None:
-        for record in found:
-            record["text"] = tokenizer.decode(record["ids"])
+        for record, before in zip(found, ids, strict=True):
+            # Behind an empty prompt the text begins: nothing stands before it.
+            record["text"] = _continuation(
+                tokenizer, before if record["prompt"] else [], record["ids"]
+            )
     return found
 
 
-def _tokenizer(folder: pathlib.Path, prompts: Sequence[Any]) -> data.Tokenizer | None:
-    """Returns the run's tokenizer; None if it has none and no prompt needs it."""
-    if (folder / "about.json").is_file() or any(
-        isinstance(prompt, str) for prompt in prompts
-    ):
-        return data.load_tokenizer(folder)
-    return None
+def _ends(workdir: Workdir, tokenizer: Tokenizer | None) -> list[int]:
+    """Returns the ids that end a text, the tokenizer's own first; -1 where none does.
+
+    A published checkpoint may name more: the end of a document and that of a turn.
+    """
+    path = workdir.tokenizer / "generation_config.json"
+    named = (
+        safetensors.json_object(path).get("eos_token_id") if path.is_file() else None
+    )
+    named = named if isinstance(named, list) else [named]
+    own = [] if tokenizer is None else [tokenizer.end_id]
+    return [*own, *(i for i in named if type(i) is int)] or [-1]
+
+
+def _continuation(
+    tokenizer: Tokenizer, before: Sequence[int], new: Sequence[int]
+) -> str:
+    """Returns the text that `new` adds to that of `before`.
+
+    Many decoders leave out the space that opens a text, so `new` is not decoded alone
+    unless it completes a character of which `before` has the first bytes.
+    """
+    start, text = tokenizer.decode(before), tokenizer.decode([*before, *new])
+    return text[len(start) :] if text.startswith(start) else tokenizer.decode(new)
 
 
 def _problems(
@@ -208,9 +236,9 @@ def _decode(
     *,
     program: Program,
     sampling: Sampling,
-    end_id: int,
+    ends: tuple[int, ...],
 ) -> Int[Array, "B N"]:
-    """Returns the drawn tokens; rows are filled with `end_id` once they end."""
+    """Returns the drawn tokens; rows are filled with an end once they end."""
     run, model = program.run, nnx.merge(program.eval_graphdef, weights)
     B, T = tokens_BT.shape
     N = sampling.max_new_tokens
@@ -220,7 +248,7 @@ def _decode(
 
     def draw(loop: _Loop, logits_BV: Float[Array, "B V"]) -> _Loop:
         token_B = sample(logits_BV, jax.random.fold_in(key, loop.new), sampling)
-        token_B = jnp.where(loop.done_B, end_id, token_B)
+        token_B = jnp.where(loop.done_B, ends[0], token_B)
         out_BN = jax.lax.dynamic_update_slice_in_dim(
             loop.out_BN, token_B[:, None], loop.new, 1
         )
@@ -229,7 +257,7 @@ def _decode(
             out_BN=out_BN,
             token_B1=token_B[:, None],
             position_B1=loop.position_B1 + 1,
-            done_B=loop.done_B | (token_B == end_id),
+            done_B=loop.done_B | jnp.isin(token_B, jnp.array(ends)),
         )
 
     def body(loop: _Loop) -> _Loop:
@@ -240,7 +268,7 @@ def _decode(
 
     first = _Loop(
         new=jnp.zeros((), jnp.int32),
-        out_BN=jnp.full((B, N), end_id, jnp.int32),
+        out_BN=jnp.full((B, N), ends[0], jnp.int32),
         token_B1=ones_B1,
         position_B1=positions_BT[:, -1:],
         done_B=unused_B,
@@ -256,19 +284,24 @@ def _decode(
 def sample(
     logits_BV: Float[Array, "B V"], key: jax.Array, sampling: Sampling
 ) -> Int[Array, " B"]:
-    """Returns one token a row. Top-p keeps the token that crosses the mark."""
+    """Returns one token a row. Top-p keeps the token that crosses the mark.
+
+    Of equally likely tokens the one of the smaller id counts as the likelier.
+    """
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = logits_BV.astype(jnp.float32) / sampling.temperature
-    if sampling.top_k:
-        k = min(sampling.top_k, logits_BV.shape[-1])
-        least_B1 = jax.lax.top_k(logits_BV, k)[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    if sampling.top_p < 1:
-        sorted_BV = jnp.flip(jnp.sort(logits_BV, axis=-1), axis=-1)
-        shares_BV = jax.nn.softmax(sorted_BV, axis=-1)
-        before_BV = jnp.cumsum(shares_BV, axis=-1) - shares_BV
-        kept_BV = jnp.where(before_BV < sampling.top_p, sorted_BV, jnp.inf)
-        least_B1 = jnp.min(kept_BV, axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    if sampling.top_k or sampling.top_p < 1:
+        order_BV = jnp.argsort(logits_BV, axis=-1, descending=True, stable=True)
+        sorted_BV = jnp.take_along_axis(logits_BV, order_BV, axis=-1)
+        if sampling.top_k:
+            ranks_1V = jnp.arange(logits_BV.shape[-1])[None]
+            sorted_BV = jnp.where(ranks_1V < sampling.top_k, sorted_BV, -jnp.inf)
+        if sampling.top_p < 1:
+            shares_BV = jax.nn.softmax(sorted_BV, axis=-1)
+            before_BV = jnp.cumsum(shares_BV, axis=-1) - shares_BV
+            sorted_BV = jnp.where(before_BV < sampling.top_p, sorted_BV, -jnp.inf)
+        logits_BV = jnp.put_along_axis(
+            logits_BV, order_BV, sorted_BV, axis=-1, inplace=False
+        )
     return jax.random.categorical(key, logits_BV).astype(jnp.int32)

@@ -67,7 +67,7 @@ def run(
             tokenizer.save(new.tokenizer)
         _leave_generation(ids, new.tokenizer)
         weights = _weights(entries, stored, shapes)
-        with contextlib.closing(checkpoint.Checkpoints(new, settings)) as checkpoints:
+        with contextlib.closing(checkpoint.Store(new, settings)) as checkpoints:
             checkpoints.save_weights(weights)
         new.config.write_text(config.to_json(settings), encoding="utf-8")
     count = sum(math.prod(leaf.shape) for leaf in shapes.values())
@@ -174,15 +174,9 @@ def _matched(
         if name in found:
             problems.append(f"{tensor.name}: the same tensor as {found[name].name}")
         found[name] = tensor
-    for entry in entries:
-        tensor = found.get(entry.name)
-        if tensor is None:
-            problems.append(f"{entry.name}: missing")
-        elif tensor.shape != entry.shape:
-            problems.append(
-                f"{entry.name} of {tensor.path.name}: {list(tensor.shape)} where "
-                f"config.json asks for {list(entry.shape)}"
-            )
+    if model.head == "tied":
+        _name_shared(entries, found)
+    problems += _misfits(entries, found)
     wanted = {entry.name for entry in entries}
     # A tied head may be stored twice; the embedding is the one that is laid down.
     left_out = family.left_out + ((_HEAD,) if model.head == "tied" else ())
@@ -202,9 +196,41 @@ def _matched(
     return {name: found[name] for name in wanted}
 
 
+def _misfits(entries: list[Entry], found: Mapping[str, Stored]) -> Iterator[str]:
+    """Yields each tensor that is missing or of another shape.
+
+    Raises:
+      CheckpointError: one whose format holds no weights.
+    """
+    for entry in entries:
+        tensor = found.get(entry.name)
+        if tensor is None:
+            yield f"{entry.name}: missing"
+            continue
+        tensor.check_format()
+        if tensor.shape != entry.shape:
+            yield (
+                f"{entry.name} of {tensor.path.name}: {list(tensor.shape)} where "
+                f"config.json asks for {list(entry.shape)}"
+            )
+
+
+def _shared(entries: list[Entry]) -> str:
+    """Returns the name of the embedding, to which a head may be tied."""
+    (name,) = (e.name for e in entries if e.pieces[0].path == "embedding")
+    return name
+
+
+def _name_shared(entries: list[Entry], found: dict[str, Stored]) -> None:
+    """Lets a tied head that is stored alone be the embedding that it is."""
+    heads = fnmatch.filter(found, _HEAD)
+    if heads and _shared(entries) not in found:
+        found[_shared(entries)] = found.pop(heads[0])
+
+
 def _untied(entries: list[Entry], found: Mapping[str, Stored]) -> Iterator[str]:
     """Yields each stored head that is not the embedding it should be tied to."""
-    (shared,) = (e.name for e in entries if e.pieces[0].path == "embedding")
+    shared = _shared(entries)
     for name in fnmatch.filter(found, _HEAD):
         if not np.array_equal(found[name].read(), found[shared].read()):
             yield (

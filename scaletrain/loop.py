@@ -36,7 +36,7 @@ class Loop:
     program: Program
     execute: Callable
     recorder: Recorder
-    checkpoints: checkpoint.Checkpoints
+    checkpoints: checkpoint.Store
     corpus: data.Corpus
     sequences: dict[str, Any]
     back: rollbacks.Rollbacks
@@ -59,7 +59,9 @@ class Loop:
         """Takes the steps after `start`; returns the last evaluation."""
         self.account.begin(start)
         try:
-            return self._run(state, start)
+            found = self._run(state, start)
+            self.account.finish()
+            return found
         finally:
             total = self.account.total()
             say(goodput.in_words(total))

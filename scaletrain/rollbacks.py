@@ -15,13 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from scaletrain import cluster
-from scaletrain.checkpoint import Checkpoints
+from scaletrain.checkpoint import Store
 from scaletrain.errors import DivergedError
 from scaletrain.files import atomic_write
 from scaletrain.workdir import Workdir
 
 _LISTED = 200  # documents of a skipped update that are written down
-_TOLD = 5  # and of these, that an error names
+_TOLD = 5  # and of these, that a line on the terminal names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +78,7 @@ class Diverged(Exception):
 class Rollbacks:
     """How often a run went back, where to, and what it left out for good."""
 
-    def __init__(
-        self, workdir: Workdir, checkpoints: Checkpoints, say: Callable[[str], Any]
-    ):
+    def __init__(self, workdir: Workdir, checkpoints: Store, say: Callable[[str], Any]):
         """Reads what the workdir says.
 
         Raises:
@@ -185,17 +183,18 @@ class Rollbacks:
             end = f"the run went back optim.max_rollbacks={optim.max_rollbacks} times"
         else:
             end = "optim.max_rollbacks=0, so the run does not go back"
+        gone_back = [
+            # What a checkpoint knows of it does not say which steps.
+            f"  steps {r.get('first_skip', '?')} to {r.get('last_skip', '?')} "
+            f"skipped; back to step {r['step']} without {r['left_out']} batches"
+            for r in self.records
+            if "skips" in r
+        ]
         lines = [
             f"step {why.last}: no update for {why.last - why.first + 1} steps in a row "
-            f"(optim.max_skipped_steps); {end}:",
-            *(
-                # What a checkpoint knows of it does not say which steps.
-                f"  steps {r.get('first_skip', '?')} to {r.get('last_skip', '?')} "
-                f"skipped; back to step {r['step']} without {r['left_out']} batches"
-                for r in self.records
-                if "skips" in r
-            ),
-            *(f"  {skip}" for skip in why.skips),
+            "(optim.max_skipped_steps), each with its line above and its record in "
+            f"metrics.jsonl; {end}{':' if gone_back else '.'}",
+            *gone_back,
             "lower optim.learning_rate, or read those documents (skip_documents in "
             "metrics.jsonl); with a higher optim.max_rollbacks or optim.spike_sigma "
             f"the same command goes on; newest checkpoint: {newest}.",

@@ -25,7 +25,22 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Of masks, positions and quantised weights, which may lie beside a model's.
+_OTHERS = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F64": np.dtype(np.float64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+_NAMES = {dtype: name for name, dtype in (DTYPES | _OTHERS).items()}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _LARGEST_HEADER = 100_000_000  # bytes; the published limit
 
@@ -39,6 +54,11 @@ class Stored:
     dtype: np.dtype
     shape: tuple[int, ...]
     start: int  # byte in the file
+
+    def check_format(self) -> None:
+        """Raises CheckpointError if no weights can be read from its format."""
+        if self.dtype not in DTYPES.values():
+            raise _format(self.path, self.name, _NAMES[self.dtype])
 
     def read(self) -> np.ndarray:
         """Returns the tensor; nothing else of the file is read.
@@ -200,12 +220,9 @@ def _header(path: pathlib.Path) -> dict[str, Stored]:
             shape = tuple(entry["shape"])
             if not all(type(n) is int for n in (start, stop, *shape)):
                 raise ValueError(f"tensor {name} has a place or shape of other numbers")
-            if entry["dtype"] not in DTYPES:
-                raise CheckpointError(
-                    f"{path}; tensor {name} holds {entry['dtype']}; only "
-                    f"{', '.join(DTYPES)} can be imported."
-                )
-            dtype = DTYPES[entry["dtype"]]
+            dtype = (DTYPES | _OTHERS).get(entry["dtype"])
+            if dtype is None:
+                raise _format(path, name, entry["dtype"])
             if (
                 start + 8 + length != at
                 or stop - start != nbytes(shape, dtype)
@@ -228,6 +245,12 @@ def _header(path: pathlib.Path) -> dict[str, Stored]:
             "it is cut off or damaged; fetch it again."
         )
     return found
+
+
+def _format(path: pathlib.Path, name: str, kind: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}; tensor {name} holds {kind}; only {', '.join(DTYPES)} can be imported."
+    )
 
 
 def write_file(

@@ -16,7 +16,7 @@ from types import FrameType
 
 from scaletrain import config
 from scaletrain.config import RunConfig
-from scaletrain.errors import ConfigError, Interrupted
+from scaletrain.errors import ConfigError, Interrupted, counted
 from scaletrain.workdir import Workdir
 
 _ROWS = ("data", "fsdp")  # axes that cut a batch into rows
@@ -57,12 +57,14 @@ class Supervisor:
             after = newest(self.workdir)
             failed = 0 if after > before else failed + 1
             if failed > self.retries:
-                _say(f"{failed} starts without a new checkpoint; giving up")
+                starts = counted(failed, "start")
+                _say(f"{starts} without a new checkpoint; giving up")
                 return code
+            left = counted(self.retries - failed, "retry", "retries")
             wait_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**failed)
             _say(
                 f"ended with {code} at step {max(after, 0)}; starting again in "
-                f"{wait_s:.0f} s ({self.retries - failed} retries left)"
+                f"{wait_s:.0f} s ({left} left)"
             )
             self.sleep(wait_s)
             if self._stopped:
@@ -93,7 +95,7 @@ class Supervisor:
         devices, slices = map(int, asked.stdout.split()[-2:])
         found = fitted(config.load(str(settings), []), devices, slices)
         if found:
-            _say(f"{devices} devices are left: {' '.join(found)}")
+            _say(f"left: {counted(devices, 'device')}: {' '.join(found)}")
         return found
 
 

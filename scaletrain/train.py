@@ -15,11 +15,11 @@ from scaletrain import (
     data,
     feed,
     mesh,
-    origin,
     rollbacks,
     sharding,
 )
 from scaletrain import workdir as workdirs
+from scaletrain.checkpoint import warm_start
 from scaletrain.cluster import signals
 from scaletrain.config import RunConfig
 from scaletrain.console import say
@@ -43,7 +43,8 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
       phases: the clock of this attempt; by default it starts here.
 
     Returns:
-      What the last evaluation found, see `evaluate.evaluate`.
+      What the last evaluation found, see `evaluate.evaluate`: one of before where
+        the run has already gone further than `num_steps`.
 
     Raises:
       ScaletrainError: see `errors`; the workdir stays empty until settings, mesh and
@@ -54,10 +55,10 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
     run = config.resolve(run, jax.device_count())
     grid = mesh.build(run.mesh)
     folder = workdirs.prepare(workdir)
-    run = origin.pinned(_as_begun(run, folder))
+    run = warm_start.pinned(_as_begun(run, folder))
     # 2. What: the corpus as tokens, the step as a program.
     with signals.at_once(), phases("data"):
-        corpus = feed.prepare(run)
+        corpus = feed.prepare(run, warm_start.tokenizer_begun_with(run, folder))
         sequences = {s: data.sequences(corpus, s, run) for s in ("train", "validation")}
     program = build(run, grid)
     with contextlib.ExitStack() as held:
@@ -65,23 +66,25 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
         if jax.process_index() == 0:
             held.enter_context(locked(folder, say))
             phases.tell(folder)
-        account = held.enter_context(goodput.Account(folder, phases))
         held.enter_context(Watchdog(phases, folder, run.watchdog_s))
         # 3. From where: the newest checkpoint, other weights, or the seed.
         with signals.at_once():
             _not_anew(folder)
-            checkpoints = checkpoint.Checkpoints(folder, run, say=say)
+            checkpoints = checkpoint.Store(folder, run, say=say)
             held.enter_context(contextlib.closing(checkpoints))
             with checkpoints.reserved(program.state) as reserved:
                 with phases("check"):
                     checkpoints.sound()
                     back = rollbacks.Rollbacks(folder, checkpoints, say)
                     start = _agreed(checkpoints, back, corpus, program)
+                    if start is not None and start > run.num_steps:
+                        return _nothing_to_do(folder, run, start)
                     _leave_settings(folder, run, corpus)
+                    account = held.enter_context(goodput.Account(folder, phases))
                     say(sharding.table(program.state.params))
                 with phases("compile"):
                     program, execute = compilation.decided(program, run, reserved)
-            with phases("restore"):
+            with phases("init" if start is None else "restore"):
                 state = _first(program, checkpoints, start)
         # 4. The loop, begun again where it goes back.
         while True:
@@ -119,7 +122,7 @@ def _not_anew(folder: Workdir) -> None:
 
 
 def _agreed(
-    checkpoints: checkpoint.Checkpoints,
+    checkpoints: checkpoint.Store,
     back: rollbacks.Rollbacks,
     corpus: data.Corpus,
     program: Program,
@@ -139,6 +142,15 @@ def _agreed(
     return start
 
 
+def _nothing_to_do(folder: Workdir, run: RunConfig, step: int) -> dict[str, Any]:
+    """Returns the newest evaluation of a run that is further on than `num_steps`."""
+    say(
+        f"num_steps={run.num_steps}; nothing to do: {folder} is at step {step} and "
+        "keeps its settings; to train on, give more steps than that."
+    )
+    return folder.newest_evaluation(step)
+
+
 def _leave_settings(folder: Workdir, run: RunConfig, corpus: data.Corpus) -> None:
     """Writes what `eval` and `generate` need to know of the run."""
     if jax.process_index() == 0:
@@ -155,16 +167,16 @@ def _as_begun(run: RunConfig, folder: Workdir) -> RunConfig:
         return run
     then = config.from_json(path.read_text("utf-8", "replace"), str(path)).init_from
     workdir = os.path.abspath(run.init_from)
-    same = origin.parsed(then)[0] == workdir
+    same = warm_start.parsed(then)[0] == workdir
     return dataclasses.replace(run, init_from=then) if same else run
 
 
 def _first(
-    program: Program, checkpoints: checkpoint.Checkpoints, start: int | None
+    program: Program, checkpoints: checkpoint.Store, start: int | None
 ) -> TrainState:
     """Returns the state that the first step of this attempt takes."""
     run, wanted = program.run, program.state
-    frozen = origin.initial_weights(run, wanted.frozen) if wanted.frozen else {}
+    frozen = warm_start.initial_weights(run, wanted.frozen) if wanted.frozen else {}
     if start is not None and not checkpoints.is_import(start):
         say(f"resuming from step {start} of {checkpoints.folder}")
         return checkpoints.restore(start, dataclasses.replace(wanted, frozen=frozen))
@@ -174,7 +186,7 @@ def _first(
         params = checkpoints.restore_params(start, wanted.params)
     elif run.init_from and not wanted.frozen:
         say(f"starting from the weights of {run.init_from}")
-        params = origin.initial_weights(run, wanted.params)
+        params = warm_start.initial_weights(run, wanted.params)
     else:
         return state
     return dataclasses.replace(state, params=params)

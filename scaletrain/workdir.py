@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterator
@@ -96,6 +97,21 @@ class Workdir:
                 complete = line.endswith(b"\n") and isinstance(record, dict)
                 if complete and isinstance(record.get("step"), int):
                     yield line, record
+
+    def newest_evaluation(self, step: int) -> dict[str, Any]:
+        """Returns the numbers of the newest evaluation up to `step`, and its own step.
+
+        Where nothing was evaluated there is `step` and "evaluated", which is False.
+        """
+        for record in reversed(self.records()):
+            if record["step"] <= step and "eval_loss" in record:
+                numbers = {
+                    name.removeprefix("eval_"): math.nan if value is None else value
+                    for name, value in record.items()
+                    if name.startswith("eval_")
+                }
+                return {"step": record["step"], **numbers}
+        return {"step": step, "evaluated": False}
 
     def newest_saved(self) -> int | None:
         """Returns the newest step that a record tells was saved."""

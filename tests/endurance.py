@@ -112,7 +112,10 @@ class Attempt:
             status = json.loads((self.workdir / "status.json").read_text())
         except (FileNotFoundError, ValueError):
             return "start"
-        return status["phase"] if status["pid"] == self.process.pid else "start"
+        if status["pid"] != self.process.pid:
+            return "start"
+        # The first state is made where later attempts read it.
+        return "restore" if status["phase"] == "init" else status["phase"]
 
     def reach(self, phase: str, rng: random.Random) -> bool:
         """Waits for a moment inside `phase`; returns whether it came."""

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import bench, config, flags, flops, hlo, matrices, mesh
+from scaletrain import bench, config, flops, hlo, matrices, mesh
 from scaletrain.bench import command, loops, profile, roofline, shapes, sweep, timing
+from scaletrain.commands import line
 from scaletrain.config import LoraConfig, MeshConfig
 from scaletrain.errors import BenchError, CheckpointError, ConfigError
 from scaletrain.hardware import chips
@@ -519,7 +520,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path):
 
 def test_problems_come_together():
     with pytest.raises(ConfigError) as err:
-        flags.read(
+        line.read(
             ["bench", "--config=experiments/quickstart.py", "--steps=0",
              "--workdir=x", "--config.num_steps=0", "--swep"]
         )  # fmt: skip
@@ -532,7 +533,7 @@ def test_problems_come_together():
 
 
 def test_a_command_line_becomes_a_request():
-    args, run = flags.read(
+    args, run = line.read(
         ["bench", "--config=experiments/quickstart.py", "--data", "--steps=7"]
     )
     assert command.request(args) == command.Request(steps=7, data=True)

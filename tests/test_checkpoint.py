@@ -21,12 +21,12 @@ import small
 import tensorstore
 from jax.sharding import NamedSharding
 
-from scaletrain import config, lock, main, manifest, train, writer
-from scaletrain.checkpoint import Checkpoints
+from scaletrain import config, lock, main, train
+from scaletrain.checkpoint import Store, manifest, writer
+from scaletrain.checkpoint.manifest import UNFINISHED, Manifest
+from scaletrain.checkpoint.retention import kept
 from scaletrain.errors import CheckpointError
-from scaletrain.manifest import UNFINISHED, Manifest
 from scaletrain.program import TrainState
-from scaletrain.retention import kept
 from scaletrain.workdir import Workdir
 
 # Orbax's threads of a save that failed end when they are collected.
@@ -58,7 +58,7 @@ def told():
 @contextlib.contextmanager
 def opened(path, told, **settings):
     run = small.changed(RUN, **settings)
-    with contextlib.closing(Checkpoints(Workdir(path), run, say=told.append)) as found:
+    with contextlib.closing(Store(Workdir(path), run, say=told.append)) as found:
         yield found
 
 
@@ -89,7 +89,7 @@ def cut(path):
 def damages():
     return [
         pytest.param(
-            lambda f: flip(largest(f)), "its bytes have changed", id="flipped"
+            lambda f: flip(largest(f)), ": bytes between 0 and ", id="flipped"
         ),
         pytest.param(lambda f: cut(largest(f)), "bytes instead of", id="truncated"),
         pytest.param(lambda f: largest(f).unlink(), ": missing", id="missing file"),
@@ -133,7 +133,9 @@ def test_the_leaves_in_damaged_bytes_are_named(tmp_path, told, monkeypatch):
             path.write_bytes(hurt)
             with pytest.raises(CheckpointError) as raised:
                 checkpoints.verify(0)
-            words = rf"/{path.name}: its bytes have changed, from {start:,} on; of (.*)"
+            end = min(start + block, len(content))
+            changed = f"bytes between {start:,} and {end:,} have changed"
+            words = rf"/{path.name}: {changed}; of (.*)"
             [leaves] = re.findall(words, str(raised.value))
             assert leaves.split(", ") == unreadable(folder / "params", noise)
         path.unlink()
@@ -266,7 +268,7 @@ def test_a_disk_that_is_full_from_the_start_is_told_of(tmp_path):
 def test_the_writes_after_one_that_failed_are_not_told_of(monkeypatch):
     told = []
     monkeypatch.setattr(sys, "unraisablehook", told.append)
-    main._leave_out_last_writes()
+    main._silence_failed_writes()
     for words in ("Event loop is closed", "another"):
         sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(words)))
     assert [str(of.exc_value) for of in told] == ["another"]
@@ -414,7 +416,8 @@ def test_killed_at_any_moment_the_newest_whole_step_is_found(tmp_path, monkeypat
 # One of two processes; the parameters are spread over both.
 PROCESS = """\
 import argparse, errno, os, pathlib, sys, time
-from scaletrain import checkpoint, cluster, config, manifest, workdir, writer
+from scaletrain import checkpoint, cluster, config, workdir
+from scaletrain.checkpoint import manifest, writer
 folder, number, port = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 cluster.join(argparse.Namespace(
     coordinator=f"127.0.0.1:{port}", num_processes=2, process_id=number, heartbeat=30.0
@@ -445,7 +448,7 @@ fails = {  # step -> process, and what of it fails
     6: (1, writer._Sealing, "async_save"),
 }
 run = config.from_json((folder / "run.json").read_text())
-checkpoints = checkpoint.Checkpoints(workdir.Workdir(folder), run, say=print)
+checkpoints = checkpoint.Store(workdir.Workdir(folder), run, say=print)
 try:
     for step in range(1, 7):
         who, owner, name = fails.get(step, (None, manifest, "leave_sums"))

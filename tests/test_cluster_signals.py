@@ -79,8 +79,8 @@ def records(workdir, name):
 
 def outcome(workdir, taken):
     """Returns what a run said of its steps and evaluations, and its last parameters."""
-    with checkpoint.reading(str(workdir), RUN, None) as (checkpoints, newest):
-        params = checkpoints.restore_params(newest, taken.program.state.params)
+    checkpoints, newest = checkpoint.reading(str(workdir), RUN, None)
+    params = checkpoints.restore_params(newest, taken.program.state.params)
     told = [records(workdir, name) for name in ("loss", "batch_hash", "eval_loss")]
     return told, jax.device_get(params)
 
@@ -90,10 +90,10 @@ MOMENTS = [
     ("tokenisation", feed, "prepare", signalled, 1, None),
     ("compile", compilation, "compiled", signalled, 1, None),
     ("evaluation", data, "validation_batches", in_batches, 2, 2),
-    ("restore", checkpoint.Checkpoints, "restore", signalled, 1, 2),
+    ("restore", checkpoint.Store, "restore", signalled, 1, 2),
     ("evaluation that is owed", data, "validation_batches", in_batches, 1, 2),
-    ("save", checkpoint.Checkpoints, "save", signalled, 1, 4),
-    ("last save", checkpoint.Checkpoints, "save", signalled, 1, 6),
+    ("save", checkpoint.Store, "save", signalled, 1, 4),
+    ("last save", checkpoint.Store, "save", signalled, 1, 6),
     ("last evaluation", data, "validation_batches", in_batches, 4, 6),
 ]
 

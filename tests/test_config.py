@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import pytest
 import small
@@ -87,6 +88,71 @@ def test_argument_reaches_get_config(experiment):
     path = experiment("form.seed = len(arg)")
     assert config.load(path + ":abcdef").seed == 6
     assert config.load(path).seed == 4
+
+
+def test_colons_of_a_path_are_not_an_argument(experiment, tmp_path):
+    folder = tmp_path / "2026-01-31T12:30:00"
+    folder.mkdir()
+    body = "form.seed = len(arg); form.family = 'gpt2' if arg == 'a:b' else ''"
+    path = folder / "settings.py"
+    path.write_text(pathlib.Path(experiment(body)).read_text())
+    assert config.load(str(path)).seed == len("none")
+    assert config.load(f"{path}:a:b").family == "gpt2"
+    (folder / "config.json").write_text(config.to_json(RunConfig(seed=5)))
+    assert config.load(str(folder / "config.json")).seed == 5
+    assert config.file_and_argument("nowhere.py:a:b") == ("nowhere.py", "a:b")
+
+
+def test_an_experiment_may_postpone_the_annotations_of_its_dataclasses(tmp_path):
+    path = tmp_path / "typed.py"
+    path.write_text(
+        "from __future__ import annotations\n"
+        "import dataclasses\n"
+        "from scaletrain.config import RunConfig, to_config_dict\n"
+        "@dataclasses.dataclass\n"
+        "class Size:\n"
+        "    seed: int = 3\n"
+        "def get_config():\n"
+        "    return to_config_dict(RunConfig(seed=Size().seed))\n"
+    )
+    assert config.load(str(path)).seed == 3
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e3", 1000), ("2.0", 2), ("1_0", 10)])
+def test_whole_numbers_may_be_written_as_floats(experiment, text, value):
+    assert config.load(experiment(), [("num_steps", text)]).num_steps == value
+
+
+@pytest.mark.parametrize("text", ["1.5", "1e-3", "inf", "nan", "1e999", "", "ten"])
+def test_other_numbers_are_not_whole(experiment, text):
+    with pytest.raises(ConfigError, match="num_steps=.*; not a whole number; give a"):
+        config.load(experiment(), [("num_steps", text)])
+
+
+FILES = [("data.source", "files"), ("data.path", "x")]
+
+
+@pytest.mark.parametrize(
+    "path", ["init_from", "data.path", "data.tokenizer", "data.cache_dir"]
+)
+def test_every_path_among_the_settings_may_begin_at_home(
+    experiment, path, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = config.load(experiment(), [*FILES, (path, "~/runs/a")])
+    read = {name: value for name, _, value in config.leaves(run)}
+    assert read[path] == f"{tmp_path}/runs/a"
+    with pytest.raises(ConfigError, match=f"{path}=~no.one/a; no such home folder"):
+        config.load(experiment(), [*FILES, (path, "~no.one/a")])
+
+
+@pytest.mark.parametrize("path", ["init_from", "data.cache_dir"])
+@pytest.mark.parametrize("url", ["gs://bucket/run", "s3://a/b", "file:///a"])
+def test_settings_that_are_folders_are_no_urls(experiment, path, url):
+    with pytest.raises(ConfigError, match=f"{path}={url}; a URL where only local"):
+        config.load(experiment(), [*FILES, (path, url)])
+    run = config.load(experiment(), [*FILES, ("data.path", url)])
+    assert run.data.path == url
 
 
 def test_all_problems_are_told_at_once(experiment):
@@ -198,7 +264,23 @@ BROKEN = [
     ({"mesh__fsdp": 3}, "mesh.fsdp=3; does not divide model.d_model=32"),
     ({"mesh__context": 3}, "mesh.context=3; does not divide seq_len=32"),
     ({"mesh__data": 32}, "batch_size=16; 16 sequences at a time"),
-    ({"mesh__data": 16, "accumulate_steps": 4}, "make batch_size a multiple of 64"),
+    ({"mesh__data": 32, "accumulate_steps": 4}, "make batch_size a multiple of 128."),
+    (
+        {"mesh__data": 16, "accumulate_steps": 4},
+        "make batch_size a multiple of 64, or set accumulate_steps=1.",
+    ),
+    (
+        {
+            "mesh__data": 16,
+            "accumulate_steps": 4,
+            "optim__accumulate": "multi_steps",
+        },
+        "make batch_size a multiple of 64.",
+    ),
+    (
+        {"mesh__data": 8, "accumulate_steps": 4},
+        "make batch_size a multiple of 32, or set accumulate_steps=2.",
+    ),
     ({"optim__learning_rate": 0.0}, "optim.learning_rate=0; nothing"),
     ({"optim__learning_rate": float("nan")}, "optim.learning_rate=nan; not finite"),
     ({"optim__warmup_steps": 20}, "optim.warmup_steps=20; the run has num_steps=20"),

@@ -456,7 +456,7 @@ def test_conversations_are_kept_and_damage_is_seen(run, tmp_path, monkeypatch):
     lines = []
     corpus = data.prepare(settings, lines.append)
     assert "tokenised 13 conversations into 0.0" in lines[-1]
-    assert data.baselines(corpus) == {}
+    assert data.baselines(corpus, corpus.splits["validation"]) == {}
     assert corpus.splits["validation"].num_documents > 0
     tokenise = cache.tokenise
     monkeypatch.setattr(cache, "tokenise", None)

@@ -46,7 +46,7 @@ PROMPTS = [[5, 9, 2], [7], list(range(20)), []]
 def test_greedy_equals_the_full_forward(taken):
     """Prompts of unequal lengths in one batch, each as if alone."""
     out = generate(
-        taken.program, taken.state.params, PROMPTS, sampling=GREEDY, end_id=63, seed=0
+        taken.program, taken.state.params, PROMPTS, sampling=GREEDY, ends=[63], seed=0
     )
     wanted = [full_forward(taken, p or [63], 12, 63) for p in PROMPTS]
     assert out == wanted
@@ -58,7 +58,7 @@ def test_stops_at_end_of_text(taken):
         taken.state.params,
         [[5, 9, 2]],
         sampling=GREEDY,
-        end_id=63,
+        ends=[63],
         seed=0,
     )[0]
     end_id = free[4]
@@ -67,7 +67,7 @@ def test_stops_at_end_of_text(taken):
         taken.state.params,
         [[5, 9, 2]],
         sampling=GREEDY,
-        end_id=end_id,
+        ends=[62, end_id],
         seed=0,
     )[0]
     assert out == free[: free.index(end_id)]
@@ -80,7 +80,7 @@ def test_does_not_depend_on_the_mesh(taken):
     params = jax.device_put(jax.device_get(taken.state.params), layout)
     with jax.set_mesh(spread.mesh):
         out = generate(
-            spread.program, params, PROMPTS, sampling=GREEDY, end_id=63, seed=0
+            spread.program, params, PROMPTS, sampling=GREEDY, ends=[63], seed=0
         )
     assert out == [full_forward(taken, p or [63], 12, 63) for p in PROMPTS]
 
@@ -89,7 +89,7 @@ def test_the_seed_decides(taken):
     def draw(seed):
         return generate(
             taken.program, taken.state.params, [[1], [1]],
-            sampling=Sampling(temperature=2.0), end_id=63, seed=seed,
+            sampling=Sampling(temperature=2.0), ends=[63], seed=seed,
         )  # fmt: skip
 
     assert draw(0) == draw(0) != draw(1)
@@ -115,6 +115,25 @@ def test_only_allowed_tokens_are_drawn(sampling, allowed):
     kept = shares[sorted(allowed)] / shares[sorted(allowed)].sum()
     counts = [(out == token).mean() for token in sorted(allowed)]
     np.testing.assert_allclose(counts, kept, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "allowed"),
+    [
+        (Sampling(temperature=1.0, top_k=1), {1}),
+        (Sampling(temperature=1.0, top_k=2), {1, 2}),
+        (Sampling(temperature=1.0, top_p=0.3), {1}),
+        (Sampling(temperature=1.0, top_p=0.5), {1, 2}),
+        (Sampling(temperature=1.0, top_k=3, top_p=0.5), {1, 2}),
+    ],
+)
+def test_equally_likely_tokens_count_one_by_one(sampling, allowed):
+    """As bfloat16 often makes them: k are k, and the first is the greedy one."""
+    logits = jnp.log(jnp.asarray([[0.1, 0.3, 0.3, 0.3]] * 500, jnp.float32))
+    out = np.asarray(sample(logits, jax.random.key(0), sampling))
+    assert set(out) == allowed
+    greedy = sample(logits, jax.random.key(0), Sampling(temperature=0.0))
+    assert set(np.asarray(greedy)) == {1}
 
 
 @pytest.mark.parametrize(

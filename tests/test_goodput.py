@@ -77,6 +77,24 @@ def test_the_parts_are_the_whole_and_lost_steps_are_lost(tmp_path, monkeypatch):
     )
 
 
+def test_time_after_a_run_had_finished_is_not_down(tmp_path, monkeypatch):
+    run = Attempts(tmp_path, monkeypatch)
+    run.start()
+    run.steps(0, 10)
+    run.account.finish()
+    run.account._write()
+    run.now += 1000.0  # until someone extends it
+    run.start()
+    run.steps(10, 15)
+    run.now += 7.0  # until it is started again
+    run.start()
+    run.steps(15, 20)
+    found = run.account.total()
+    assert found["seconds"] == pytest.approx(10.0 + 5.0 + 7.0 + 5.0)
+    assert found["seconds_by_cause"]["down"] == pytest.approx(7.0)
+    assert found["goodput"] == pytest.approx(20.0 / 27.0)
+
+
 def test_steps_that_did_not_end_are_lost(tmp_path, monkeypatch):
     run = Attempts(tmp_path, monkeypatch)
     run.start()
@@ -99,13 +117,14 @@ def test_an_account_that_is_lost_or_not_ours_is_begun_anew(tmp_path):
         assert len(json.loads((tmp_path / "attempts.json").read_text())) == 1
     path = tmp_path / "attempts.json"
     (ours,) = json.loads(path.read_text())
-    keys = ["began", "up", "boot", "from", "to", "taken", "phases", "seconds"]
+    keys = "began up boot from to taken finished phases seconds".split()
     assert list(ours) == keys
     others = [3, ours | {"phases": None}, ours | {"taken": 4}, ours | {"up": "x"}]
     path.write_text(json.dumps([ours, *others]))
     with goodput.Account(Workdir(tmp_path), Phases()) as account:
         assert account.total()["attempts"] == 2  # it and what was ours
-    path.write_text(json.dumps([ours]))
+    older = {name: value for name, value in ours.items() if name != "finished"}
+    path.write_text(json.dumps([older]))
     (tmp_path / "attempts.json.partial").mkdir()  # nothing can be written
     with goodput.Account(Workdir(tmp_path), Phases()) as account:
         assert account.total()["attempts"] == 2

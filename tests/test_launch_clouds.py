@@ -3,12 +3,14 @@
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 
 import pytest
 import yaml
@@ -233,6 +235,9 @@ def test_what_cannot_run_is_refused_before_it_is_ordered(checkout, desk, tmp_pat
         (("--topology=tpu7x:2x4x4", "--", *TRAIN), "not to be had as TPU VMs"),
         (("--topology=h100:64", "--", *TRAIN), "not a TPU slice"),
         ((*TPU, "--", *TRAIN[:1], "--workdir=runs/x"), "absolute path"),
+        ((*TPU, "--", *TRAIN[:1], "--workdir=gs://b/x"), "--workdir=gs://b/x; a URL"),
+        ((*TPU, "--", *TRAIN[:1], "--workdir=~/x"), "a home that goes with the mach"),
+        (("--zone", "us-east5-a", *TPU, "--", *TRAIN), "--zone; no value; write"),
         ((*TPU, "--", *TRAIN, f"--config={tmp_path}/away.py"), "not a file of"),
         ((*TPU, "--bogus", "--", *TRAIN), "--bogus; unknown"),
         ((*TPU, "--", *TRAIN, "--config.bogus=1"), "no such setting"),
@@ -241,6 +246,15 @@ def test_what_cannot_run_is_refused_before_it_is_ordered(checkout, desk, tmp_pat
         assert done.returncode == 2, args
         assert words in done.stderr
     assert not (desk / "calls").exists()
+
+
+def test_what_installs_scaletrain_installs_what_reads_data_from_gs():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "gcs" in extras["optional-dependencies"]
+    for name in ("tpu_worker.sh", "gke/Dockerfile", "sky.yaml"):
+        text = (ROOT / "launch" / name).read_text()
+        [installed] = re.findall(r"'\.\[(.*)\]'", text)
+        assert "gcs" in installed.split(","), name
 
 
 def test_a_jobset_has_the_slices_that_the_mesh_needs(checkout, desk):

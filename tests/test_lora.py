@@ -18,11 +18,11 @@ from scaletrain import (
     evaluate,
     exporter,
     importer,
-    origin,
     safetensors,
     step,
     train,
 )
+from scaletrain.checkpoint import warm_start
 from scaletrain.config import LoraConfig
 from scaletrain.errors import CheckpointError
 
@@ -94,7 +94,7 @@ def test_an_untrained_adapter_changes_no_bit(base, compute):
         state = taken.state
         with jax.set_mesh(taken.mesh):
             part = state.frozen or state.params
-            weights = origin.initial_weights(run, part)
+            weights = warm_start.initial_weights(run, part)
             weights = dataclasses.replace(
                 state, **{"frozen" if state.frozen else "params": weights}
             ).weights
@@ -221,7 +221,24 @@ def test_a_base_is_the_same_however_its_path_is_spelled(base, monkeypatch):
     spelled = (base.name, f"{base}/", f"../{base.parent.name}/{base.name}", wanted)
     for init_from in spelled:
         run = dataclasses.replace(adapted(base), init_from=init_from)
-        assert origin.pinned(run).init_from == wanted
+        assert warm_start.pinned(run).init_from == wanted
+
+
+def test_a_folder_of_a_run_may_have_a_name_that_ends_like_a_step(tmp_path):
+    for name in ("a@3", "b", "b@4", "c:d@e"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    for init_from, wanted in (
+        ("a@3", ("a@3", None)),
+        ("a@3@7", ("a@3", 7)),
+        ("b@4", ("b", 4)),  # as it was pinned before the other folder was there
+        ("c:d@e", ("c:d@e", None)),
+        ("gone@5", ("gone", 5)),
+    ):
+        folder, step = wanted
+        assert warm_start.parsed(f"{tmp_path}/{init_from}") == (
+            f"{tmp_path}/{folder}",
+            step,
+        )
 
 
 def test_joined_matrices_need_merging(tmp_path, unjudged):

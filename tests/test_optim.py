@@ -181,7 +181,7 @@ def test_muon_orthogonalises_matrices_seen_as_inputs_by_outputs(taken):
         ("constant", {4: 1, 50: 1, 99: 1}),
         ("cosine", {4: 1, 52: 0.55, 100: 0.1}),
         ("linear", {4: 1, 52: 0.55, 100: 0.1}),
-        ("wsd", {4: 1, 79: 1, 90: 0.55, 100: 0.1}),
+        ("wsd", {4: 1, 79: 1, 80: 0.955, 89: 0.55, 99: 0.1}),
         ("inverse_sqrt", {4: 1, 16: 0.5, 64: 0.25}),
     ],
 )
@@ -194,6 +194,36 @@ def test_schedules_hit_their_marks(name, wanted):
     np.testing.assert_allclose([rate(i) for i in range(4)], [0.5, 1, 1.5, 2])
     for at, share in wanted.items():
         np.testing.assert_allclose(rate(at), 2 * share, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "decay", "wanted"),
+    [
+        (0, 1, [2, 2, 2, 0]),
+        (0, 2, [2, 2, 1, 0]),
+        (0, 4, [1.5, 1, 0.5, 0]),
+        (2, 2, [1, 2, 1, 0]),
+        (3, 1, [2 / 3, 4 / 3, 2, 0]),
+    ],
+)
+def test_wsd_ends_at_the_final_rate_in_the_last_of_its_decay_steps(
+    warmup, decay, wanted
+):
+    o = OptimConfig(
+        learning_rate=2.0, schedule="wsd", warmup_steps=warmup, decay_steps=decay,
+        final_ratio=0.0,
+    )  # fmt: skip
+    rate = optim.schedule(RunConfig(num_steps=4, optim=o))
+    np.testing.assert_allclose([rate(i) for i in range(4)], wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear"])
+def test_cosine_and_linear_would_have_the_final_rate_after_the_last_step(name):
+    o = OptimConfig(learning_rate=2.0, schedule=name, warmup_steps=2, final_ratio=0.25)
+    rate = optim.schedule(RunConfig(num_steps=6, optim=o))
+    share = {"cosine": (1 + np.cos(0.75 * np.pi)) / 2, "linear": 0.25}[name]
+    wanted = [0.5 + 1.5 * share, 0.5]
+    np.testing.assert_allclose([rate(5), rate(6)], wanted, rtol=1e-6)
 
 
 def test_clipping_bounds_the_gradient():

@@ -35,6 +35,7 @@ from scaletrain import (
     step,
     train,
 )
+from scaletrain.commands.command import Result
 from scaletrain.config import AxesConfig, MeshConfig, PrecisionConfig
 from scaletrain.errors import ConfigError, PlanError
 from scaletrain.hardware import chips, slices
@@ -467,6 +468,7 @@ def test_what_does_not_fit_comes_with_what_would():
     words = report.in_words(found)
     assert "DOES NOT FIT" in words
     assert "Changes that make it fit" in words
+    assert words.endswith("take one of the changes above. There is nothing to run.")
 
 
 def test_remedies_go_from_one_change_to_all_of_them_at_once():
@@ -606,8 +608,8 @@ def test_interrupted_comparisons_keep_what_is_known(searched, monkeypatch):
 
 @pytest.mark.parametrize("interrupted", [True, False])
 def test_an_interrupted_plan_is_told_and_not_done(interrupted, monkeypatch, capsys):
-    plan = {"interrupted": interrupted}
-    monkeypatch.setitem(main.COMMANDS, "plan", lambda run, args: (plan, "a plan"))
+    result = Result({}, "a plan", interrupted)
+    small.replace_command(monkeypatch, "plan", lambda run, args: result)
     argv = ["scaletrain", "plan", "--config=experiments/quickstart.py"]
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # main's own default
@@ -1071,8 +1073,29 @@ def test_small_runs_are_the_same_everywhere(monkeypatch):
                 ), part
         _, palm = flops.flops_per_token(run)  # plain attention makes every score
         assert palm * run.batch_size * run.seq_len == _dots(jaxpr.jaxpr)
-        near = estimate.parameters(run)
-        assert near == pytest.approx(told["parameters"], rel=0.05)
+        assert estimate.parameters(run) == told["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "precision"),
+    [
+        ({}, {}),
+        ({"bias": "all", "norm": "layer", "positions": "learned",
+          "max_positions": 32, "mlp": "gelu"}, {}),
+        ({"norm_order": "both", "qk_norm": "head"}, {}),
+        ({"head": "untied"}, {"matmul": "fp8", "scaling": "delayed"}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_plan_by_hand_counts_every_parameter_of_the_step(settings, precision, rank):
+    run = small.changed(
+        small.RUN, lora__rank=rank, mesh__fsdp=1, mesh__data=1,
+        **{f"model__{name}": value for name, value in settings.items()},
+        **{f"precision__{name}": value for name, value in precision.items()},
+    )  # fmt: skip
+    state = build(run, mesh.build(run.mesh, jax.devices()[:1])).state
+    wanted = sum(leaf.size for leaf in jax.tree.leaves(state.weights))
+    assert estimate.parameters(run) == wanted
 
 
 WRONG = [

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import small
 from flax import nnx
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from scaletrain import (
     checkpoint,
@@ -32,11 +32,12 @@ from scaletrain import (
     generate,
     importer,
     mesh,
-    origin,
     safetensors,
     step,
     train,
 )
+from scaletrain.checkpoint import warm_start
+from scaletrain.data.tokenizers import JsonTokenizer
 from scaletrain.errors import CheckpointError, ConfigError, DataError
 from scaletrain.models import Decoder
 from scaletrain.program import build
@@ -129,13 +130,13 @@ def test_goes_out_as_it_came(name, imported, tmp_path):
 
 def test_a_format_can_be_asked_for(imported, tmp_path, monkeypatch):
     to, compared = tmp_path / "out", []
-    verify = checkpoint.Checkpoints.verify
+    verify = checkpoint.Store.verify
 
     def counted(self, step):
         compared.append(step)
         verify(self, step)
 
-    monkeypatch.setattr(checkpoint.Checkpoints, "verify", counted)
+    monkeypatch.setattr(checkpoint.Store, "verify", counted)
     run = settings(imported("qwen3"))
     exporter.run(run, imported("qwen3"), str(to), None, "bfloat16", merge=False)
     assert compared == [0]  # all files are read for it, so once
@@ -165,7 +166,7 @@ def checkpoint_weights(workdir):
     grid = mesh.build(run.mesh)
     with jax.set_mesh(grid):
         program = build(run, grid)
-        _, weights = origin.weights_of(workdir, run, None, program.state)
+        _, weights = warm_start.weights_of(workdir, run, None, program.state)
     return jax.device_get(checkpoint.flat(weights))
 
 
@@ -184,7 +185,7 @@ def test_gradients_equal_torch_autograd(imported):
     batch = {name: jnp.asarray(rows) for name, rows in batch.items()}
     batch["key"] = jax.random.split(jax.random.key(0), B)
     with jax.set_mesh(grid):
-        _, params = origin.weights_of(workdir, run, None, program.state)
+        _, params = warm_start.weights_of(workdir, run, None, program.state)
     # One device: a batch of two does not divide over eight.
     params = jax.tree.map(np.asarray, jax.device_get(params))
 
@@ -221,7 +222,7 @@ def test_training_from_an_import_is_the_same_on_any_mesh(imported):
         )
         taken = small.Taken(run)
         with jax.set_mesh(taken.mesh):
-            _, params = origin.weights_of(workdir, run, None, taken.program.state)
+            _, params = warm_start.weights_of(workdir, run, None, taken.program.state)
         taken.state = dataclasses.replace(taken.state, params=params)
         return taken.losses(10)
 
@@ -450,7 +451,14 @@ BROKEN = [
         edited(tie_word_embeddings=True),
         "lm_head.weight of model.safetensors: other numbers than model.embed_tokens",
     ),
-    ("llama", changed_entry(dtype="F8_E4M3"), "lm_head.weight holds F8_E4M3; only"),
+    (
+        "llama",
+        changed_entry(dtype="F8_E4M3", shape=[192, 32]),
+        "lm_head.weight holds F8_E4M3; only",
+    ),
+    ("llama", edited(pruned_heads={"0": [1]}), "pruned_heads={'0': .*; scaletrain"),
+    ("llama", edited(quantization_config={"bits": 4}), "quantization_config=.*; scal"),
+    ("llama", edited(rope_interleaved=True), "rope_interleaved=True; scaletrain"),
     ("llama", changed_entry(shape=[96.5, 32]), "its header cannot be read: tensor lm_"),
     (
         "llama",
@@ -475,6 +483,127 @@ BROKEN = [
 ]
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_keys_that_say_nothing_of_the_model_change_nothing(name):
+    """Of who wrote the file, and of how the model was loaded, trained or sampled."""
+    about = json.loads((REFERENCE / name / "config.json").read_text())
+    more = {
+        "_attn_implementation_autoset": True,
+        "_flash_attn_2_enabled": True,
+        "unsloth_version": "2025.1",
+        "unsloth_fixed": True,
+        "transformers.js_config": {"dtype": "q4"},
+        "is_llama_config": True,
+        "model_max_length": 4096,
+        "unk_token_id": 0,
+        "num_labels": 2,
+        "_num_labels": 1,
+        "predict_special_tokens": True,
+        "hidden_dropout_prob": 0.1,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "temperature": 1.0,
+        "max_length": 20,
+        "repetition_penalty": 1.0,
+        "_pre_quantization_dtype": "bfloat16",
+        "_commit_hash": "0" * 40,
+    }
+    assert families.of_config(about | more) == families.of_config(about)
+
+
+def added(name, tensor, kind):
+    """Stores one more tensor behind the others."""
+
+    def function(header, body):
+        raw = tensor.tobytes()
+        header[name] = {
+            "dtype": kind,
+            "shape": list(tensor.shape),
+            "data_offsets": [len(body), len(body) + len(raw)],
+        }
+        return json.dumps(header).encode(), body + raw
+
+    return headed(function)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("U8", "u1"), ("BOOL", "?"), ("I64", "i8"), ("F32", "f4")]
+)
+def test_a_tensor_that_is_left_out_may_have_any_format(kind, dtype, tmp_path):
+    mask = np.tril(np.ones((8, 8))).astype(dtype)
+    change = added("transformer.h.0.attn.bias", mask, kind)
+    importer.run(str(broken("gpt2", change, tmp_path / "in")), str(tmp_path / "w"), [])
+    wanted, found = stored(REFERENCE / "gpt2"), checkpoint_weights(tmp_path / "w")
+    np.testing.assert_array_equal(found["embedding"], wanted["transformer.wte.weight"])
+
+
+def test_a_tied_matrix_may_be_stored_as_the_head_alone(tmp_path):
+    def function(header, body):
+        header["lm_head.weight"] = header.pop("model.embed_tokens.weight")
+        return json.dumps(header).encode(), body
+
+    folder = broken("llama3", headed(function), tmp_path / "in")
+    importer.run(str(folder), str(tmp_path / "w"), [])
+    np.testing.assert_array_equal(
+        checkpoint_weights(tmp_path / "w")["embedding"],
+        stored(REFERENCE / "llama3")["model.embed_tokens.weight"],
+    )
+
+
+def test_a_number_that_a_format_does_not_have_is_told_and_nothing_is_left(tmp_path):
+    def function(header, body):
+        start, _ = header["model.norm.weight"]["data_offsets"]
+        large = np.array(1e5, "bfloat16").tobytes()
+        return json.dumps(header).encode(), body[:start] + large + body[start + 2 :]
+
+    folder = broken("llama", headed(function), tmp_path / "in")
+    workdir, to = str(tmp_path / "w"), tmp_path / "to" / "out"
+    importer.run(str(folder), workdir, [])
+    words = (
+        "--dtype=float16; it goes up to 65504, and model.norm.weight has 99840; .*16"
+    )
+    with pytest.raises(CheckpointError, match=words) as caught:
+        exporter.run(settings(workdir), workdir, str(to), None, "float16", merge=False)
+    assert caught.value.exit_code == 2
+    assert not list(to.parent.glob("*"))
+    exporter.run(settings(workdir), workdir, str(to), None, "", merge=False)
+    assert stored(to)["model.norm.weight"][0] == 99840
+
+
+def test_each_end_that_a_checkpoint_names_ends_a_text(imported, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(imported("llama"), workdir)
+    wanted = np.load(REFERENCE / "llama" / "reference.npz")
+    greedy = wanted["greedy"].tolist()
+    ends = {"eos_token_id": [2, greedy[5]]}
+    (workdir / "tokenizer" / "generation_config.json").write_text(json.dumps(ends))
+    run = settings(workdir, precision__compute="float32")
+    sampling = generate.Sampling(temperature=0.0, max_new_tokens=32)
+    prompts = [wanted["prompt"].tolist()]
+    found = generate.run(run, str(workdir), None, prompts, sampling, 0)
+    assert found[0]["ids"] == greedy[: greedy.index(greedy[5])]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"), [("the", "the brown"), ("", "brown"), ("the brown", None)]
+)
+def test_the_space_between_prompt_and_answer_is_printed(
+    prompt, words, imported, tmp_path, monkeypatch
+):
+    """By decoders that leave out the first space of what they are given too."""
+    vocabulary = {"</s>": 0, "\u2581the": 1, "\u2581brown": 2}
+    library = Tokenizer(models.WordLevel(vocabulary, unk_token="</s>"))
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    library.decoder = decoders.Metaspace()
+    workdir = tmp_path / "run"
+    shutil.copytree(imported("llama"), workdir)
+    JsonTokenizer(library.to_str()).save(workdir / "tokenizer")
+    monkeypatch.setattr(generate, "generate", lambda *args, **kwargs: [[2]])
+    found = generate.run(
+        settings(workdir), str(workdir), None, [prompt], generate.Sampling(), 0
+    )
+    assert generate.in_words(found[0]) == (words or f"{prompt} brown")
+
+
 @pytest.mark.parametrize(("name", "change", "words"), BROKEN)
 def test_broken_checkpoints_are_refused_whole(name, change, words, tmp_path):
     folder = broken(name, change, tmp_path / "in")
@@ -490,7 +619,7 @@ def test_nothing_is_left_of_an_import_that_fails_late(tmp_path, monkeypatch):
     def full(self, weights):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.Checkpoints, "save_weights", full)
+    monkeypatch.setattr(checkpoint.Store, "save_weights", full)
     with pytest.raises(CheckpointError, match="No space left"):
         importer.run(str(REFERENCE / "llama"), str(tmp_path / "w"), [])
     assert not list(tmp_path.iterdir())
@@ -518,7 +647,7 @@ def test_nothing_is_left_where_writes_outlive_an_import(tmp_path, monkeypatch):
         threading.Timer(0.05, lambda: late.mkdir(parents=True)).start()
         raise CheckpointError("full")
 
-    monkeypatch.setattr(checkpoint.Checkpoints, "save_weights", full)
+    monkeypatch.setattr(checkpoint.Store, "save_weights", full)
     with pytest.raises(CheckpointError, match="full"):
         importer.run(str(REFERENCE / "llama"), str(tmp_path / "w"), [])
     time.sleep(0.1)

@@ -120,7 +120,7 @@ def test_one_history_however_a_step_is_executed(alone, cut):
 
 def test_history_is_saved_and_restored_to_the_bit(alone, tmp_path):
     taken, _ = alone
-    checkpoints = checkpoint.Checkpoints(Workdir(tmp_path), DELAYED)
+    checkpoints = checkpoint.Store(Workdir(tmp_path), DELAYED)
     with contextlib.closing(checkpoints):
         checkpoints.save(3, taken.state, "data", [])
         checkpoints.finish()

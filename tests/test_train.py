@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import config, evaluate, main, train
+from scaletrain import compilation, config, evaluate, main, train
 from scaletrain.config import DataConfig, MeshConfig
 from scaletrain.errors import (
     CheckpointError,
@@ -238,6 +238,48 @@ def test_another_model_is_refused(straight, text_run, settings, words):
         train.run(small.changed(text_run, num_steps=31, **settings), str(straight))
 
 
+def attempts(workdir):
+    return json.loads((workdir / "attempts.json").read_text())
+
+
+def test_a_refused_start_is_no_attempt_and_a_run_that_is_over_is_not_down(
+    brief, tmp_path
+):
+    train.run(brief, str(tmp_path))
+    with pytest.raises(CheckpointError, match="seed: 0 then, 5 now"):
+        train.run(small.changed(brief, num_steps=2, seed=5), str(tmp_path))
+    assert len(attempts(tmp_path)) == 1
+    train.run(small.changed(brief, num_steps=2), str(tmp_path))
+    first, second = attempts(tmp_path)
+    assert "init" in first["phases"]
+    assert "restore" not in first["phases"]
+    assert "restore" in second["phases"]
+    assert "init" not in second["phases"]
+    account = [r for r in records(tmp_path) if "goodput" in r][-1]
+    assert account["attempts"] == 2
+    assert "down" not in account["seconds_by_cause"]
+
+
+def test_fewer_steps_than_were_taken_are_nothing_to_do(
+    brief, tmp_path, monkeypatch, capsys
+):
+    """Nothing is compiled or written, and the numbers are those known already."""
+    found = train.run(small.changed(brief, num_steps=3), str(tmp_path))
+    names = ("config.json", "metrics.jsonl", "attempts.json")
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    monkeypatch.delattr(compilation, "compiled")
+    fewer = small.changed(brief, num_steps=2, eval__num_batches=1)
+    assert train.run(fewer, str(tmp_path)) == found
+    assert "num_steps=2; nothing to do: " in capsys.readouterr().err
+    assert {name: (tmp_path / name).read_bytes() for name in names} == before
+    lines = before["metrics.jsonl"].splitlines(keepends=True)
+    rest = b"".join(line for line in lines if b"eval_loss" not in line)
+    (tmp_path / "metrics.jsonl").write_bytes(rest)
+    found = train.run(fewer, str(tmp_path))
+    assert found == {"step": 3, "evaluated": False}
+    assert evaluate.in_words(found) == "was not evaluated"
+
+
 def test_another_corpus_is_refused(brief, tmp_path):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
@@ -298,7 +340,7 @@ def test_a_failed_save_fails_the_run(brief, tmp_path, monkeypatch):
     def fail(self, *, together):
         self._fail(OSError("no space left on device"))
 
-    monkeypatch.setattr(checkpoint.Checkpoints, "check", fail)
+    monkeypatch.setattr(checkpoint.Store, "check", fail)
     run = small.changed(brief, num_steps=30, checkpoint__max_failed_saves=2)
     with pytest.raises(CheckpointError, match="no space left on device") as caught:
         train.run(run, str(tmp_path))

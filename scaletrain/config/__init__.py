@@ -5,6 +5,7 @@ touching a device.
 """
 
 from scaletrain.config.form import (
+    file_and_argument,
     from_config_dict,
     from_json,
     load,
@@ -12,6 +13,7 @@ from scaletrain.config.form import (
     replaced,
     to_config_dict,
     to_json,
+    whole,
 )
 from scaletrain.config.rules import (
     check,
@@ -60,6 +62,7 @@ __all__ = [
     "check",
     "differences",
     "evaluated",
+    "file_and_argument",
     "from_config_dict",
     "from_json",
     "leaves",
@@ -74,4 +77,5 @@ __all__ = [
     "to_config_dict",
     "to_json",
     "unable",
+    "whole",
 ]

@@ -11,13 +11,16 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import os
 import pathlib
+import sys
 import typing
 from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import config_dict
 
+from scaletrain import paths
 from scaletrain.config import rules
 from scaletrain.config.schema import RunConfig, leaves
 from scaletrain.errors import ConfigError
@@ -66,10 +69,24 @@ def _parsed(path: str, kind: type, text: str) -> tuple[Any, str]:
     if kind is str:
         return text, ""
     try:
-        return kind(text), ""
+        return (whole(text) if kind is int else kind(text)), ""
     except ValueError:
         names = {int: "a whole number", float: "a number"}
         return None, f"{path}={text}; not {names[kind]}; give {names[kind]}."
+
+
+def whole(text: str) -> int:
+    """Returns the whole number that `text` is, also written as 1e3.
+
+    Raises:
+      ValueError: it is none.
+    """
+    with contextlib.suppress(ValueError):
+        return int(text)
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(number)
 
 
 def from_config_dict(form: config_dict.ConfigDict) -> tuple[RunConfig, list[str]]:
@@ -100,8 +117,10 @@ def from_config_dict(form: config_dict.ConfigDict) -> tuple[RunConfig, list[str]
         typed, problem = _typed(path, known[path].type, value)
         if problem:
             problems.append(problem)
-        else:
-            run = replaced(run, path, typed)
+            continue
+        if known[path].metadata.get("path"):
+            typed = paths.expanded(typed)
+        run = replaced(run, path, typed)
     return run, problems
 
 
@@ -112,26 +131,43 @@ def replaced(config: Any, path: str, value: Any) -> Any:
     return dataclasses.replace(config, **{head: new})
 
 
+def file_and_argument(spec: str) -> tuple[str, str]:
+    """Returns FILE and ARG of FILE[:ARG], where both may have colons of their own.
+
+    FILE is the longest part before a colon that is a file.
+    """
+    parts = spec.split(":")
+    for size in range(len(parts), 0, -1):
+        path = ":".join(parts[:size])
+        if os.path.isfile(path):
+            return path, ":".join(parts[size:])
+    return parts[0], ":".join(parts[1:])
+
+
 def _experiment(spec: str) -> config_dict.ConfigDict:
     """Returns what `get_config` of FILE[:ARG] returns, or a run's config.json."""
-    path, _, arg = spec.partition(":")
+    path, arg = file_and_argument(spec)
     where = f"--config={spec}"
-    if not pathlib.Path(path).is_file():
+    if not os.path.isfile(path):
         near = difflib.get_close_matches(path, map(str, _siblings(path)), 1, 0.5)
         hint = f"did you mean {near[0]}?" if near else "give the path of a .py file."
         raise ConfigError([f"{where}; no such file; {hint}"])
     if path.endswith(".json"):
         return _object(pathlib.Path(path).read_text("utf-8", "replace"), where)
-    module_spec = importlib.util.spec_from_file_location("experiment", path)
+    module_spec = importlib.util.spec_from_file_location("scaletrain_experiment", path)
     if module_spec is None or module_spec.loader is None:
         raise ConfigError([f"{where}; not a Python file; give the path of a .py file."])
     module = importlib.util.module_from_spec(module_spec)
+    # Dataclasses look annotations up in the module that they are registered under.
+    sys.modules[module_spec.name] = module
     try:
         module_spec.loader.exec_module(module)
         form = module.get_config(arg) if arg else module.get_config()
     except Exception as err:  # the file is the user's: anything can come out of it
         line = f"{type(err).__name__}: {err}".strip().splitlines()[0]
         raise ConfigError([f"{where}; reading it raised {line}; correct it."]) from err
+    finally:
+        del sys.modules[module_spec.name]
     if not isinstance(form, config_dict.ConfigDict):
         raise ConfigError(
             [

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from scaletrain import paths
 from scaletrain.config.schema import (
     AxesConfig,
     MeshConfig,
@@ -16,7 +17,7 @@ from scaletrain.config.schema import (
     leaves,
     named,
 )
-from scaletrain.errors import ConfigError
+from scaletrain.errors import ConfigError, counted
 from scaletrain.matrices import LAYER, REMAT_NAMES
 
 AXES = tuple(field.name for field in dataclasses.fields(AxesConfig))
@@ -68,6 +69,8 @@ def _values(run: RunConfig) -> Iterator[str]:
             yield f"{path}={value}; below {least}; give {least} or more."
         elif most is not None and value > most:
             yield f"{path}={value}; above {most}; give {most} or less."
+        if (kind := field.metadata.get("path")) and isinstance(value, str):
+            yield from paths.problems(path, value, local=kind == "local")
         if field.name in AXES and value == 0:
             yield f"{path}=0; an axis has one device or more; give 1, or -1 for all."
 
@@ -255,11 +258,16 @@ def _layout(run: RunConfig) -> Iterator[str]:
     ways = sizes["data"] * sizes["fsdp"]
     part = run.batch_size // run.accumulate_steps
     if sizes["data"] > 0 and sizes["fsdp"] > 0 and part % ways:
+        fewer = math.gcd(run.batch_size // ways, run.accumulate_steps)
+        # One part alone is none for multi_steps.
+        helps = run.batch_size % ways == 0
+        helps &= fewer > 1 or run.optim.accumulate != "multi_steps"
+        other = f", or set accumulate_steps={fewer}" if helps else ""
         yield (
             f"batch_size={run.batch_size}; {part} sequences at a time "
             f"(accumulate_steps={run.accumulate_steps}) do not divide over "
             f"mesh.data x mesh.fsdp = {ways}; make batch_size a multiple of "
-            f"{run.accumulate_steps * ways}."
+            f"{run.accumulate_steps * ways}{other}."
         )
 
 
@@ -293,9 +301,11 @@ def resolve(run: RunConfig, num_devices: int, where: str = "here") -> RunConfig:
     spelled = ", ".join(f"{n}={s}" for n, s in _axis_sizes(mesh).items() if s != 1)
     rest, remainder = divmod(num_devices, fixed)
     if remainder or (-1 not in sizes and rest != 1):
+        are = "is" if num_devices == 1 else "are"
         raise ConfigError(
             [
-                f"mesh=({spelled or 'one device'}); {num_devices} devices are {where}; "
+                f"mesh=({spelled or 'one device'}); "
+                f"{counted(num_devices, 'device')} {are} {where}; "
                 f"{_nearest_mesh(mesh, num_devices)} set one axis to -1."
             ]
         )

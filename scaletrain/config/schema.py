@@ -1,8 +1,9 @@
 """The settings of a run: frozen dataclasses, each default written once.
 
 Every field carries its unit and its off value. `choices` lists what a string may
-be, `least` the smallest number allowed and `most` the largest; `rules` holds
-every value to them.
+be, `least` the smallest number allowed and `most` the largest; `path` is "local" where
+a string is a path of this machine, "any" where it may be a URL too. `rules` holds every
+value to them.
 """
 
 import dataclasses
@@ -19,9 +20,10 @@ def setting(
     choices: tuple[str, ...] = (),
     least: float | None = None,
     most: float | None = None,
+    path: str = "",
 ) -> Any:
     """Returns a dataclass field that knows the values it may take."""
-    metadata = {"choices": choices, "least": least, "most": most}
+    metadata = {"choices": choices, "least": least, "most": most, "path": path}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -138,7 +140,9 @@ class OptimConfig:
     )
     warmup_steps: int = setting(0, least=0)  # linear from 0
     decay_steps: int = setting(0, least=0)  # last steps of "wsd"; 0 = a fifth of all
-    final_ratio: float = setting(0.1, least=0.0, most=1.0)  # last rate / peak
+    # Last rate / peak: "wsd" has it in the last step, "cosine" and "linear" would in
+    # the step after the last.
+    final_ratio: float = setting(0.1, least=0.0, most=1.0)
     b1: float = setting(0.9, least=0.0, most=1.0)  # first moment; sgd's momentum
     b2: float = setting(0.95, least=0.0, most=1.0)  # second moment
     eps: float = setting(1e-8, least=0.0)
@@ -158,16 +162,16 @@ class DataConfig:
     """Where text comes from and how it becomes tokens."""
 
     source: str = setting("stdlib", choices=("stdlib", "files", "tfds", "synthetic"))
-    path: str = (
-        ""  # files: path or glob, local or fsspec; tfds: name[/config][:version]
-    )
+    # files: path or glob, local or fsspec; tfds: name[/config][:version]
+    path: str = setting("", path="any")
     text_field: str = "text"  # column of jsonl, parquet or tfds that holds the text
     format: str = setting("text", choices=("text", "chat"))  # of what a row holds
     split: str = "train"  # of a tfds data set
-    tokenizer: str = "bytes"  # bytes | bpe | path of a tokenizer.json or a .model file
+    # bytes | bpe | path of a tokenizer.json or a .model file
+    tokenizer: str = setting("bytes", path="any")
     end_of_text: str = ""  # that token's spelling in a tokenizer file; "" = find it
     validation_fraction: float = setting(0.05, least=0.0, most=0.5)  # of documents
-    cache_dir: str = ""  # "" = the user's cache folder
+    cache_dir: str = setting("", path="local")  # "" = the user's cache folder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,9 +190,9 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """How much of the validation split an evaluation reads."""
+    """How much of its split an evaluation reads."""
 
-    num_batches: int = setting(0, least=0)  # 0 = the whole split
+    num_batches: int = setting(0, least=0)  # of batch_size; 0 = the whole split
 
 
 # Published families that `scaletrain.families` reads and writes, each in a module of
@@ -210,7 +214,8 @@ class RunConfig:
     log_every_steps: int = setting(10, least=1)
     eval_every_steps: int = setting(0, least=0)  # 0 = only after the last step
     seed: int = setting(0, least=0, most=2**32 - 1)
-    init_from: str = ""  # workdir whose newest weights a new run starts with
+    # WORKDIR[@STEP] whose weights a new run starts with; without a step the newest
+    init_from: str = setting("", path="local")
     watchdog_s: float = setting(3600.0, least=0.0)  # longest phase; 0 = do not watch
     family: str = setting("", choices=FAMILIES)  # an export's; "" = the first that fits
     model: ModelConfig = ModelConfig()

@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from scaletrain import paths
 from scaletrain.config.schema import RunConfig
 from scaletrain.data import sources, tokenizers
 from scaletrain.data.blocks import Stream
@@ -52,7 +53,9 @@ class Corpus:
     splits: dict[str, Split]  # "train" and "validation"; none when "synthetic"
 
 
-def prepare(run: RunConfig, say: Callable[[str], None]) -> Corpus:
+def prepare(
+    run: RunConfig, say: Callable[[str], None], tokenizer: Tokenizer | None = None
+) -> Corpus:
     """Returns the corpus of `run`, tokenised now if no cache has it.
 
     Any number of processes may prepare the same corpus at once.
@@ -60,6 +63,9 @@ def prepare(run: RunConfig, say: Callable[[str], None]) -> Corpus:
     Args:
       run: the settings.
       say: called with lines that tell a person what takes so long.
+      tokenizer: of the checkpoint that is to read the corpus, which may know tokens
+        for which the model has no row as long as no document has them; None = the one
+        that the settings name.
 
     Raises:
       DataError: a corpus or tokenizer that cannot be read as asked.
@@ -67,8 +73,10 @@ def prepare(run: RunConfig, say: Callable[[str], None]) -> Corpus:
     data, vocab_size = run.data, run.model.vocab_size
     if data.source == "synthetic":
         return Corpus(None, _sha256(["synthetic", vocab_size]), {})
-    tokenizer = tokenizers.read_tokenizer(data)
-    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+    if corpus := _trained_here(run, tokenizer, say):
+        return corpus
+    given, tokenizer = tokenizer, tokenizer or tokenizers.read_tokenizer(data)
+    if given is None and tokenizer is not None and tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"model.vocab_size={vocab_size}; the tokenizer has {tokenizer.vocab_size} "
             f"ids; set model.vocab_size to at least {tokenizer.vocab_size}."
@@ -100,42 +108,68 @@ def prepare(run: RunConfig, say: Callable[[str], None]) -> Corpus:
     return _open(folder, tokenizer)
 
 
-def baselines(corpus: Corpus) -> dict[str, float]:
-    """Returns bits per byte of the validation split under byte-counting models.
+def _trained_here(
+    run: RunConfig, tokenizer: Tokenizer | None, say: Callable[[str], None]
+) -> Corpus | None:
+    """Returns the corpus for which `tokenizer` was trained, if it is kept.
 
-    See `counts.bits_per_byte`; empty without a validation split
-    and for conversations.
+    Its folder bears another name than that of tokens made with a tokenizer given.
+    """
+    if tokenizer is None or run.data.tokenizer != "bpe":
+        return None
+    corpus = _whole(_folder(run, None), None, say)
+    if corpus is None or corpus.tokenizer is None:
+        return None
+    return corpus if corpus.tokenizer.fingerprint == tokenizer.fingerprint else None
+
+
+def baselines(corpus: Corpus, split: Split) -> dict[str, float]:
+    """Returns bits per byte of a split under models that count the training bytes.
+
+    See `counts.bits_per_byte`; empty for a split without bytes, as of conversations.
 
     Raises:
       DataError: the cache is damaged.
     """
-    if not corpus.splits or corpus.splits["validation"].num_bytes == 0:
+    if split.num_bytes == 0:
         return {}
-    paths = [corpus.splits[s].path.with_suffix(".npz") for s in ("train", "validation")]
-    train, validation = map(ByteCounts.load, paths)
-    return bits_per_byte(train, validation)
+    paths = [each.path.with_suffix(".npz") for each in (corpus.splits["train"], split)]
+    return bits_per_byte(*map(ByteCounts.load, paths))
 
 
 def _folder(run: RunConfig, tokenizer: Tokenizer | None) -> pathlib.Path:
     """Returns where the tokens of these settings and this corpus belong."""
     data = run.data
-    if "://" in data.cache_dir:
-        raise DataError(
-            f"data.cache_dir={data.cache_dir!r}; blocks are read from local files; "
-            "set it to a local or mounted folder."
-        )
+    made_by: Any = ["bpe", run.model.vocab_size]
+    if tokenizer is not None:
+        made_by = tokenizer.fingerprint
+        if tokenizer.vocab_size > run.model.vocab_size:  # another model refuses others
+            made_by = [made_by, run.model.vocab_size]
     key = _sha256(
         [
             FORMAT,
             [data.source, data.path, data.format, data.text_field, data.split],
             data.validation_fraction,
-            tokenizer.fingerprint if tokenizer else ["bpe", run.model.vocab_size],
+            made_by,
             sources.identity(data),
         ]
     )
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    root = data.cache_dir or pathlib.Path(home) / "scaletrain"
-    return pathlib.Path(root).expanduser() / key[:32]
+    return pathlib.Path(data.cache_dir or _users_cache()) / key[:32]
+
+
+def _users_cache() -> str:
+    """Returns the user's cache folder.
+
+    Raises:
+      DataError: the user has no home.
+    """
+    home = paths.expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if home.startswith("~"):
+        raise DataError(
+            "data.cache_dir=''; this user has no home folder to keep tokens in; "
+            "set it to a folder, or set XDG_CACHE_HOME."
+        )
+    return f"{home}/scaletrain"
 
 
 def _sha256(content: Any) -> str:

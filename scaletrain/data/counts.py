@@ -46,8 +46,8 @@ class ByteCounts:
         return counts
 
 
-def bits_per_byte(train: ByteCounts, validation: ByteCounts) -> dict[str, float]:
-    """Returns the bits a byte of `validation` costs under models of `train`.
+def bits_per_byte(train: ByteCounts, split: ByteCounts) -> dict[str, float]:
+    """Returns the bits a byte of `split` costs under models of `train`.
 
     Both models add one to every count. `order1` knows the byte before, and takes the
     first byte of a document for one of `order0`. The ends of documents cost nothing.
@@ -55,8 +55,8 @@ def bits_per_byte(train: ByteCounts, validation: ByteCounts) -> dict[str, float]
     cost0 = -np.log2((train.order0 + 1) / (train.order0.sum() + 256))
     before = train.order1.sum(axis=1, keepdims=True)
     cost1 = -np.log2((train.order1 + 1) / (before + 256))
-    first = validation.order0 - validation.order1.sum(axis=0)
-    total = validation.order0.sum()
-    order1 = (validation.order1 * cost1).sum() + first @ cost0
-    order0 = validation.order0 @ cost0
+    first = split.order0 - split.order1.sum(axis=0)
+    total = split.order0.sum()
+    order1 = (split.order1 * cost1).sum() + first @ cost0
+    order0 = split.order0 @ cost0
     return {"order0": float(order0 / total), "order1": float(order1 / total)}

@@ -47,11 +47,11 @@ def tokenise(
     stems = {name: folder / name for name in ("train", "validation")}
     writers: dict[str, Any]
     if run.data.format == "chat":
-        dtype, found = DTYPE, _conversations(run.data, tokenizer)
+        dtype, found = DTYPE, _conversations(run, tokenizer)
         writers = {n: ConversationWriter(stem) for n, stem in stems.items()}
     else:
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-        found, end_id = _texts(run.data, tokenizer), tokenizer.end_id
+        found, end_id = _texts(run, tokenizer), tokenizer.end_id
         writers = {n: _SplitWriter(stem, dtype, end_id) for n, stem in stems.items()}
     said = time.monotonic()
     for chunk in found:
@@ -81,23 +81,39 @@ def tokenise(
     }
 
 
-def _texts(data: DataConfig, tokenizer: Tokenizer) -> Iterator[list[tuple[str, Any]]]:
+def _texts(run: RunConfig, tokenizer: Tokenizer) -> Iterator[list[tuple[str, Any]]]:
     """Yields chunks of (name, (document, ids))."""
-    for chunk in _chunks(documents(data)):
+    for chunk in _chunks(documents(run.data)):
         ids = tokenizer.encode_batch([document.text for document in chunk])
+        for document, each in zip(chunk, ids, strict=True):
+            _check_rows(document.name, each, run, tokenizer)
         yield [(d.name, (d, i)) for d, i in zip(chunk, ids, strict=True)]
 
 
 def _conversations(
-    data: DataConfig, tokenizer: Tokenizer
+    run: RunConfig, tokenizer: Tokenizer
 ) -> Iterator[list[tuple[str, Any]]]:
     """Yields chunks of (name, (ids, answers))."""
     assert isinstance(tokenizer, JsonTokenizer), "the rules let no other through"
-    for name, row in rows(data):
+    for name, row in rows(run.data):
         try:
-            yield [(name, tokenizer.chat(messages_of(row)))]
+            ids, answers = tokenizer.chat(messages_of(row))
         except DataError as err:
             raise DataError(f"{name}; {err}") from err
+        _check_rows(name, ids, run, tokenizer)
+        yield [(name, (ids, answers))]
+
+
+def _check_rows(
+    name: str, ids: np.ndarray, run: RunConfig, tokenizer: Tokenizer
+) -> None:
+    """Refuses a token for which the model has no row."""
+    largest, vocab_size = int(ids.max(initial=tokenizer.end_id)), run.model.vocab_size
+    if largest >= vocab_size:
+        raise DataError(
+            f"{name}; its token {largest} ({tokenizer.decode([largest])!r}) has no row "
+            f"in a model of model.vocab_size={vocab_size}; leave this document out."
+        )
 
 
 def _amount(writers: dict[str, Any]) -> str:

@@ -53,6 +53,10 @@ class Tokenizer(Protocol):
         """Returns the files from which `transformers` loads the same ids."""
         ...
 
+    def vocabulary(self) -> Mapping[str, int]:
+        """Returns the id of each token, the token spelled as its file spells it."""
+        ...
+
 
 class ByteTokenizer:
     """The 256 bytes of UTF-8, and the end of text as number 256."""
@@ -77,6 +81,10 @@ class ByteTokenizer:
     def save(self, folder: pathlib.Path) -> None:
         """Writes that this is the byte tokenizer."""
         _write(folder, {}, "bytes", "")
+
+    def vocabulary(self) -> Mapping[str, int]:
+        """Returns the ids of the bytes, spelled as SentencePiece spells bytes."""
+        return {f"<0x{i:02X}>": i for i in range(256)} | {END_OF_TEXT: self.end_id}
 
     def published(self) -> dict[str, bytes]:
         """Returns a byte-level BPE that merges nothing."""
@@ -234,6 +242,10 @@ class JsonTokenizer:
         """Writes tokenizer.json, what lay beside it, and its end-of-text token."""
         _write(folder, self._everything(), "json", self._end_of_text)
 
+    def vocabulary(self) -> Mapping[str, int]:
+        """Returns the ids of the tokens, special ones among them."""
+        return self._library.get_vocab()
+
     def published(self) -> dict[str, bytes]:
         """Returns the files it was read from, with a config if there was none."""
         config = _config("PreTrainedTokenizerFast", self._end_of_text)
@@ -260,12 +272,13 @@ class PieceTokenizer:
             library.LoadFromSerializedProto(content)
         except RuntimeError as err:
             raise ValueError(f"it is not a SentencePiece model: {err}") from err
+        self._library = library
         self.vocab_size = library.vocab_size()
         self.end_id = library.eos_id()
         if end_of_text or self.end_id < 0:
-            pieces = {library.id_to_piece(i): i for i in range(self.vocab_size)}
+            pieces = self.vocabulary()
             self.end_id = pieces[_end_token(pieces, end_of_text)]
-        self._library, self._content = library, content
+        self._content = content
         self._end_of_text = end_of_text
         self.fingerprint = _digest(content, self.end_id)
 
@@ -286,6 +299,10 @@ class PieceTokenizer:
     def save(self, folder: pathlib.Path) -> None:
         """Writes tokenizer.model and its end-of-text piece."""
         _write(folder, {"tokenizer.model": self._content}, "model", self._end_of_text)
+
+    def vocabulary(self) -> Mapping[str, int]:
+        """Returns the ids of the pieces."""
+        return {self._library.id_to_piece(i): i for i in range(self.vocab_size)}
 
     def published(self) -> dict[str, bytes]:
         """Returns the model, to be read as a Llama's.
@@ -417,7 +434,7 @@ def _digest(content: bytes, end_id: int) -> str:
     return hashlib.sha256(content + f"\n{end_id}".encode()).hexdigest()
 
 
-def _end_token(vocabulary: dict[str, Any], asked: str, named: str = "") -> str:
+def _end_token(vocabulary: Mapping[str, Any], asked: str, named: str = "") -> str:
     """Returns the spelling of the end of text that `vocabulary` has.
 
     Args:

@@ -79,7 +79,7 @@ FAMILY = Family(
     tensors=TENSORS,
     implied=IMPLIED,
     fixed=FIXED,
-    harmless=("hidden_act", "cache_implementation"),  # hidden_activation decides
+    harmless=("hidden_act",),  # hidden_activation decides
     left_out=("*.rotary_emb.inv_freq",),
     write_config=write_config,
 )

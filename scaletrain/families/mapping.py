@@ -20,15 +20,48 @@ from scaletrain.matrices import DIMS
 Config = Mapping[str, Any]  # a config.json, flattened to dotted keys
 _REQUIRED = object()
 
-# What config.json says of tokens, files and training; a forward pass ignores it.
+# What config.json says of other things; a forward pass ignores it. What changes the
+# arithmetic (pruned_heads, quantization_config) or may do so is never here.
 HARMLESS = frozenset(
+    # Of the file: who wrote it, from what, for whom.
     """
-    _name_or_path architectures attention_dropout attn_pdrop auto_map bos_token_id
-    chunk_size_feed_forward dtype embd_pdrop embedding_dropout eos_token_id
-    gradient_checkpointing id2label initializer_range is_decoder is_encoder_decoder
-    keys_to_ignore_at_inference label2id model_type n_ctx output_attentions
-    output_hidden_states pad_token_id pretraining_tp problem_type resid_pdrop
-    return_dict task_specific_params torch_dtype transformers_version use_cache
+    _commit_hash _from_model_config _name_or_path architectures auto_map
+    is_llama_config model_type tokenizer_class transformers.js_config
+    transformers_version unsloth_fixed unsloth_version
+    """.split()
+    # Of tokens and lengths.
+    + """
+    bos_token_id decoder_start_token_id eos_token_id max_sequence_length
+    model_max_length n_ctx pad_token_id sep_token_id unk_token_id
+    """.split()
+    # Of training and its heads for other tasks.
+    + """
+    _num_labels attention_dropout attention_probs_dropout_prob attn_pdrop
+    classifier_dropout embd_pdrop embedding_dropout finetuning_task
+    gradient_checkpointing hidden_dropout_prob id2label initializer_range label2id
+    num_labels predict_special_tokens problem_type resid_pdrop task_specific_params
+    """.split()
+    # Of the way it is executed and stored.
+    + """
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal
+    _flash_attn_2_enabled _pre_quantization_dtype attn_implementation
+    cache_implementation chunk_size_feed_forward dtype keys_to_ignore_at_inference
+    output_attentions output_hidden_states output_past output_scores pretraining_tp
+    return_dict return_dict_in_generate tf_legacy_loss torch_dtype torchscript
+    use_bfloat16 use_cache
+    """.split()
+    # Of encoders beside a decoder.
+    + """
+    cross_attention_hidden_size is_decoder is_encoder_decoder tie_encoder_decoder
+    """.split()
+    # Of generating, as older files repeat it.
+    + """
+    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id
+    forced_eos_token_id length_penalty max_length max_new_tokens min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences prefix
+    remove_invalid_values repetition_penalty suppress_tokens temperature top_k top_p
+    typical_p
     """.split()
 )
 

@@ -21,6 +21,7 @@ class Attempt:
     first: int | None = None  # the earliest step it went on from
     last: int | None = None  # the step it is at
     taken: int = 0  # steps
+    finished: bool = False  # the run had no step left: it was over, not down
     phases: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds
     seconds: float = 0.0  # of all phases
 
@@ -34,6 +35,7 @@ class Attempt:
         """Returns the attempt of an entry, None where it is not one."""
         names = [field.name for field in dataclasses.fields(cls)]
         try:
+            entry = {"finished": False, **entry}  # older ones do not say
             attempt = cls(**{name: entry[_KEYS.get(name, name)] for name in names})
             return attempt if attempt._is_sound() else None
         except (KeyError, TypeError, AttributeError):

@@ -25,7 +25,10 @@ _BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")  # of Linux
 
 
 class Account:
-    """What became of the time of a run's attempts; kept up to date inside a `with`."""
+    """What became of the time of a run's attempts; kept up to date inside a `with`.
+
+    A start that is refused, or that has nothing to do, makes none: it is no attempt.
+    """
 
     def __init__(self, workdir: Workdir, phases: Phases):
         self._path, self._phases = workdir.attempts, phases
@@ -63,6 +66,10 @@ class Account:
         self._now.last = step
         self._now.taken += 1
 
+    def finish(self) -> None:
+        """Says that the run has no step left; until it is extended it is not down."""
+        self._now.finished = True
+
     def _measure(self) -> None:
         self._now.phases = self._phases.totals()
         self._now.seconds = sum(self._now.phases.values())
@@ -89,7 +96,7 @@ class Account:
             lost = _lost_s(attempt, begun_again)
             causes[STEP] -= lost
             causes["lost"] += lost
-            if later is not None:
+            if later is not None and not attempt.finished:
                 causes["down"] = causes.get("down", 0.0) + _between_s(attempt, later)
             later = attempt
             if attempt.first is not None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import sys
 from typing import Any
 
@@ -12,6 +11,7 @@ from scaletrain.config import RunConfig
 from scaletrain.console import say
 from scaletrain.files import atomic_write
 from scaletrain.monitor.tensorboard import Board
+from scaletrain.record import finite
 from scaletrain.workdir import Workdir
 
 
@@ -51,11 +51,7 @@ class Recorder:
         """Appends one record; it must hold "step"."""
         if not self.lead:
             return
-        # NaN is not JSON: what is not finite is written as null.
-        clean = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in record.items()
-        }
+        clean = finite(record)
         self._append(json.dumps(clean).encode() + b"\n")
         if self._board is None:
             return

@@ -1,6 +1,5 @@
-"""Learning-rate schedules, by name."""
+"""Learning-rate schedules. Another one is a function and a row in `_SCHEDULES`."""
 
-import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,34 +9,61 @@ from scaletrain.config import RunConfig
 
 
 def schedule(run: RunConfig) -> optax.Schedule:
-    """Returns optimizer step -> learning rate."""
-    o, steps = run.optim, run.num_steps
-    peak, final, warmup = (
-        o.learning_rate,
-        o.learning_rate * o.final_ratio,
-        o.warmup_steps,
-    )
-    rest = steps - warmup
-    main: optax.Schedule
-    if o.schedule == "constant":
-        main = optax.constant_schedule(peak)
-    elif o.schedule == "cosine":
-        main = optax.cosine_decay_schedule(peak, rest, alpha=o.final_ratio)
-    elif o.schedule == "linear":
-        main = optax.linear_schedule(peak, final, rest)
-    elif o.schedule == "wsd":  # arXiv 2404.06395 section 4
-        decay = min(o.decay_steps or max(1, steps // 5), rest)
-        down = optax.linear_schedule(peak, final, decay)
-        main = optax.join_schedules(
-            [optax.constant_schedule(peak), down], [rest - decay]
-        )
-    else:
-        main = functools.partial(_inverse_sqrt, peak, max(warmup, 1))
+    """Returns optimizer step -> learning rate, the first step being 0.
 
+    Of W warm-up steps the first has 1/W of the peak, the last the peak. "cosine" and
+    "linear" fall from the peak in the step after them to the final rate in the step
+    after the last of the run; "wsd" has the final rate in the last step itself.
+    """
+    peak, warmup = run.optim.learning_rate, run.optim.warmup_steps
+    main = _SCHEDULES[run.optim.schedule](run, run.num_steps - warmup)
     # The first step already learns: 1/warmup of the peak, not 0.
     up = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
     return optax.join_schedules([up, main], [warmup]) if warmup else main
 
 
-def _inverse_sqrt(peak: float, reach: int, step: Any) -> Any:
-    return peak * jnp.sqrt(reach / (reach + jnp.maximum(step, 0)))
+# Each takes the run and the number of steps after its warm-up, and counts from there.
+
+
+def _constant(run: RunConfig, steps: int) -> optax.Schedule:
+    return optax.constant_schedule(run.optim.learning_rate)
+
+
+def _cosine(run: RunConfig, steps: int) -> optax.Schedule:
+    o = run.optim
+    return optax.cosine_decay_schedule(o.learning_rate, steps, alpha=o.final_ratio)
+
+
+def _linear(run: RunConfig, steps: int) -> optax.Schedule:
+    peak = run.optim.learning_rate
+    return optax.linear_schedule(peak, peak * run.optim.final_ratio, steps)
+
+
+def _wsd(run: RunConfig, steps: int) -> optax.Schedule:
+    """Returns warm-up, stable, decay (arXiv 2404.06395 section 4), without warm-up."""
+    o = run.optim
+    decay = min(o.decay_steps or max(1, run.num_steps // 5), steps)
+    stable = optax.constant_schedule(o.learning_rate)
+    # It falls from the step before the first of `decay`, which still has the peak, so
+    # that the last step has the final rate.
+    return optax.join_schedules(
+        [stable, _linear(run, decay)], boundaries=[steps - decay - 1]
+    )
+
+
+def _inverse_sqrt(run: RunConfig, steps: int) -> optax.Schedule:
+    peak, reach = run.optim.learning_rate, max(run.optim.warmup_steps, 1)
+
+    def rate(step: Any) -> Any:
+        return peak * jnp.sqrt(reach / (reach + jnp.maximum(step, 0)))
+
+    return rate
+
+
+_SCHEDULES = {
+    "constant": _constant,
+    "cosine": _cosine,
+    "inverse_sqrt": _inverse_sqrt,
+    "linear": _linear,
+    "wsd": _wsd,
+}

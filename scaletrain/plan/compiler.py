@@ -70,7 +70,7 @@ def knows(slice_: Slice) -> bool:
         raise ConfigError(
             [
                 "plan; libtpu, the TPU compiler, is not installed; "
-                "pip install 'scaletrain[plan]'."
+                "pip install -e '.[plan]' in the clone."
             ]
         )
     return found

@@ -5,13 +5,18 @@ compiler. It knows no fragmentation, no layout padding and no fusion.
 """
 
 import dataclasses
+import functools
 import math
 
+import jax
+from flax import nnx
+
 from scaletrain import config, flops
-from scaletrain.config import RunConfig
+from scaletrain.config import LoraConfig, ModelConfig, PrecisionConfig, RunConfig
 from scaletrain.hardware.slices import Slice
 from scaletrain.matrices import remat_widths
 from scaletrain.mesh import AXES
+from scaletrain.models.transformer import Decoder
 
 _MATMUL_EFFICIENCY = 0.6  # of the peak, over a whole step
 # Of a score of plain attention: bytes held at once, times it is written or read.
@@ -59,10 +64,17 @@ def _size(run: RunConfig, axis: str) -> int:
 
 
 def parameters(run: RunConfig) -> int:
-    """Returns the number of weights, norms and biases left out."""
-    model = run.model
-    tied = model.d_model * model.vocab_size if model.head == "untied" else 0
-    return flops.matmul_weights(model) + tied
+    """Returns the number of parameters, counted in the model's own shapes."""
+    return _parameters(run.model, run.lora)
+
+
+@functools.cache
+def _parameters(model: ModelConfig, lora: LoraConfig) -> int:
+    shapes = nnx.eval_shape(
+        lambda: Decoder(model, PrecisionConfig(), jax.random.key(0), lora)
+    )
+    leaves = jax.tree.leaves(nnx.to_pure_dict(nnx.state(shapes)))
+    return sum(leaf.size for leaf in leaves)
 
 
 def _activations(run: RunConfig, slice_: Slice, tokens: int, rows: int) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from scaletrain.errors import counted
 from scaletrain.plan import record, search
 from scaletrain.plan.record import Record
 
@@ -29,6 +30,9 @@ def in_words(found: Record) -> str:
         ]
     if found["fits"]:
         lines += ["", "Run it:", f"  {found['command']}"]
+    else:
+        remedy = "; take one of the changes above" if found.get("remedies") else ""
+        lines += ["", f"It DOES NOT FIT as it is{remedy}. There is nothing to run."]
     return "\n".join(lines)
 
 
@@ -37,7 +41,7 @@ def _head(found: Record) -> Iterator[str]:
     slices = f" x {found['num_slices']} slices" if found["num_slices"] > 1 else ""
     yield (
         f"{found['parameters']:,} parameters on {found['topology']}{slices}, "
-        f"{found['num_chips']} chips ({found['source']}): {verdict}"
+        f"{counted(found['num_chips'], 'chip')} ({found['source']}): {verdict}"
     )
 
 

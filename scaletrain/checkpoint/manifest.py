@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from scaletrain import ocdbt
+from scaletrain.checkpoint import ocdbt
 
 NAME = "manifest.json"
 UNFINISHED = ".orbax-checkpoint-tmp"  # how the names of folders end that are not whole
@@ -86,8 +86,10 @@ class Manifest:
         for path, sums in _sums(folder, [folder / path for path in right]).items():
             both = zip(sums["crc32"], self.files[path]["crc32"], strict=True)
             for i, (is_now, was) in enumerate(both):
-                start, end = i * _BLOCK_BYTES, (i + 1) * _BLOCK_BYTES
-                words = f"its bytes have changed, from {start:,} on"
+                start = i * _BLOCK_BYTES
+                end = min(start + _BLOCK_BYTES, self.files[path]["bytes"])
+                # Which of a block's bytes it is, its sum does not say.
+                words = f"bytes between {start:,} and {end:,} have changed"
                 if is_now != was:
                     found.append((path, words, start, end))
         items = {path.partition("/")[0] for path, *_ in found}

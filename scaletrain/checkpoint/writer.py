@@ -22,9 +22,10 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import future
 
-from scaletrain import cluster, manifest
+from scaletrain import cluster
+from scaletrain.checkpoint import manifest
+from scaletrain.checkpoint.manifest import UNFINISHED, Manifest
 from scaletrain.errors import CheckpointError, LostError
-from scaletrain.manifest import UNFINISHED, Manifest
 
 FAILURES = (OSError, ValueError, RuntimeError)  # what Orbax and TensorStore raise
 _PROBE_BYTES = 2**16

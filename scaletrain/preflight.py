@@ -1,6 +1,6 @@
 """What the scripts in launch/ ask before they order machines.
 
-    python -m scaletrain.launch --topology=v5p:4x4x4 [--num_slices=N] -- TRAIN-OPTIONS
+    python -m scaletrain.preflight --topology=v5p:4x4x4 [--num_slices=N] -- OPTIONS
 
 checks the options of `scaletrain train` against the slice and prints what the cloud
 calls it, a `name=value` a line. --devices=N stands for N devices of any kind. A slice
@@ -13,9 +13,10 @@ import math
 import re
 import sys
 
-from scaletrain import config, flags
+from scaletrain import config
+from scaletrain.commands import line
 from scaletrain.config import RunConfig
-from scaletrain.errors import ConfigError, ScaletrainError
+from scaletrain.errors import ConfigError, ScaletrainError, counted
 from scaletrain.hardware import clouds, slices
 from scaletrain.hardware.slices import Slice
 
@@ -30,7 +31,7 @@ def check(run: RunConfig, where: str, devices: int) -> RunConfig:
     if asked is not None and asked != devices:
         raise ConfigError(
             [
-                f"{where}; {devices} devices, and the mesh has {asked}; "
+                f"{where}; {counted(devices, 'device')}, and the mesh has {asked}; "
                 "take as many, or set one axis of the mesh to -1."
             ]
         )
@@ -75,7 +76,7 @@ def facts(slice_: Slice, given: argparse.Namespace) -> dict[str, str | int]:
     last = given.workdir.rstrip("/").rpartition("/")[2].lower()
     return {
         "name": "scaletrain-" + re.sub("[^a-z0-9]+", "-", last)[:30].strip("-"),
-        "config": given.config.partition(":")[0],
+        "config": config.file_and_argument(given.config)[0],
         "accelerator_type": clouds.accelerator_type(tpu, slice_.shape),
         "runtime": tpu.cloud.runtime,
         "accelerator": tpu.cloud.accelerator,
@@ -93,15 +94,23 @@ def read(argv: list[str]) -> tuple[Slice | None, argparse.Namespace]:
       ConfigError: options, settings and slice do not fit together.
     """
     end = argv.index("--")
-    parser = argparse.ArgumentParser(prog="scaletrain.launch", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="scaletrain.preflight", allow_abbrev=False)
     parser.add_argument("--topology", default="")
     parser.add_argument("--num_slices", type=int, default=1)
     parser.add_argument("--devices", type=int, default=0)
     args = parser.parse_args(argv[:end])
-    given, run = flags.read(["train", *argv[end + 1 :]])
+    given, run = line.read(["train", *argv[end + 1 :]])
     if args.devices:
         check(run, "this allocation", args.devices)
         return None, given
+    for word in argv[end + 1 :]:
+        if word.startswith(("--workdir=~", "~")):
+            raise ConfigError(
+                [
+                    f"{word}; a home that goes with the machines; give the absolute "
+                    "path of a mounted file system."
+                ]
+            )
     slice_ = slices.parse(args.topology, args.num_slices)
     across = f" --num_slices={args.num_slices}" if args.num_slices > 1 else ""
     run = check(run, f"--topology={args.topology}{across}", slice_.devices)
