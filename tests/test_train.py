@@ -295,9 +295,10 @@ def test_another_corpus_is_refused(brief, tmp_path):
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])
 def test_a_checkpoint_must_match_leaf_by_leaf(brief, tmp_path, monkeypatch, change):
     """That it does not is told before the step is compiled."""
-    from scaletrain import checkpoint, compilation
+    from scaletrain import compilation
+    from scaletrain.checkpoint import reader
 
-    whole, shorter = checkpoint.flat, jax.numpy.ones(31)
+    whole, shorter = reader.flat, jax.numpy.ones(31)
 
     def altered(tree):
         flat = whole(tree)
@@ -311,7 +312,7 @@ def test_a_checkpoint_must_match_leaf_by_leaf(brief, tmp_path, monkeypatch, chan
         return flat
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "flat", altered)
+        patch.setattr(reader, "flat", altered)
         train.run(brief, str(tmp_path))
     words = {
         "missing": "norm/scale: missing",
