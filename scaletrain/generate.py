@@ -13,11 +13,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from scaletrain import config, mesh, safetensors
+from scaletrain import config, mesh
 from scaletrain.checkpoint import warm_start
 from scaletrain.config import RunConfig
 from scaletrain.data import Tokenizer
 from scaletrain.errors import ConfigError, DataError
+from scaletrain.hf import safetensors
 from scaletrain.models import Cache
 from scaletrain.program import Program, build
 from scaletrain.workdir import Workdir

@@ -15,7 +15,7 @@ from scaletrain import (
     cluster,
     data,
     evaluate,
-    feed,
+    input_pipeline,
     rollbacks,
     sharding,
 )
@@ -76,7 +76,7 @@ class Loop:
         before, checkpoint, evaluation.
         """
         run, left_out = self.program.run, self.back.left_out
-        batches = feed.batches_of(
+        batches = input_pipeline.batches_of(
             self.program, self.sequences["train"], start, left_out
         )
         self._clock, self._counted = time.perf_counter(), start
@@ -187,7 +187,7 @@ class Loop:
             return
         documents: list[int] = []
         if self.recorder.lead:
-            documents = feed.documents_of(
+            documents = input_pipeline.documents_of(
                 self.program, self.sequences["train"], now, self.back.left_out
             )
         skip = rollbacks.skip_of(now, numbers, documents)

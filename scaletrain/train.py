@@ -13,7 +13,7 @@ from scaletrain import (
     compilation,
     config,
     data,
-    feed,
+    input_pipeline,
     mesh,
     rollbacks,
     sharding,
@@ -58,7 +58,9 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
     run = warm_start.pinned(_as_begun(run, folder))
     # 2. What: the corpus as tokens, the step as a program.
     with signals.at_once(), phases("data"):
-        corpus = feed.prepare(run, warm_start.tokenizer_begun_with(run, folder))
+        corpus = input_pipeline.prepare(
+            run, warm_start.tokenizer_begun_with(run, folder)
+        )
         sequences = {s: data.sequences(corpus, s, run) for s in ("train", "validation")}
     program = build(run, grid)
     with contextlib.ExitStack() as held:

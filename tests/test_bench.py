@@ -11,7 +11,15 @@ import pytest
 import small
 
 from scaletrain import bench, config, flops, hlo, matrices, mesh
-from scaletrain.bench import command, loops, profile, roofline, shapes, sweep, timing
+from scaletrain.bench import (
+    command,
+    measure,
+    microbench,
+    profile,
+    roofline,
+    shapes,
+    sweep,
+)
 from scaletrain.commands import line
 from scaletrain.config import LoraConfig, MeshConfig
 from scaletrain.errors import BenchError, CheckpointError, ConfigError
@@ -174,8 +182,8 @@ def test_a_device_has_its_part_of_the_heads_and_of_the_batch():
 def test_no_repetition_is_left_out():
     x, w = jnp.ones((64, 32)), jnp.full((32, 16), 0.01)
     dot = functools.partial(jnp.einsum, "mk,kn->mn")
-    run = loops.compiled(
-        jax.jit(functools.partial(loops.looped, dot)), x, jnp.zeros((64, 16)), w
+    run = microbench.compiled(
+        jax.jit(functools.partial(microbench.looped, dot)), x, jnp.zeros((64, 16)), w
     )
     module = hlo.parse(run.as_text())
     inside = [
@@ -184,7 +192,7 @@ def test_no_repetition_is_left_out():
         for each in computation.instructions
     ]
     (loop,) = (each for each in inside if each.opcode == "while")
-    assert module.trips(loop) == loops.REPEATS
+    assert module.trips(loop) == microbench.REPEATS
     body = module.computations[loop.called("body")]
     matmuls = [each for each in body.instructions if _multiplies(each, module)]
     assert len(matmuls) == 1
@@ -203,10 +211,10 @@ def test_steps_are_those_of_training():
     grid = mesh.build(run.mesh, jax.devices()[:1])
     program = build(run, grid)
     with jax.set_mesh(grid):
-        steps = timing.Steps(program, run, timing.synthetic)
+        steps = measure.Steps(program, run, measure.synthetic)
         times, waits = steps.take(3)
         state = initial(program, with_frozen=True)
-        feed = timing.synthetic(program)
+        feed = measure.synthetic(program)
         for _ in range(6):
             state, _ = steps.compiled(state, feed())
     assert len(times) == len(waits) == 3
@@ -221,7 +229,7 @@ def test_steps_are_those_of_training():
 def test_synthetic_batches_are_whole_documents():
     run = config.resolve(small.RUN, 1)
     program = build(run, mesh.build(run.mesh, jax.devices()[:1]))
-    batch = timing.synthetic(program)()
+    batch = measure.synthetic(program)()
     assert batch.keys() == program.batch.keys()
     for name, shape in program.batch.items():
         assert (batch[name].shape, batch[name].dtype) == (shape.shape, shape.dtype)
@@ -232,7 +240,7 @@ def test_synthetic_batches_are_whole_documents():
 
 
 def test_medians_and_spread():
-    timed = timing.Timed((1.0, 2.0, 3.0, 4.0, 10.0), 0.0, 0.0, None)
+    timed = measure.Timed((1.0, 2.0, 3.0, 4.0, 10.0), 0.0, 0.0, None)
     assert timed.step_time_s == 3
     assert timed.spread == pytest.approx((7.6 - 1.4) / 3)
 
@@ -248,7 +256,7 @@ def swept(speed, run=small.RUN):
         seconds = speed(run)
         if isinstance(seconds, Exception):
             raise seconds
-        return timing.Timed((seconds,), 0.0, 0.0, None)
+        return measure.Timed((seconds,), 0.0, 0.0, None)
 
     found = sweep.Sweep(config.resolve(run, 1), 1, measure)
     return found, found.best(), tried
@@ -319,8 +327,8 @@ def test_a_sweep_in_which_nothing_fits_is_an_error(monkeypatch):
     def fail(self, count):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    monkeypatch.setattr(timing.Steps, "__init__", lambda *args: None)
-    monkeypatch.setattr(timing.Steps, "measure", fail)
+    monkeypatch.setattr(measure.Steps, "__init__", lambda *args: None)
+    monkeypatch.setattr(measure.Steps, "measure", fail)
     for is_sweep in (True, False):
         request = command.Request(sweep=is_sweep)
         with pytest.raises(BenchError, match="batch_size=16; .* lower it") as err:
@@ -339,10 +347,10 @@ def test_several_processes_do_not_sweep(monkeypatch):
 def test_several_processes_make_as_many_calls(monkeypatch):
     calls = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    loops.median(lambda carry: calls.append(carry) or carry, 0)
+    microbench.median(lambda carry: calls.append(carry) or carry, 0)
     assert len(calls) == 2 + 3 * 4
     monkeypatch.setattr(jax, "process_count", lambda: 1)
-    loops.median(lambda carry: calls.append(carry) or carry, 0)
+    microbench.median(lambda carry: calls.append(carry) or carry, 0)
     assert len(calls) == 14 + 2 + 3 * 16
 
 
@@ -350,8 +358,8 @@ def test_other_failures_of_the_devices_are_not_hidden(monkeypatch):
     def fail(self, count):
         raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
 
-    monkeypatch.setattr(timing.Steps, "__init__", lambda *args: None)
-    monkeypatch.setattr(timing.Steps, "measure", fail)
+    monkeypatch.setattr(measure.Steps, "__init__", lambda *args: None)
+    monkeypatch.setattr(measure.Steps, "measure", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
         bench.run(RUN, command.Request())
 

@@ -10,8 +10,9 @@ import pytest
 import small
 from flax import nnx
 
-from scaletrain import config, families, matrices
+from scaletrain import config, matrices
 from scaletrain.config import ModelConfig, PrecisionConfig
+from scaletrain.hf import families
 from scaletrain.models import Decoder
 from scaletrain.sharding import RULES
 
@@ -57,6 +58,6 @@ def test_tensor_parallelism_splits_the_dims_that_the_rules_split():
 
 def test_every_module_with_a_family_is_listed():
     modules = {found.name for found in pkgutil.iter_modules(families.__path__)}
-    assert modules - {"mapping", "spelling", "adapters"} == set(families.FAMILIES)
+    assert modules - {"mapping", "normalise"} == set(families.FAMILIES)
     assert all(family.name == name for name, family in families.FAMILIES.items())
     assert ["", *families.FAMILIES] == list(config.FAMILIES)

@@ -7,10 +7,11 @@ import jax
 import pytest
 import small
 
-from scaletrain import config, data, evaluate, exporter, generate, mesh, train
+from scaletrain import config, data, evaluate, generate, mesh, train
 from scaletrain.checkpoint import warm_start
 from scaletrain.config import DataConfig
 from scaletrain.errors import ConfigError, DataError
+from scaletrain.hf import exporter
 
 TRAINED_ON = [f"the {animal} sat on the mat and slept " * 9 for animal in "abcdefgh"]
 OTHER_TEXTS = [f"zwölf Boxkämpfer jagen {n} große Wölfe " * 9 for n in range(8)]

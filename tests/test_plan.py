@@ -49,8 +49,8 @@ from scaletrain.plan import (
     memory,
     record,
     report,
+    schedule,
     search,
-    timing,
     worker,
 )
 from scaletrain.plan.record import Wanted
@@ -247,7 +247,7 @@ ENTRY %main (stack: bf16[80,8,128], i: s32[], wide: f32[80,8,128]) -> bf16[80,8,
 def test_of_stacked_values_the_slice_is_moved():
     """Saved values of all layers are read and written a layer at a time."""
     chip = slices.parse("tpu7x:1x1x1")
-    found = timing.account(hlo.parse(_SLICED), {"fsdp": 1}, chip)
+    found = schedule.account(hlo.parse(_SLICED), {"fsdp": 1}, chip)
     layer = 2 * 8 * 128
     moved = found.seconds * chip.chip.memory_efficiency * chip.chip.hbm_bytes_per_s
     # Two read and write one; the third reads one twice as wide.
@@ -272,7 +272,7 @@ ENTRY %main (a: bf16[8,16], b: bf16[2,16]) -> bf16[8,16] {
 
 
 def test_collectives_of_several_arrays_count_each():
-    axes = timing.account(
+    axes = schedule.account(
         hlo.parse(_GATHERED), {"fsdp": 4}, slices.parse("h100:4")
     ).communication
     gathered, moved, summed = 2 * (32 + 8) * 16, 2 * 8 * 16, 2 * (8 + 2) * 16
@@ -315,7 +315,7 @@ ENTRY %main (q: bf16[2,128,4,64], k: bf16[2,128,1,64], v: bf16[2,128,1,64]) -> b
 def test_attention_of_a_gpu_reads_beside_its_products():
     slice_ = slices.parse("h100:1")
     chip = slice_.chip
-    found = timing.account(hlo.parse(_ATTENDED), {"data": 1}, slice_).seconds
+    found = schedule.account(hlo.parse(_ATTENDED), {"data": 1}, slice_).seconds
     flops = 2 * 2 * (2 * 4 * 128 * 128 * 64) / 2  # two products, causal
     moved = 2 * 2 * 128 * 64 * (4 + 1 + 1 + 4)
     assert found == pytest.approx(
@@ -348,7 +348,7 @@ ENTRY %main (x: {kind}[2048,8192], y: {kind}[8192,4096]) -> f32[2048,4096] {{
 )
 def test_a_product_takes_as_long_as_the_chips_rate_says(name, kind, slower):
     slice_ = slices.parse(name)
-    found = timing.account(hlo.parse(_multiplied(kind)), {"data": 1}, slice_).seconds
+    found = schedule.account(hlo.parse(_multiplied(kind)), {"data": 1}, slice_).seconds
     peak = slice_.chip.matmul_efficiency * slice_.chip.peak_flops
     assert found == pytest.approx(slower * 2 * 2048 * 8192 * 4096 / peak)
 
@@ -531,7 +531,7 @@ def test_a_search_keeps_what_fits_first(monkeypatch, capsys):
 
 def _said(seconds, peak_bytes=2**30):
     """Returns a compiler's report, without a compiler."""
-    step = timing.Step(seconds, {"matmul": seconds}, {})
+    step = schedule.Step(seconds, {"matmul": seconds}, {})
     return compiler.Report(1, True, peak_bytes, 0, {}, [], step, False, None, None)
 
 

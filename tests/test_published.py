@@ -22,23 +22,11 @@ import small
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from scaletrain import (
-    checkpoint,
-    config,
-    data,
-    evaluate,
-    exporter,
-    families,
-    generate,
-    importer,
-    mesh,
-    safetensors,
-    step,
-    train,
-)
+from scaletrain import checkpoint, config, data, evaluate, generate, mesh, step, train
 from scaletrain.checkpoint import warm_start
 from scaletrain.data.tokenizers import JsonTokenizer
 from scaletrain.errors import CheckpointError, ConfigError, DataError
+from scaletrain.hf import exporter, families, importer, safetensors
 from scaletrain.models import Decoder
 from scaletrain.program import build
 from scaletrain.workdir import Workdir
@@ -811,7 +799,8 @@ def test_every_parameter_has_a_place_and_every_place_a_parameter(name):
 
 PEAK = """
 import pathlib, re, sys
-from scaletrain import checkpoint, importer, main, step  # what every import needs
+from scaletrain import checkpoint, main, step  # what every import needs
+from scaletrain.hf import importer
 from scaletrain.models import Decoder
 from scaletrain.program import build
 

@@ -292,6 +292,26 @@ def test_another_corpus_is_refused(brief, tmp_path):
         train.run(dataclasses.replace(run, num_steps=2), str(tmp_path / "run"))
 
 
+def test_a_run_goes_on_where_its_corpus_was_moved_to(brief, tmp_path, capfd):
+    corpus, moved = tmp_path / "corpus", tmp_path / "moved"
+    corpus.mkdir()
+    for i in range(20):
+        (corpus / f"{i}.txt").write_text(f"document {i} " * 50)
+    run = small.changed(brief, data__path=f"{corpus}/*.txt")
+    train.run(run, str(tmp_path / "run"))
+    corpus.rename(moved)
+    run = small.changed(run, data__path=f"{moved}/*.txt", num_steps=2)
+    train.run(run, str(tmp_path / "run"))
+    told = capfd.readouterr().err
+    change = f"data.path: '{corpus}/*.txt' then, '{moved}/*.txt' now"
+    assert f"changed since step 1: {change}" in told
+    assert "resuming from step 1" in told
+    (moved / "3.txt").write_text("something else")
+    run = small.changed(run, data__path=f"{tmp_path}/m*/*.txt", num_steps=3)
+    with pytest.raises(CheckpointError, match=r"(?s)data.path: .* the corpus or its"):
+        train.run(run, str(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])
 def test_a_checkpoint_must_match_leaf_by_leaf(brief, tmp_path, monkeypatch, change):
     """That it does not is told before the step is compiled."""

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 
 from scaletrain import config, mesh, workdir
-from scaletrain.bench import profile, roofline, timing
+from scaletrain.bench import measure, profile, roofline
+from scaletrain.bench.measure import Timed
 from scaletrain.bench.sweep import Sweep
-from scaletrain.bench.timing import Timed
 from scaletrain.config import RunConfig
 from scaletrain.console import say
 from scaletrain.errors import BenchError, ConfigError, does_not_fit
@@ -81,8 +81,8 @@ def _timed(run: RunConfig, request: Request) -> tuple[Program, Timed, dict[str, 
     grid = mesh.build(run.mesh)
     program = build(run, grid)
     with jax.set_mesh(grid):
-        feed = timing.from_data if request.data else timing.synthetic
-        steps = timing.Steps(program, run, feed)
+        feed = measure.from_data if request.data else measure.synthetic
+        steps = measure.Steps(program, run, feed)
         timed = steps.measure(request.steps)
         traced = {}
         if request.profile:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from scaletrain import config
-from scaletrain.bench.timing import Timed
+from scaletrain.bench.measure import Timed
 from scaletrain.compilation import CANDIDATES
 from scaletrain.config import RunConfig
 from scaletrain.console import say

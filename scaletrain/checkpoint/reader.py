@@ -114,6 +114,7 @@ class Reader:
             held = [line for line in held if line.startswith(("model.", "lora."))]
             free = []
         elif data["fingerprint"] != data_fingerprint:
+            held += [line for line in free if line.startswith("data.")]
             held.append("data: the corpus or its tokenizer is not the one of then")
         if held:
             lines = "\n".join(f"  {line}" for line in held)

@@ -23,7 +23,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _execute(run: RunConfig, args: argparse.Namespace) -> Result:
-    from scaletrain import exporter
+    from scaletrain.hf import exporter
 
     record = exporter.run(
         run, args.workdir, args.to, args.step, args.dtype, merge=args.merge

@@ -21,7 +21,7 @@ def _settings(args: argparse.Namespace) -> RunConfig:
 
 def _execute(run: RunConfig, args: argparse.Namespace) -> Result:
     del run
-    from scaletrain import importer
+    from scaletrain.hf import importer
 
     record = importer.run(args.source, args.workdir, args.overrides)
     return Result(record, importer.in_words(record))

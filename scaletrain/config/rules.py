@@ -468,10 +468,12 @@ _FREE = (
     "watchdog_s",
     "init_from", "family", "model.layers", "model.remat", "model.remat_save",
     "model.remat_offload", "model.attention", "precision.compute",
-    "precision.reduce", "precision.gradients", "data.cache_dir",
+    "precision.reduce", "precision.gradients",
 )  # fmt: skip
-_FREE_GROUPS = ("mesh.", "optim.", "checkpoint.", "eval.")
-_HELD = ("optim.name", "optim.accumulate")
+# Settings of data say how tokens are come by; whether they are those of then is seen on
+# the tokens themselves, see `checkpoint.Checkpoints.agree`.
+_FREE_GROUPS = ("mesh.", "optim.", "checkpoint.", "eval.", "data.")
+_HELD = ("optim.name", "optim.accumulate", "data.format")
 
 
 def differences(then: RunConfig, now: RunConfig) -> tuple[list[str], list[str]]:

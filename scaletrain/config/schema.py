@@ -164,7 +164,7 @@ class DataConfig:
     source: str = setting("stdlib", choices=("stdlib", "files", "tfds", "synthetic"))
     # files: path or glob, local or fsspec; tfds: name[/config][:version]
     path: str = setting("", path="any")
-    text_field: str = "text"  # column of jsonl, parquet or tfds that holds the text
+    text_field: str = "text"  # column of json, csv, parquet or tfds that holds the text
     format: str = setting("text", choices=("text", "chat"))  # of what a row holds
     split: str = "train"  # of a tfds data set
     # bytes | bpe | path of a tokenizer.json or a .model file

@@ -1,16 +1,15 @@
 """How long a compiled step takes: a roofline over the schedule, wire and arithmetic.
 
-The scheduled program is walked in order. An operation takes the larger of its
-arithmetic and its memory traffic, attention on GPUs their sum; a synchronous collective
-takes its time on the wire; an asynchronous one occupies its links from its start, and
-what is not over at its end is waited for, be it of another device or of the host's
-memory. Nothing is measured: dispatch, input and checkpoints are left out.
+The scheduled program is walked in order. An operation takes its time in `costs`; a
+synchronous collective takes its time on the wire; an asynchronous one occupies its
+links from its start, and if it is not over at its end the walk waits for it, be it a
+transfer to another device or to the host's memory. Nothing is measured: dispatch, input
+and checkpoints are left out.
 """
 
 import collections
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 from scaletrain import hlo
 from scaletrain.hardware.slices import Slice
 from scaletrain.hlo import COLLECTIVES, Computation, Instruction, Module, Shape
+from scaletrain.plan.costs import Costs
 
 _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id",
@@ -26,7 +26,6 @@ _FREE = (
 )  # fmt: skip
 
 
-_RETILED = "output_to_operand_aliasing={{}: (0, {})}, calls=%copy_fusion"
 _HOST = 5  # the memory space of what is moved to the host
 # What lateness of a link counts as, if it is not between devices.
 _CLASS_OF = {
@@ -34,9 +33,6 @@ _CLASS_OF = {
     "to host": "host_offload",
     "from host": "host_offload",
 }
-_LOW_PRECISION = {"f8": "fp8", "s8": "int8"}  # by the beginning of a format
-_CUDNN = "__cudnn$fmha"
-_BLOCK = re.compile(r'\\"block_kv\w*\\": (\d+)')  # of splash attention's own words
 _ENDS = ("async-done", "copy-done", "send-done", "recv-done")
 
 
@@ -89,14 +85,14 @@ def account(module: Module, axes: dict[str, int], slice_: Slice) -> Step:
 
 
 class _Walk:
-    """The way through a program."""
+    """The walk through a program: its control flow, and transfers beside operations."""
 
     def __init__(
         self, module: Module, axes: dict[str, int], slice_: Slice, clock: _Clock
     ):
         self._module, self._axes, self._slice = module, axes, slice_
         self._chip, self._clock = slice_.chip, clock
-        self._costs: dict[int, tuple[str, float]] = {}  # a loop meets each again
+        self._costs = Costs(module, slice_)
 
     def computation(self, name: str) -> None:
         """Takes every instruction of a computation in turn."""
@@ -119,14 +115,15 @@ class _Walk:
             self._reduce_scatter(each)
         elif opcode == "copy-start":
             # A prefetch: it occupies the memory, and is waited for if it is late.
-            self._queue(each.name, "memory", each.shapes[0].nbytes / self._memory())
+            self._queue(
+                each.name,
+                "memory",
+                each.shapes[0].nbytes / self._costs.memory_bytes_per_s,
+            )
         elif opcode == "send" and "is_host_transfer=true" in each.attributes:
             self._between_slices(each)
         elif opcode not in _FREE:
-            self._compute(each, computation)
-
-    def _memory(self) -> float:
-        return self._chip.memory_efficiency * self._chip.hbm_bytes_per_s
+            self._clock.spend(*self._costs.of(each, computation))
 
     def _inside(self, each: Instruction) -> None:
         """Takes a loop as often as it runs; of branches the first.
@@ -140,67 +137,6 @@ class _Walk:
                 for _ in range(times):
                     self.computation(name)
                 return
-
-    def _compute(self, each: Instruction, computation: Computation) -> None:
-        if id(each) not in self._costs:
-            self._costs[id(each)] = self._cost(each, computation)
-        self._clock.spend(*self._costs[id(each)])
-
-    def _cost(self, each: Instruction, computation: Computation) -> tuple[str, float]:
-        """Returns what an operation counts as, and its seconds."""
-        flops, inside = self._flops(each, computation)
-        traffic = self._traffic(each, computation) / self._memory()
-        if _is_attention(each):
-            peak = self._chip.attention_efficiency * self._chip.peak_flops
-            products = _kernel_flops(each, computation) / peak
-            # A GPU's is several kernels: what they read beside the products takes time.
-            both = products + traffic
-            return "attention", max(products, traffic) if self._slice.is_tpu else both
-        attention = "bkgts" in inside or "splash" in inside or "flash" in inside
-        peak = self._chip.matmul_efficiency * self._chip.peak_flops
-        what = "matmul" if flops else "elementwise"
-        return "attention" if attention else what, max(flops / peak, traffic)
-
-    def _flops(self, each: Instruction, computation: Computation) -> tuple[float, str]:
-        """Returns the FLOPs of an operation and the names of what is in it."""
-        called = each.called("calls") if each.opcode == "fusion" else None
-        if called is None:
-            return self._slowness(each, computation) * hlo.flops(
-                each, computation
-            ), each.op_name
-        total, names = 0.0, each.op_name
-        inner = self._module.computations[called]
-        for instruction in inner.instructions:
-            more, words = self._flops(instruction, inner)
-            total += more
-            names += words if more else ""
-        return total, names
-
-    def _slowness(self, each: Instruction, computation: Computation) -> float:
-        """Returns how much longer than in bfloat16 a product takes.
-
-        A GPU multiplies float32 as TF32, at half the rate; a TPU rounds it to bfloat16.
-        8-bit numbers have the rate that the chip has for them.
-        """
-        first = computation.shape(each.operands[0]) if each.operands else None
-        if first is None:
-            return 1
-        if low := _LOW_PRECISION.get(first.kind[:2]):
-            return 1 / self._chip.low_precision.get(low, 1)
-        return 2 if first.kind == "f32" and not self._slice.is_tpu else 1
-
-    def _traffic(self, each: Instruction, computation: Computation) -> float:
-        """Returns the bytes that an operation moves to and from the memory."""
-        if each.opcode in ("dynamic-slice", "slice", "gather"):
-            return 2 * _held(each)
-        called = each.called("calls") if each.opcode == "fusion" else None
-        inner = self._module.computations.get(called or "")
-        total = _written(each, inner)
-        for i, operand in enumerate(each.operands):
-            shape = computation.shape(operand)
-            if shape is not None and shape.space == 0:
-                total += _read(shape, i, inner)
-        return total
 
     def _collective(self, each: Instruction, kind: str, opcode: str) -> None:
         if opcode.endswith("-done"):
@@ -315,71 +251,6 @@ class _Walk:
                 self._clock.wait(*found)
 
 
-def _held(each: Instruction) -> int:
-    """Returns the bytes of the results that lie in the large memory."""
-    return sum(shape.nbytes for shape in each.shapes if shape.space == 0)
-
-
-def _written(each: Instruction, inner: Computation | None) -> int:
-    """Returns the bytes written: of an update in place, the update alone."""
-    if inner is None:
-        return _held(each)
-    root = inner.root
-    roots = [inner.by_name.get(name.split("#")[0]) for name in root.operands]
-    parts = [r for r in roots if r] if root.opcode == "tuple" else [root]
-    total = 0
-    for part, shape in zip(parts, each.shapes, strict=False):
-        if shape.space == 0:
-            update = part.opcode == "dynamic-update-slice"
-            inside = inner.shape(part.operands[1]) if update else None
-            total += inside.nbytes if inside else shape.nbytes
-    return total
-
-
-def _read(shape: Shape, index: int, inner: Computation | None) -> float:
-    """Returns the bytes read of an operand: of a slice, the slice alone."""
-    if inner is None:
-        return shape.nbytes
-    name = next(
-        (
-            each.name
-            for each in inner.instructions
-            if each.opcode == "parameter" and each.operands == (str(index),)
-        ),
-        "",
-    )
-    users = _past(("bitcast", "convert"), inner, name)
-    if users and all(
-        user.opcode in ("dynamic-slice", "slice", "gather") for user, _ in users
-    ):
-        taken = sum(math.prod(user.shapes[0].dims) for user, _ in users)
-        return min(1, taken / max(1, math.prod(shape.dims))) * shape.nbytes
-    users = _past(("bitcast",), inner, name)
-    if users and all(
-        user.opcode == "dynamic-update-slice" and user.operands[0] == seen
-        for user, seen in users
-    ):
-        return 0
-    return shape.nbytes
-
-
-def _past(
-    opcodes: Sequence[str], inner: Computation, name: str
-) -> list[tuple[Instruction, str]]:
-    """Returns what reads a value of a fusion, past some operations, under which name.
-
-    The same bytes tiled in another way are the same value.
-    """
-    found = []
-    for user in inner.users.get(name, []):
-        retiled = user.opcode == "fusion" and _RETILED in user.attributes
-        if user.opcode in opcodes or retiled:
-            found += _past(opcodes, inner, user.name)
-        else:
-            found.append((user, name))
-    return found
-
-
 def _results(each: Instruction) -> Sequence[Shape]:
     """Returns the results of a collective, one for each operand.
 
@@ -388,33 +259,3 @@ def _results(each: Instruction) -> Sequence[Shape]:
     count = len(each.operands)
     begins = each.opcode.endswith("-start") and len(each.shapes) >= 2 * count
     return each.shapes[count : 2 * count] if begins else each.shapes[:count]
-
-
-def _is_attention(each: Instruction) -> bool:
-    """Whether it is the attention kernel of a TPU or of cuDNN."""
-    return "tpu_custom_call" in each.attributes or _CUDNN in each.attributes
-
-
-def _kernel_flops(each: Instruction, computation: Computation) -> float:
-    """Returns the FLOPs of an attention kernel over causal blocks.
-
-    Forward has two products of T x S x H a head, backward five, or, on TPUs with a
-    kernel for the queries alone, four for keys and values and three for queries. A
-    block on the diagonal counts whole. Windows are not seen.
-    """
-    shapes = [computation.shape(operand) for operand in each.operands]
-    floats = [s.dims for s in shapes if s and s.kind in ("bf16", "f32", "f16")]
-    if len(floats) < 2:
-        return 0.0
-    query, key = floats[:2]
-    name = each.name + each.op_name
-    if _CUDNN in each.attributes:
-        one = math.prod(query) * key[1]  # B x T x N x H x S
-        products, diagonal = 5 if "Backward" in each.attributes else 2, 0.0
-    else:
-        one = math.prod(query) * key[-2]  # heads x T x H x S
-        backward = 5 if len(each.shapes) == 3 else 4
-        products = backward if "dkv" in name else 3 if "_dq" in name else 2
-        block = _BLOCK.search(each.attributes)
-        diagonal = int(block[1]) / key[-2] if block else 0.0
-    return 2 * products * one * (1 + diagonal) / 2

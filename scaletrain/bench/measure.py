@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scaletrain import compilation, data, feed, loop, sharding
+from scaletrain import compilation, data, input_pipeline, loop, sharding
 from scaletrain.config import RunConfig
 from scaletrain.monitor.meter import peak_memory_bytes
 from scaletrain.program import Batch, Program, initial
@@ -128,7 +128,7 @@ def synthetic(program: Program) -> Feed:
 
 def from_data(program: Program) -> Feed:
     """Returns the feed of a run: the settings' own data, read ahead as in training."""
-    corpus = feed.prepare(program.run)
+    corpus = input_pipeline.prepare(program.run)
     sequences = data.sequences(corpus, "train", program.run)
-    batches = feed.batches_of(program, sequences, 0)
+    batches = input_pipeline.batches_of(program, sequences, 0)
     return lambda: sharding.place(next(batches), program.batch)

@@ -14,7 +14,7 @@ from einops import rearrange
 
 from scaletrain.config import ModelConfig, replaced
 from scaletrain.errors import CheckpointError
-from scaletrain.families.spelling import shown
+from scaletrain.hf.families.normalise import shown
 from scaletrain.matrices import DIMS
 
 Config = Mapping[str, Any]  # a config.json, flattened to dotted keys

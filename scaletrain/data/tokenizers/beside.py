@@ -23,7 +23,7 @@ _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 Sidecars = Mapping[str, bytes]  # the content of those of NAMES that are there
 
 
-def beside(filesystem: Any, path: str) -> dict[str, bytes]:
+def read(filesystem: Any, path: str) -> dict[str, bytes]:
     """Returns the files in the folder of `path`.
 
     Raises:

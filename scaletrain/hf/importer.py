@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from scaletrain import checkpoint, config, data, families, mesh, safetensors
+from scaletrain import checkpoint, config, data, mesh
 from scaletrain.config import (
     DataConfig,
     MeshConfig,
@@ -27,10 +27,11 @@ from scaletrain.config import (
     RunConfig,
 )
 from scaletrain.errors import CheckpointError, ConfigError
-from scaletrain.families import Entry, Family
 from scaletrain.files import check_room, creating
+from scaletrain.hf import families, safetensors
+from scaletrain.hf.families import Entry, Family
+from scaletrain.hf.safetensors import Stored
 from scaletrain.program import build
-from scaletrain.safetensors import Stored
 from scaletrain.workdir import Workdir
 
 _GENERATION = "generation_config.json"

@@ -1,7 +1,7 @@
 """Llama 2 and 3.x (arXiv 2307.09288, 2407.21783), and what later families kept."""
 
-from scaletrain.families.mapping import Family, Key, Tensor
-from scaletrain.families.spelling import nested_rope
+from scaletrain.hf.families.mapping import Family, Key, Tensor
+from scaletrain.hf.families.normalise import nested_rope
 
 HEAD_DIM = Key(
     "head_dim",

@@ -3,7 +3,7 @@
 Its matrices are stored as (inputs, outputs), unlike those of every later family.
 """
 
-from scaletrain.families.mapping import Family, Key, Tensor
+from scaletrain.hf.families.mapping import Family, Key, Tensor
 
 _LAYER = "transformer.h.{l}"
 

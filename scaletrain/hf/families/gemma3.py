@@ -5,8 +5,8 @@ Of the sizes that also see pictures, the language model alone is read.
 
 import dataclasses
 
-from scaletrain.families import gemma2, llama, qwen3
-from scaletrain.families.mapping import Key
+from scaletrain.hf.families import gemma2, llama, qwen3
+from scaletrain.hf.families.mapping import Key
 
 # What the files of the larger sizes leave to their reader.
 _ABSENT = {

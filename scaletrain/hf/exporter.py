@@ -13,19 +13,13 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from scaletrain import (
-    checkpoint,
-    config,
-    data,
-    families,
-    mesh,
-    safetensors,
-)
+from scaletrain import checkpoint, config, data, mesh
 from scaletrain.checkpoint import warm_start
 from scaletrain.config import PrecisionConfig, RunConfig
 from scaletrain.errors import CheckpointError, ConfigError
-from scaletrain.families import Entry, Family, Piece, adapters
 from scaletrain.files import creating
+from scaletrain.hf import families, peft, safetensors
+from scaletrain.hf.families import Entry, Family, Piece
 from scaletrain.program import build
 from scaletrain.workdir import Workdir
 
@@ -166,7 +160,7 @@ def _adapter(
 ) -> Tensors:
     """Writes adapters alone, in PEFT's layout."""
     plain = [path for path in weights if "/lora_" not in path]
-    pieces = adapters.tensors(families.entries(family, run.model, plain), run.lora)
+    pieces = peft.tensors(families.entries(family, run.model, plain), run.lora)
     kind = DTYPES[dtype or "float32"]
 
     def read(name: str) -> np.ndarray:
@@ -179,7 +173,7 @@ def _adapter(
         folder / "adapter_model.safetensors", list(tensors), tensors, read
     )
     base = warm_start.parsed(run.init_from)[0]
-    settings = adapters.config(family, run.lora, pieces, base)
+    settings = peft.config(family, run.lora, pieces, base)
     _json(folder / "adapter_config.json", settings)
     return tensors
 

@@ -5,9 +5,9 @@ Norms multiply by 1 + scale; embeddings are scaled by sqrt(d_model).
 
 from typing import Any
 
-from scaletrain.families import llama
-from scaletrain.families.mapping import Family, Key, Tensor
-from scaletrain.families.spelling import layer_types, nested_rope
+from scaletrain.hf.families import llama
+from scaletrain.hf.families.mapping import Family, Key, Tensor
+from scaletrain.hf.families.normalise import layer_types, nested_rope
 
 
 def _number(value: float) -> int | float:

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from scaletrain.families import llama
-from scaletrain.families.mapping import Key
+from scaletrain.hf.families import llama
+from scaletrain.hf.families.mapping import Key
 
 WINDOW = Key("sliding_window", "sliding_window", absent=4096, null=0)
 

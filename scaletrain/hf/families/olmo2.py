@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from scaletrain.families import llama
-from scaletrain.families.mapping import Tensor
+from scaletrain.hf.families import llama
+from scaletrain.hf.families.mapping import Tensor
 
 NORMS = (
     Tensor(

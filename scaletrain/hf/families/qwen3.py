@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from scaletrain.families import llama, qwen2
-from scaletrain.families.mapping import Key, Tensor
+from scaletrain.hf.families import llama, qwen2
+from scaletrain.hf.families.mapping import Key, Tensor
 
 HEAD_NORMS = (
     Tensor(

@@ -9,7 +9,7 @@ from typing import Any
 
 from scaletrain.config import LoraConfig, adapted
 from scaletrain.errors import CheckpointError
-from scaletrain.families.mapping import Entry, Family, Piece
+from scaletrain.hf.families.mapping import Entry, Family, Piece
 from scaletrain.matrices import LAYER
 
 

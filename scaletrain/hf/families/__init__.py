@@ -1,7 +1,7 @@
 """Published model families: one file each, all of them settings of one decoder.
 
-    mapping   the machine: declared once, read in both directions
-    spelling  the ways config.json has been written
+    mapping    which tensors are which parameters: declared once, read both ways
+    normalise  the spellings of config.json become one
 
 To add one, declare a `Family` in a file of its name and list it in `config.FAMILIES`.
 """
@@ -13,8 +13,8 @@ from typing import Any
 from scaletrain import config as settings
 from scaletrain.config import ModelConfig
 from scaletrain.errors import CheckpointError
-from scaletrain.families import mapping, spelling
-from scaletrain.families.mapping import Entry, Family, Piece, entries
+from scaletrain.hf.families import mapping, normalise
+from scaletrain.hf.families.mapping import Entry, Family, Piece, entries
 
 __all__ = ["FAMILIES", "Entry", "Family", "Piece", "entries", "of_config", "of_model"]
 
@@ -35,7 +35,7 @@ def of_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
     for family in FAMILIES.values():
         if kind in family.model_types:
             try:
-                flat = spelling.flat(dict(config))
+                flat = normalise.flat(dict(config))
             except ValueError as err:
                 raise CheckpointError(
                     f"config.json cannot be honoured:\n  {err}"
