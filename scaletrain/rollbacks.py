@@ -16,7 +16,7 @@ from typing import Any
 
 from scaletrain import cluster
 from scaletrain.checkpoint import Store
-from scaletrain.errors import CheckpointError, DivergedError
+from scaletrain.errors import DivergedError
 from scaletrain.files import atomic_write
 from scaletrain.workdir import Workdir
 
@@ -75,13 +75,6 @@ class Diverged(Exception):
         super().__init__(f"steps {first} to {last}")
 
 
-def _is_record(record: Any) -> bool:
-    """Whether a record tells where a run went back to, and what it left out."""
-    return isinstance(record, dict) and all(
-        type(record.get(name)) is int for name in ("step", "left_out")
-    )
-
-
 class Rollbacks:
     """How often a run went back, where to, and what it left out for good."""
 
@@ -93,26 +86,12 @@ class Rollbacks:
         """
         self._path = workdir.rollbacks
         self._checkpoints, self._say = checkpoints, say
-        self.records = self._read()
+        self.records = workdir.rollback_records()
         newest = checkpoints.latest()
         data = None if newest is None else checkpoints.data(newest)
         # A checkpoint that was moved elsewhere alone knows what came before it.
         stored = data["rollbacks"] if data else []
         self.records = max(self.records, stored, key=len)
-
-    def _read(self) -> list[dict[str, Any]]:
-        if not self._path.exists():
-            return []
-        try:
-            found = json.loads(self._path.read_text("utf-8", "replace"))
-            if not isinstance(found, list) or not all(map(_is_record, found)):
-                raise ValueError("not what a run writes there")
-            return found
-        except (ValueError, RecursionError) as err:
-            raise CheckpointError(
-                f"{self._path}; damaged ({err}); without it the run would read batches "
-                "it left out; remove it to go by the newest checkpoint alone."
-            ) from err
 
     @property
     def left_out(self) -> list[tuple[int, int]]:

@@ -25,6 +25,7 @@ from scaletrain.config import RunConfig
 from scaletrain.console import say
 from scaletrain.errors import ConfigError
 from scaletrain.files import atomic_write
+from scaletrain.lock import locked
 from scaletrain.loop import Loop
 from scaletrain.monitor import goodput
 from scaletrain.monitor.phase_clock import Phases
@@ -65,7 +66,7 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
     with contextlib.ExitStack() as held:
         held.enter_context(jax.set_mesh(grid))
         if jax.process_index() == 0:
-            held.enter_context(workdirs.held(folder, say))
+            held.enter_context(locked(folder, say))
             phases.tell(folder)
         held.enter_context(Watchdog(phases, folder, run.watchdog_s))
         # 3. From where: the newest checkpoint, other weights, or the seed.

@@ -1,21 +1,15 @@
-"""The folder of a run: its map, and the lock that one run at a time holds."""
+"""The folder of a run: the files in it, and readers that need no jax."""
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import json
 import math
 import os
 import pathlib
-import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from scaletrain.errors import CheckpointError
-
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +118,32 @@ class Workdir:
         steps = [record.get("newest_saved") for record in self.records()]
         return max((step for step in steps if isinstance(step, int)), default=None)
 
+    def rollback_records(self) -> list[dict[str, Any]]:
+        """Returns the records in `rollbacks`; each has at least "step" and "left_out".
+
+        Raises:
+          CheckpointError: the file is damaged.
+        """
+        path = self.rollbacks
+        if not path.exists():
+            return []
+        try:
+            records = json.loads(path.read_text("utf-8", "replace"))
+            if not isinstance(records, list) or not all(map(_is_rollback, records)):
+                raise ValueError("not what a run writes there")
+            return records
+        except (ValueError, RecursionError) as err:
+            raise CheckpointError(
+                f"{path}; damaged ({err}); without it the run would read batches "
+                "it left out; remove it to go by the newest checkpoint alone."
+            ) from err
+
+
+def _is_rollback(record: Any) -> bool:
+    return isinstance(record, dict) and all(
+        type(record.get(name)) is int for name in ("step", "left_out")
+    )
+
 
 def prepare(workdir: str) -> Workdir:
     """Returns the workdir, made if missing.
@@ -159,54 +179,3 @@ def writing(workdir: Workdir) -> Iterator[None]:
             f"--workdir={workdir}; {err.strerror}; make room, or give a folder on "
             "another disk."
         ) from err
-
-
-@contextlib.contextmanager
-def held(workdir: Workdir, say: Callable[[str], None]) -> Iterator[None]:
-    """Keeps other runs out of a workdir; readers do not ask.
-
-    The kernel lets go when the process dies, however it does. Where a network file
-    system does not carry locks between hosts, two hosts are not kept apart; one that
-    has no locks at all is told of.
-
-    Raises:
-      CheckpointError: another run is in it, or it cannot be written.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            # Without a buffer nothing is left to be written when it closes.
-            file = stack.enter_context(workdir.lock.open("a+b", buffering=0))
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            raise CheckpointError(
-                f"--workdir={workdir}; {_holder(workdir.lock)} trains there; wait for "
-                "it, end it, or give another folder."
-            ) from err
-        except OSError as err:
-            if err.errno not in _NO_LOCKS:
-                raise CheckpointError(
-                    f"--workdir={workdir}; {err.strerror}; give a folder you may "
-                    "write to."
-                ) from err
-            say(
-                f"--workdir={workdir}; its file system has no locks ({err.strerror}), "
-                "so a second run would not be refused; start none there."
-            )
-        else:
-            with contextlib.suppress(OSError):  # the lock holds on a full disk too
-                file.truncate(0)
-                file.write(json.dumps(_self()).encode())
-        yield
-
-
-def _self() -> dict[str, Any]:
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
-    return {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
-
-
-def _holder(lock: pathlib.Path) -> str:
-    try:
-        said = json.loads(lock.read_text(encoding="utf-8"))
-        return f"process {said['pid']} on {said['host']}, since {said['since']},"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"

@@ -21,7 +21,7 @@ import small
 import tensorstore
 from jax.sharding import NamedSharding
 
-from scaletrain import config, main, train, workdir
+from scaletrain import config, lock, main, train
 from scaletrain.checkpoint import Store, manifest, writer
 from scaletrain.checkpoint.manifest import UNFINISHED, Manifest
 from scaletrain.checkpoint.retention import kept
@@ -553,8 +553,8 @@ def test_temporary_steps_go_when_a_newer_one_is_whole():
 
 def test_a_workdir_holds_one_run(tmp_path):
     code = (
-        "import pathlib, sys; from scaletrain import workdir\n"
-        f"with workdir.held(workdir.Workdir.of({str(tmp_path)!r}), print):\n"
+        "import sys; from scaletrain import lock, workdir\n"
+        f"with lock.locked(workdir.Workdir.of({str(tmp_path)!r}), print):\n"
         "    print('held', flush=True); sys.stdin.read()"
     )
     pipe = subprocess.PIPE
@@ -564,11 +564,11 @@ def test_a_workdir_holds_one_run(tmp_path):
         assert other.stdout.readline() == b"held\n"
         with (
             pytest.raises(CheckpointError, match=f"process {other.pid} on .* trains"),
-            workdir.held(Workdir(tmp_path), print),
+            lock.locked(Workdir(tmp_path), print),
         ):
             pass
         other.kill()
-    with workdir.held(Workdir(tmp_path), print):  # the kernel let go
+    with lock.locked(Workdir(tmp_path), print):  # the kernel let go
         assert json.loads((tmp_path / "lock").read_text())["pid"] != other.pid
 
 
@@ -591,18 +591,18 @@ def test_imports_have_manifests(tmp_path):
 def test_a_workdir_that_cannot_be_locked_is_refused(
     tmp_path, monkeypatch, number, words
 ):
-    monkeypatch.setattr(workdir.fcntl, "flock", failing(number))
+    monkeypatch.setattr(lock.fcntl, "flock", failing(number))
     with (
         pytest.raises(CheckpointError, match=words),
-        workdir.held(Workdir(tmp_path), print),
+        lock.locked(Workdir(tmp_path), print),
     ):
         pass
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
 def test_a_file_system_without_locks_is_told_of(tmp_path, told, monkeypatch, number):
-    monkeypatch.setattr(workdir.fcntl, "flock", failing(number))
-    with workdir.held(Workdir(tmp_path), told.append):
+    monkeypatch.setattr(lock.fcntl, "flock", failing(number))
+    with lock.locked(Workdir(tmp_path), told.append):
         pass
     assert "its file system has no locks" in told[0]
     assert os.strerror(number) in told[0]

@@ -117,11 +117,14 @@ def test_an_account_that_is_lost_or_not_ours_is_begun_anew(tmp_path):
         assert len(json.loads((tmp_path / "attempts.json").read_text())) == 1
     path = tmp_path / "attempts.json"
     (ours,) = json.loads(path.read_text())
+    keys = "began up boot from to taken finished phases seconds".split()
+    assert list(ours) == keys
     others = [3, ours | {"phases": None}, ours | {"taken": 4}, ours | {"up": "x"}]
     path.write_text(json.dumps([ours, *others]))
     with goodput.Account(Workdir(tmp_path), Phases()) as account:
         assert account.total()["attempts"] == 2  # it and what was ours
-    path.write_text(json.dumps([ours]))
+    older = {name: value for name, value in ours.items() if name != "finished"}
+    path.write_text(json.dumps([older]))
     (tmp_path / "attempts.json.partial").mkdir()  # nothing can be written
     with goodput.Account(Workdir(tmp_path), Phases()) as account:
         assert account.total()["attempts"] == 2

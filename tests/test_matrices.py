@@ -2,8 +2,10 @@
 
 import dataclasses
 import pkgutil
+import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 import small
 from flax import nnx
@@ -29,6 +31,13 @@ def test_the_table_has_every_matrix_of_the_decoder(settings):
     if model.head == "untied":
         table[head.name] = head.sizes(model)
     assert sizes == table
+
+
+def test_a_decoder_names_the_values_that_remat_can_keep():
+    model = Decoder(small.MODEL, PrecisionConfig(), jax.random.key(0))
+    ids = jnp.zeros((8, 8), jnp.int32)
+    text = str(jax.make_jaxpr(lambda ids: model(ids, ids, ids))(ids))
+    assert set(re.findall(r"name\[name=(\w+)\]", text)) == set(matrices.REMAT_NAMES)
 
 
 def test_tensor_parallelism_splits_the_dims_that_the_rules_split():

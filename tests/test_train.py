@@ -315,9 +315,10 @@ def test_a_run_goes_on_where_its_corpus_was_moved_to(brief, tmp_path, capfd):
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])
 def test_a_checkpoint_must_match_leaf_by_leaf(brief, tmp_path, monkeypatch, change):
     """That it does not is told before the step is compiled."""
-    from scaletrain import checkpoint, compilation
+    from scaletrain import compilation
+    from scaletrain.checkpoint import reader
 
-    whole, shorter = checkpoint.flat, jax.numpy.ones(31)
+    whole, shorter = reader.flat, jax.numpy.ones(31)
 
     def altered(tree):
         flat = whole(tree)
@@ -331,7 +332,7 @@ def test_a_checkpoint_must_match_leaf_by_leaf(brief, tmp_path, monkeypatch, chan
         return flat
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "flat", altered)
+        patch.setattr(reader, "flat", altered)
         train.run(brief, str(tmp_path))
     words = {
         "missing": "norm/scale: missing",

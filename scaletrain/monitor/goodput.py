@@ -16,30 +16,12 @@ from typing import Any, Self
 import jax
 
 from scaletrain.files import atomic_write
+from scaletrain.monitor.attempt import Attempt, attempts
 from scaletrain.monitor.phase_clock import STEP, Phases
 from scaletrain.workdir import Workdir
 
 _EVERY_S = 2.0
 _BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")  # of Linux
-
-
-_NUMBER = (int, float)
-_FIELDS = {
-    "began": _NUMBER, "up": _NUMBER, "boot": str, "taken": int, "phases": dict,
-    "seconds": _NUMBER,
-}  # fmt: skip
-
-
-def _is_attempt(found: Any) -> bool:
-    """Whether it is what an account writes of an attempt."""
-    if not isinstance(found, dict) or not all(
-        isinstance(found.get(name), kind) for name, kind in _FIELDS.items()
-    ):
-        return False
-    steps = [found.get("from"), found.get("to")]
-    began = all(isinstance(step, int) for step in steps)
-    whole = began or (steps == [None, None] and not found["taken"])
-    return whole and all(isinstance(s, _NUMBER) for s in found["phases"].values())
 
 
 class Account:
@@ -51,17 +33,12 @@ class Account:
     def __init__(self, workdir: Workdir, phases: Phases):
         self._path, self._phases = workdir.attempts, phases
         self._over, self._writing = threading.Event(), threading.Lock()
-        self._attempts, elapsed = self._read(), phases.elapsed()
-        self._now: dict[str, Any] = {
-            "began": time.time() - elapsed,
-            # The time of day may jump, this clock does not while its machine is up.
-            "up": time.monotonic() - elapsed,
-            "boot": _BOOT.read_text().strip() if _BOOT.exists() else "",
-            "from": None,  # the earliest step it went on from
-            "to": None,  # the step it is at
-            "taken": 0,  # steps
-            "finished": False,  # the run had no step left: it was over, not down
-        }
+        self._attempts, elapsed = attempts(workdir), phases.elapsed()
+        self._now = Attempt(
+            began=time.time() - elapsed,
+            up=time.monotonic() - elapsed,
+            boot=_BOOT.read_text().strip() if _BOOT.exists() else "",
+        )
         self._attempts.append(self._now)
         self._measure()
 
@@ -78,31 +55,24 @@ class Account:
         if jax.process_index() == 0:
             self._write()
 
-    def _read(self) -> list[dict[str, Any]]:
-        try:
-            found = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            found = []  # a lost account is no reason not to train
-        return list(filter(_is_attempt, found)) if isinstance(found, list) else []
-
     def begin(self, step: int) -> None:
         """Says which step this attempt goes on from, or went back to."""
-        first = self._now["from"]
-        self._now["from"] = step if first is None else min(first, step)
-        self._now["to"] = step
+        now, first = self._now, self._now.first
+        now.first = step if first is None else min(first, step)
+        now.last = step
 
     def took(self, step: int) -> None:
         """Says that a step was taken."""
-        self._now["to"] = step
-        self._now["taken"] += 1
+        self._now.last = step
+        self._now.taken += 1
 
     def finish(self) -> None:
         """Says that the run has no step left; until it is extended it is not down."""
-        self._now["finished"] = True
+        self._now.finished = True
 
     def _measure(self) -> None:
-        self._now["phases"] = self._phases.totals()
-        self._now["seconds"] = sum(self._now["phases"].values())
+        self._now.phases = self._phases.totals()
+        self._now.seconds = sum(self._now.phases.values())
 
     def _keep(self) -> None:
         while not self._over.wait(_EVERY_S):
@@ -111,27 +81,26 @@ class Account:
     def _write(self) -> None:
         with self._writing, contextlib.suppress(OSError):  # as with a lost one
             self._measure()
-            atomic_write(self._path, json.dumps(self._attempts, indent=1).encode())
+            entries = [attempt.entry() for attempt in self._attempts]
+            atomic_write(self._path, json.dumps(entries, indent=1).encode())
 
     def total(self) -> dict[str, Any]:
         """Returns the seconds of the run by cause; productive is what is not lost."""
         self._measure()
         causes = {STEP: 0.0, "lost": 0.0}
-        later, begun_again = (
-            None,
-            math.inf,
-        )  # the attempt after, the earliest step after
+        later: Attempt | None = None
+        begun_again = math.inf  # the earliest step that a later attempt took again
         for attempt in reversed(self._attempts):
-            for name, seconds in attempt["phases"].items():
+            for name, seconds in attempt.phases.items():
                 causes[name] = causes.get(name, 0.0) + seconds
             lost = _lost_s(attempt, begun_again)
             causes[STEP] -= lost
             causes["lost"] += lost
-            if later is not None and not attempt.get("finished"):
+            if later is not None and not attempt.finished:
                 causes["down"] = causes.get("down", 0.0) + _between_s(attempt, later)
             later = attempt
-            if attempt["from"] is not None:
-                begun_again = min(begun_again, attempt["from"])
+            if attempt.first is not None:
+                begun_again = min(begun_again, attempt.first)
         whole = sum(causes.values())
         return {
             "goodput": causes[STEP] / whole if whole else 0.0,
@@ -141,20 +110,21 @@ class Account:
         }
 
 
-def _lost_s(attempt: dict[str, Any], begun_again: float) -> float:
+def _lost_s(attempt: Attempt, begun_again: float) -> float:
     """Returns the seconds of an attempt's steps that were taken again, or not ended."""
-    in_steps, taken = attempt["phases"].get(STEP, 0.0), attempt["taken"]
-    if not taken:
+    in_steps, taken = attempt.phases.get(STEP, 0.0), attempt.taken
+    if attempt.first is None or attempt.last is None or not taken:
         return in_steps
-    kept = min(attempt["to"], begun_again) - attempt["from"]
+    kept = min(attempt.last, begun_again) - attempt.first
     return in_steps * (1.0 - max(0.0, kept) / taken)
 
 
-def _between_s(attempt: dict[str, Any], later: dict[str, Any]) -> float:
+def _between_s(attempt: Attempt, later: Attempt) -> float:
     """Returns the seconds from the last word of an attempt to the next one's begin."""
-    same = attempt["boot"] and attempt["boot"] == later["boot"]
-    clock = "up" if same else "began"
-    return max(0.0, later[clock] - attempt[clock] - attempt["seconds"])
+    same_boot = attempt.boot and attempt.boot == later.boot
+    # The time of day may jump.
+    since = later.up - attempt.up if same_boot else later.began - attempt.began
+    return max(0.0, since - attempt.seconds)
 
 
 def in_words(total: dict[str, Any]) -> str:
