@@ -5,7 +5,7 @@ CONSTRAINTS ?= -c constraints.txt
 BIN := .venv/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test check format parity accuracy performance plan-all manifests endurance slurm
+.PHONY: quickstart test check format reference parity accuracy performance plan-all manifests endurance slurm
 
 quickstart: .venv/installed
 	$(BIN)/scaletrain train --config=experiments/quickstart.py --workdir=$(WORKDIR)
@@ -30,6 +30,10 @@ check: .venv/dev
 format: .venv/dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The pages of docs/reference/ that are made from the code.
+reference: .venv/installed
+	$(BIN)/python tests/pages.py
 
 # TORCH= is a Python that has torch and transformers; SEED= repeats a run.
 parity: .venv/installed

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+import numpy as np
 import pytest
 import small
 
@@ -82,6 +83,40 @@ def test_references_inside_an_experiment_follow_overrides(experiment):
     body = "form.optim.warmup_steps = form.get_ref('num_steps') // 2"
     run = config.load(experiment(body), [("num_steps", "100")])
     assert run.optim.warmup_steps == 50
+
+
+def test_overrides_reach_groups_that_a_form_lacks(experiment, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"seed": 3}')
+    run = config.load(str(path), [("optim.b1", "0.8"), ("mesh.dcn.data", "2")])
+    assert (run.seed, run.optim.b1, run.mesh.dcn.data) == (3, 0.8, 2)
+    body = "from ml_collections import ConfigDict; form = ConfigDict({'seed': 4})"
+    run = config.load(experiment(body), [("model.rope.base", "5")])
+    assert (run.seed, run.model.rope.base) == (4, 5.0)
+
+
+def test_an_override_may_be_of_a_finer_type_than_the_form(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"optim": {"learning_rate": 1}, "model": {"remat_save": []}}')
+    overrides = [
+        ("optim.learning_rate", "0.5"), ("model.remat", "save"),
+        ("model.remat_save", "key,value"),
+    ]  # fmt: skip
+    run = config.load(str(path), overrides)
+    assert run.optim.learning_rate == 0.5
+    assert run.model.remat_save == ("key", "value")
+
+
+def test_flags_are_read_as_the_overrides_they_spell(experiment):
+    overrides = {
+        "optim.learning_rate": 0.125, "model.remat": "save",
+        "model.remat_save": ("query", "key"), "mesh.dcn.data": 2,
+    }  # fmt: skip
+    words = [word.removeprefix("--config.") for word in config.flags(overrides)]
+    run = config.load(experiment(), [tuple(word.split("=")) for word in words])
+    assert run == config.applied(RunConfig(num_steps=7), overrides)
+    assert config.changes(RunConfig(num_steps=7), overrides) == overrides
+    assert config.changes(run, overrides) == {}
 
 
 def test_argument_reaches_get_config(experiment):
@@ -379,6 +414,31 @@ def test_the_set_of_settings_is_frozen(golden):
     golden(
         "settings.txt", "\n".join(p for p, _, _ in config.leaves(RunConfig())) + "\n"
     )
+
+
+def test_sizes_of_a_mesh_and_of_a_batch_follow_from_the_axes():
+    mesh = MeshConfig(data=2, fsdp=4, tensor=2, dcn=AxesConfig(data=3))
+    run = small.changed(small.RUN, mesh=mesh, batch_size=96, accumulate_steps=2)
+    assert [mesh.size(axis) for axis in ("data", "fsdp", "tensor", "stage")] == [
+        6, 4, 2, 1,
+    ]  # fmt: skip
+    assert (mesh.num_devices, mesh.num_slices) == (48, 3)
+    assert (run.batch_shards, run.micro_batch_rows, run.shard_rows) == (24, 48, 2)
+    assert MeshConfig(fsdp=-1, tensor=2).num_devices is None
+    assert MeshConfig(dcn=AxesConfig(data=-1)).num_devices is None
+
+
+@pytest.mark.parametrize(
+    ("window", "every", "wanted"), [(0, 0, "...."), (8, 0, "llll"), (8, 3, "ll.l")]
+)
+def test_a_layer_is_local_unless_it_is_the_nth(window, every, wanted):
+    model = small.changed(
+        small.MODEL, num_layers=4, sliding_window=window, global_every=every
+    )
+    kinds = "".join("l" if model.is_local(layer) else "." for layer in range(4))
+    assert kinds == wanted
+    traced = model.is_local(np.arange(4))  # as inside a scan
+    assert np.broadcast_to(traced, 4).tolist() == [kind == "l" for kind in kinds]
 
 
 def test_json_is_plain():

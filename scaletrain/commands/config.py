@@ -2,18 +2,42 @@
 
 import argparse
 import json
+from collections.abc import Iterator
 
 from scaletrain import config
 from scaletrain.commands import options, settings
 from scaletrain.commands.command import Command, Result
-from scaletrain.config import RunConfig
+from scaletrain.config import RunConfig, explain
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    options.experiment(parser, required=True)
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("--config", metavar="FILE[:ARG]", help=options.EXPERIMENT)
+    either.add_argument(
+        "--explain", metavar="PATH", nargs="?", const="",
+        help="the meaning of a setting, of a group of them, or of all",
+    )  # fmt: skip
+
+
+def _problems(args: argparse.Namespace) -> Iterator[str]:
+    if args.explain is not None:
+        for path, text in args.overrides:
+            yield (
+                f"--config.{path}={text}; no effect with --explain; leave one of them "
+                "out."
+            )
+
+
+def _settings(args: argparse.Namespace) -> RunConfig:
+    if args.explain is not None:
+        return RunConfig()
+    return settings.of_experiment(args)
 
 
 def _execute(run: RunConfig, args: argparse.Namespace) -> Result:
+    if args.explain is not None:
+        stories = explain.stories(args.explain)
+        return Result(stories, explain.in_words(stories))
     import jax
 
     from scaletrain import mesh, sharding
@@ -30,6 +54,7 @@ def _execute(run: RunConfig, args: argparse.Namespace) -> Result:
 COMMAND = Command(
     "the resolved settings and the sharding table",
     _arguments,
-    settings.of_experiment,
+    _settings,
     _execute,
+    _problems,
 )

@@ -11,7 +11,8 @@ from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError
 
 _EPILOG = """\
-settings: --config.a.b=value overrides any setting, as in --config.num_steps=50
+settings: --config.a.b=value overrides any setting, as in --config.num_steps=50;
+          `scaletrain config --explain` says what each is for
 exit codes: 0 done, 1 the run failed, 2 the request cannot be honoured,
             75 interrupted, saved, start me again,
             130 or 143 ended at once by a signal

@@ -4,13 +4,15 @@ import argparse
 
 from scaletrain import config
 
+EXPERIMENT = "experiment file, with an argument for its get_config"
+
 
 def experiment(parser: argparse.ArgumentParser, *, required: bool) -> None:
     """Adds --config."""
-    words = "experiment file, with an argument for its get_config"
-    if not required:
-        words += " (default: the settings in the workdir)"
-    parser.add_argument("--config", metavar="FILE[:ARG]", required=required, help=words)
+    words = "" if required else " (default: the settings in the workdir)"
+    parser.add_argument(
+        "--config", metavar="FILE[:ARG]", required=required, help=EXPERIMENT + words
+    )
 
 
 def workdir(parser: argparse.ArgumentParser) -> None:

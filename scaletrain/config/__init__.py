@@ -6,6 +6,7 @@
     load        a file and overrides to a checked run, and back to text
     overrides   other values for some settings, as text and as values
     rules       what must hold between settings
+    attention   what each attention kernel can run
     resume      what may change between two attempts at a run
     explain     the story of a setting, for a terminal and for docs/
 
@@ -13,6 +14,7 @@ Nothing here imports jax: a configuration can be built, printed and compared wit
 touching a device.
 """
 
+from scaletrain.config.attention import unable
 from scaletrain.config.experiment import file_and_argument
 from scaletrain.config.load import (
     from_config_dict,
@@ -24,7 +26,7 @@ from scaletrain.config.load import (
 )
 from scaletrain.config.overrides import Overrides, applied, changes, flags, whole
 from scaletrain.config.resume import differences
-from scaletrain.config.rules import check, is_possible, problems, resolve, unable
+from scaletrain.config.rules import check, is_possible, problems, resolve
 from scaletrain.config.schema import (
     AXES,
     BATCH_AXES,

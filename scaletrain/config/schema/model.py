@@ -67,13 +67,13 @@ class ModelConfig:
     """A decoder-only transformer and the way its layers are executed."""
 
     num_layers: int = setting(4, "Number of layers.", least=1)
-    d_model: int = setting(256, "Numbers a token has between layers.", least=1)
+    d_model: int = setting(256, "Width of a token's vector between layers.", least=1)
     num_heads: int = setting(4, "Number of query heads.", least=1)
     num_kv_heads: int = setting(
         4, "Number of key and value heads; divides num_heads.", least=1
     )
     d_head: int = setting(
-        64, "Numbers of a head; even, since rotary positions turn pairs.", least=2
+        64, "Width of a head; even, since rotary positions turn pairs.", least=2
     )
     d_ff: int = setting(1024, "Hidden units of the feed-forward layer.", least=1)
     vocab_size: int = setting(
