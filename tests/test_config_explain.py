@@ -8,7 +8,8 @@ import sys
 import pytest
 import small
 
-from scaletrain import config, flags
+from scaletrain import config
+from scaletrain.commands import line
 from scaletrain.config import RunConfig, explain
 from scaletrain.errors import ConfigError
 
@@ -102,7 +103,7 @@ def test_a_mistyped_path_is_refused_with_the_nearest(path, near):
 )
 def test_what_does_not_go_with_an_explanation_is_refused(words, problem):
     with pytest.raises(ConfigError, match=problem):
-        flags.read(["config", *words])
+        line.read(["config", *words])
 
 
 def other(path):
