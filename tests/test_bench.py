@@ -215,7 +215,7 @@ def test_steps_are_those_of_training():
         times, waits = steps.take(3)
         state = initial(program, with_frozen=True)
         feed = measure.synthetic(program)
-        for _ in range(6):
+        for _ in range(3):
             state, _ = steps.compiled(state, feed())
     assert len(times) == len(waits) == 3
     assert min(times) > 0 <= min(waits)
@@ -251,14 +251,14 @@ def test_medians_and_spread():
 def swept(speed, run=small.RUN):
     tried = []
 
-    def measure(run):
+    def timed(run):
         tried.append(run)
         seconds = speed(run)
         if isinstance(seconds, Exception):
             raise seconds
         return measure.Timed((seconds,), 0.0, 0.0, None)
 
-    found = sweep.Sweep(config.resolve(run, 1), 1, measure)
+    found = sweep.Sweep(config.resolve(run, 1), 1, timed)
     return found, found.best(), tried
 
 

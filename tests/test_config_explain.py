@@ -141,14 +141,13 @@ def test_what_changed_stops_a_resume_unless_the_setting_says_it_may(path):
 
 def _may_change(path):
     """Returns the answer by hand, from the words that users were promised."""
-    if path in ("optim.name", "optim.accumulate"):
+    if path in ("optim.name", "data.format"):
         return False
-    return path.split(".")[0] in ("mesh", "optim", "checkpoint", "eval") or path in (
+    return path.split(".")[0] in ("mesh", "optim", "checkpoint", "eval", "data") or path in (
         "num_steps", "accumulate_steps", "log_every_steps", "eval_every_steps",
         "watchdog_s", "init_from", "family", "model.layers", "model.remat",
         "model.remat_save", "model.remat_offload", "model.attention",
         "precision.compute", "precision.reduce", "precision.gradients",
-        "data.cache_dir",
     )  # fmt: skip
 
 
