@@ -33,7 +33,7 @@ format: .venv/dev
 
 # The pages of docs/reference/ that are made from the code.
 reference: .venv/installed
-	$(BIN)/python tools/reference.py
+	$(BIN)/python tests/pages.py
 
 # TORCH= is a Python that has torch and transformers; SEED= repeats a run.
 parity: .venv/installed

@@ -78,7 +78,7 @@ on_all() { queued "$@" --node=all --worker=all --batch-size=all; }
 # 1. What is asked for, and whether the mesh covers it.
 python="$root/.venv/bin/python"
 [[ -x "$python" ]] || python="$(dirname "$(command -v scaletrain)")/python3"
-said="$("$python" -m scaletrain.launch --topology="$topology" \
+said="$("$python" -m scaletrain.preflight --topology="$topology" \
   --num_slices="$num_slices" -- "$@")"
 declare -A slice
 while IFS='=' read -r key value; do slice["$key"]="$value"; done <<<"$said"

@@ -18,10 +18,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from scaletrain import config
-from scaletrain.config import REMAT_NAMES, RunConfig
+from scaletrain.config import RunConfig
+from scaletrain.console import say
 from scaletrain.errors import ConfigError, does_not_fit
 from scaletrain.hardware import chips
-from scaletrain.metrics import say
+from scaletrain.matrices import REMAT_NAMES
 from scaletrain.program import Program, build
 from scaletrain.step import train_step
 

@@ -16,8 +16,8 @@ from scaletrain import config, data, mesh, sharding, step
 from scaletrain.checkpoint import warm_start
 from scaletrain.config import PrecisionConfig, RunConfig
 from scaletrain.errors import DataError
+from scaletrain.files import atomic_file, check_room
 from scaletrain.program import Program, build
-from scaletrain.workdir import check_room
 
 
 def evaluate(
@@ -181,24 +181,20 @@ def _logits_file(
         yield lambda rows, count: None
         return
     header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-    folder, partial = pathlib.Path(path).parent, pathlib.Path(f"{path}.partial")
-    check_room(f"--save_logits={path}", folder, 4 * math.prod(shape))
+    target = pathlib.Path(path)
+    check_room(f"--save_logits={path}", target.parent, 4 * math.prod(shape))
     try:
-        with partial.open("wb") as file:
+        with atomic_file(target) as file:
             np.lib.format.write_array_header_1_0(file, header)
 
             def write(rows: jax.Array, count: int) -> None:
                 file.write(np.asarray(rows)[:count].data)
 
             yield write
-        partial.rename(path)
     except OSError as err:
         raise DataError(
             f"--save_logits={path}; {err.strerror}; give a file that can be made."
         ) from err
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 def in_words(found: dict[str, Any]) -> str:

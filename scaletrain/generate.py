@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,13 +13,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from scaletrain import config, mesh, safetensors
+from scaletrain import config, mesh
 from scaletrain.checkpoint import warm_start
 from scaletrain.config import RunConfig
 from scaletrain.data import Tokenizer
 from scaletrain.errors import ConfigError, DataError
+from scaletrain.hf import safetensors
 from scaletrain.models import Cache
 from scaletrain.program import Program, build
+from scaletrain.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +136,7 @@ def run(
             f"--workdir={workdir}; it has no tokenizer; give --prompt_ids, or the "
             "workdir of a run that was started on text."
         )
-    ends = _ends(pathlib.Path(workdir), tokenizer)
+    ends = _ends(Workdir.of(workdir), tokenizer)
     ids = [
         tokenizer.prompt(prompt)
         if tokenizer and isinstance(prompt, str)
@@ -159,12 +160,12 @@ def run(
     return found
 
 
-def _ends(workdir: pathlib.Path, tokenizer: Tokenizer | None) -> list[int]:
+def _ends(workdir: Workdir, tokenizer: Tokenizer | None) -> list[int]:
     """Returns the ids that end a text, the tokenizer's own first; -1 where none does.
 
     A published checkpoint may name more: the end of a document and that of a turn.
     """
-    path = workdir / "tokenizer" / "generation_config.json"
+    path = workdir.tokenizer / "generation_config.json"
     named = (
         safetensors.json_object(path).get("eos_token_id") if path.is_file() else None
     )

@@ -15,15 +15,16 @@ from scaletrain import (
     cluster,
     data,
     evaluate,
-    feed,
-    goodput,
-    metrics,
+    input_pipeline,
     rollbacks,
     sharding,
 )
+from scaletrain.console import say
 from scaletrain.errors import Interrupted
-from scaletrain.metrics import say
-from scaletrain.phases import STEP, WAIT, Phases
+from scaletrain.monitor import goodput
+from scaletrain.monitor.meter import Meter, PeakMemory, Throughput
+from scaletrain.monitor.phase_clock import STEP, WAIT, Phases
+from scaletrain.monitor.recorder import Recorder
 from scaletrain.program import Program, TrainState
 from scaletrain.rollbacks import Diverged
 
@@ -34,7 +35,7 @@ class Loop:
 
     program: Program
     execute: Callable
-    recorder: metrics.Recorder
+    recorder: Recorder
     checkpoints: checkpoint.Store
     corpus: data.Corpus
     sequences: dict[str, Any]
@@ -46,6 +47,13 @@ class Loop:
     _counted: int = 0
     _skips: list[rollbacks.Skip] = dataclasses.field(default_factory=list)  # in a row
     _saved: float = 0.0  # when the last save began, likewise
+    _meters: tuple[Meter, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._meters = (
+            Throughput(self.program.run, jax.devices()),
+            PeakMemory(jax.local_devices()),
+        )
 
     def run(self, state: TrainState, start: int) -> dict[str, Any]:
         """Takes the steps after `start`; returns the last evaluation."""
@@ -58,6 +66,8 @@ class Loop:
             total = self.account.total()
             say(goodput.in_words(total))
             self.recorder.write({"step": self._counted, **total})
+            for meter in self._meters:
+                meter.close()
 
     def _run(self, state: TrainState, start: int) -> dict[str, Any]:
         """Takes the steps.
@@ -66,7 +76,7 @@ class Loop:
         before, checkpoint, evaluation.
         """
         run, left_out = self.program.run, self.back.left_out
-        batches = feed.batches_of(
+        batches = input_pipeline.batches_of(
             self.program, self.sequences["train"], start, left_out
         )
         self._clock, self._counted = time.perf_counter(), start
@@ -161,9 +171,9 @@ class Loop:
                 "skipped": int(numbers["skipped"]),
                 "rollbacks": len(self.back.records),
                 "batch_hash": int(numbers["batch_hash"]),
-                **metrics.throughput(run, pace, jax.devices()),
-                "peak_memory_bytes": metrics.peak_memory_bytes(jax.local_devices()),
             }
+            for meter in self._meters:
+                record |= meter.read(pace)
             self.recorder.write(record)
             self.recorder.progress(record)
             gc.collect()  # every process at the same step, while the devices work
@@ -177,7 +187,7 @@ class Loop:
             return
         documents: list[int] = []
         if self.recorder.lead:
-            documents = feed.documents_of(
+            documents = input_pipeline.documents_of(
                 self.program, self.sequences["train"], now, self.back.left_out
             )
         skip = rollbacks.skip_of(now, numbers, documents)

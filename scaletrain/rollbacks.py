@@ -11,14 +11,14 @@ killed while it goes back goes on as if it had not been.
 import dataclasses
 import json
 import math
-import os
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from scaletrain import cluster
 from scaletrain.checkpoint import Store
-from scaletrain.errors import CheckpointError, DivergedError
+from scaletrain.errors import DivergedError
+from scaletrain.files import atomic_write
+from scaletrain.workdir import Workdir
 
 _LISTED = 200  # documents of a skipped update that are written down
 _TOLD = 5  # and of these, that a line on the terminal names
@@ -75,46 +75,23 @@ class Diverged(Exception):
         super().__init__(f"steps {first} to {last}")
 
 
-def _is_record(record: Any) -> bool:
-    """Whether a record tells where a run went back to, and what it left out."""
-    return isinstance(record, dict) and all(
-        type(record.get(name)) is int for name in ("step", "left_out")
-    )
-
-
 class Rollbacks:
     """How often a run went back, where to, and what it left out for good."""
 
-    def __init__(
-        self, workdir: pathlib.Path, checkpoints: Store, say: Callable[[str], Any]
-    ):
+    def __init__(self, workdir: Workdir, checkpoints: Store, say: Callable[[str], Any]):
         """Reads what the workdir says.
 
         Raises:
           CheckpointError: `rollbacks.json` is damaged.
         """
-        self._path = workdir / "rollbacks.json"
+        self._path = workdir.rollbacks
         self._checkpoints, self._say = checkpoints, say
-        self.records = self._read()
+        self.records = workdir.rollback_records()
         newest = checkpoints.latest()
         data = None if newest is None else checkpoints.data(newest)
         # A checkpoint that was moved elsewhere alone knows what came before it.
         stored = data["rollbacks"] if data else []
         self.records = max(self.records, stored, key=len)
-
-    def _read(self) -> list[dict[str, Any]]:
-        if not self._path.exists():
-            return []
-        try:
-            found = json.loads(self._path.read_text("utf-8", "replace"))
-            if not isinstance(found, list) or not all(map(_is_record, found)):
-                raise ValueError("not what a run writes there")
-            return found
-        except (ValueError, RecursionError) as err:
-            raise CheckpointError(
-                f"{self._path}; damaged ({err}); without it the run would read batches "
-                "it left out; remove it to go by the newest checkpoint alone."
-            ) from err
 
     @property
     def left_out(self) -> list[tuple[int, int]]:
@@ -169,15 +146,8 @@ class Rollbacks:
         """Makes the records durable before any process relies on them."""
         self.records = records
         if cluster.lead():
-            partial = self._path.with_suffix(".partial")
-            with partial.open("w", encoding="utf-8") as file:
-                json.dump(records, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self._path)
-            folder = os.open(self._path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            content = json.dumps(records, indent=1).encode()
+            atomic_write(self._path, content, durable=True)
         cluster.wait("rollback")
 
     def clear(self) -> int | None:

@@ -6,7 +6,6 @@ the devices belong to the process that is started.
 """
 
 import dataclasses
-import pathlib
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from types import FrameType
 from scaletrain import config
 from scaletrain.config import RunConfig
 from scaletrain.errors import Interrupted, counted
+from scaletrain.workdir import Workdir
 
 _MOST_PARTS = 64
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 300.0
@@ -84,7 +84,7 @@ class Supervisor:
 
     def _fitted(self) -> list[str]:
         """Returns overrides that put the run on the devices that are left."""
-        settings = pathlib.Path(self.workdir) / "config.json"
+        settings = Workdir.of(self.workdir).config
         asked = subprocess.run(
             [sys.executable, "-c", _CENSUS], capture_output=True, text=True, check=False
         )
@@ -137,9 +137,7 @@ def worth_another(code: int) -> bool:
 
 def newest(workdir: str) -> int:
     """Returns the newest step in a workdir's checkpoints, -1 where there is none."""
-    folder = pathlib.Path(workdir) / "checkpoints"
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return max((int(name) for name in names if name.isdigit()), default=-1)
+    return max(Workdir.of(workdir).steps(), default=-1)
 
 
 def _say(words: str) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import pathlib
 from typing import Any
 
 import jax
@@ -14,10 +13,8 @@ from scaletrain import (
     compilation,
     config,
     data,
-    feed,
-    goodput,
+    input_pipeline,
     mesh,
-    metrics,
     rollbacks,
     sharding,
 )
@@ -25,13 +22,18 @@ from scaletrain import workdir as workdirs
 from scaletrain.checkpoint import warm_start
 from scaletrain.cluster import signals
 from scaletrain.config import RunConfig
+from scaletrain.console import say
 from scaletrain.errors import ConfigError
+from scaletrain.files import atomic_write
+from scaletrain.lock import locked
 from scaletrain.loop import Loop
-from scaletrain.metrics import say
-from scaletrain.phases import Phases
+from scaletrain.monitor import goodput
+from scaletrain.monitor.phase_clock import Phases
+from scaletrain.monitor.recorder import Recorder
+from scaletrain.monitor.watchdog import Watchdog
 from scaletrain.program import Program, TrainState, build, initial
 from scaletrain.rollbacks import Diverged
-from scaletrain.watchdog import Watchdog
+from scaletrain.workdir import Workdir
 
 
 def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str, Any]:
@@ -56,13 +58,15 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
     run = warm_start.pinned(_as_begun(run, folder))
     # 2. What: the corpus as tokens, the step as a program.
     with signals.at_once(), phases("data"):
-        corpus = feed.prepare(run, warm_start.tokenizer_begun_with(run, folder))
+        corpus = input_pipeline.prepare(
+            run, warm_start.tokenizer_begun_with(run, folder)
+        )
         sequences = {s: data.sequences(corpus, s, run) for s in ("train", "validation")}
     program = build(run, grid)
     with contextlib.ExitStack() as held:
         held.enter_context(jax.set_mesh(grid))
         if jax.process_index() == 0:
-            held.enter_context(workdirs.held(folder, say))
+            held.enter_context(locked(folder, say))
             phases.tell(folder)
         held.enter_context(Watchdog(phases, folder, run.watchdog_s))
         # 3. From where: the newest checkpoint, other weights, or the seed.
@@ -87,7 +91,7 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
         # 4. The loop, begun again where it goes back.
         while True:
             with workdirs.writing(folder):
-                recorder = metrics.Recorder(folder, run, start or 0)
+                recorder = Recorder(folder, run, start or 0)
             with contextlib.closing(recorder):
                 loop = Loop(
                     program, execute, recorder, checkpoints, corpus, sequences, back,
@@ -103,13 +107,13 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
                 state = _first(program, checkpoints, start)
 
 
-def _not_anew(folder: pathlib.Path) -> None:
+def _not_anew(folder: Workdir) -> None:
     """Refuses a workdir whose checkpoints are gone, before there is a folder for them.
 
     One that was moved back would else end up inside it.
     """
-    saved = metrics.newest_saved(folder)
-    if saved is not None and not checkpoint.steps_in(folder):
+    saved = folder.newest_saved()
+    if saved is not None and not folder.steps():
         raise ConfigError(
             [
                 f"--workdir={folder}; metrics.jsonl tells of step {saved} saved, and "
@@ -140,27 +144,27 @@ def _agreed(
     return start
 
 
-def _nothing_to_do(folder: pathlib.Path, run: RunConfig, step: int) -> dict[str, Any]:
+def _nothing_to_do(folder: Workdir, run: RunConfig, step: int) -> dict[str, Any]:
     """Returns the newest evaluation of a run that is further on than `num_steps`."""
     say(
         f"num_steps={run.num_steps}; nothing to do: {folder} is at step {step} and "
         "keeps its settings; to train on, give more steps than that."
     )
-    return metrics.newest_evaluation(folder, step)
+    return folder.newest_evaluation(step)
 
 
-def _leave_settings(folder: pathlib.Path, run: RunConfig, corpus: data.Corpus) -> None:
+def _leave_settings(folder: Workdir, run: RunConfig, corpus: data.Corpus) -> None:
     """Writes what `eval` and `generate` need to know of the run."""
     if jax.process_index() == 0:
         with workdirs.writing(folder):
-            workdirs.rewrite(folder / "config.json", config.to_json(run).encode())
+            atomic_write(folder.config, config.to_json(run).encode())
             if corpus.tokenizer is not None:
-                corpus.tokenizer.save(folder / "tokenizer")
+                corpus.tokenizer.save(folder.tokenizer)
 
 
-def _as_begun(run: RunConfig, folder: pathlib.Path) -> RunConfig:
+def _as_begun(run: RunConfig, folder: Workdir) -> RunConfig:
     """Returns `run` with the step that `init_from` meant when the run began."""
-    path = folder / "config.json"
+    path = folder.config
     if not run.init_from or not path.is_file():
         return run
     then = config.from_json(path.read_text("utf-8", "replace"), str(path)).init_from

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from scaletrain import compilation, config, mesh, train
+from scaletrain import commands, compilation, config, mesh, train
 from scaletrain.config import (
     DataConfig,
     MeshConfig,
@@ -147,3 +147,9 @@ class Taken:
     def losses(self, steps):
         """Returns the losses of the first steps on random batches."""
         return [self.step(random_batch(self.run, s))["loss"] for s in range(steps)]
+
+
+def replace_command(monkeypatch, name, execute):
+    """Puts `execute` in the place of what a command of the command line does."""
+    command = commands.COMMANDS[name]._replace(execute=execute)
+    monkeypatch.setitem(commands.COMMANDS, name, command)

@@ -10,8 +10,17 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import bench, config, flags, hlo, mesh, metrics
-from scaletrain.bench import command, loops, profile, roofline, shapes, sweep, timing
+from scaletrain import bench, config, flops, hlo, matrices, mesh
+from scaletrain.bench import (
+    command,
+    measure,
+    microbench,
+    profile,
+    roofline,
+    shapes,
+    sweep,
+)
+from scaletrain.commands import line
 from scaletrain.config import LoraConfig, MeshConfig
 from scaletrain.errors import BenchError, CheckpointError, ConfigError
 from scaletrain.hardware import chips
@@ -141,13 +150,13 @@ def test_shapes_have_the_flops_of_the_run(devices, settings):
     gemms = shapes.gemms(run)
     found = sum(each.count * each.flops * len(each.passes) for each in gemms.values())
     weight_flops = 4 if run.lora.rank else 6
-    weights = weight_flops * metrics.matmul_weights(run.model)
+    weights = weight_flops * flops.matmul_weights(run.model)
     assert found * devices == weights * tokens
     attention = shapes.attentions(run)
     found = sum(each.count * 3 * each.flops for each in attention.values())
     plain = small.changed(run, lora=LoraConfig(), init_from="")
-    causal, _ = metrics.flops_per_token(plain)
-    rest = causal - 6 * metrics.matmul_weights(run.model)
+    causal, _ = flops.flops_per_token(plain)
+    rest = causal - 6 * flops.matmul_weights(run.model)
     assert found * devices == pytest.approx(rest * tokens)
 
 
@@ -173,8 +182,8 @@ def test_a_device_has_its_part_of_the_heads_and_of_the_batch():
 def test_no_repetition_is_left_out():
     x, w = jnp.ones((64, 32)), jnp.full((32, 16), 0.01)
     dot = functools.partial(jnp.einsum, "mk,kn->mn")
-    run = loops.compiled(
-        jax.jit(functools.partial(loops.looped, dot)), x, jnp.zeros((64, 16)), w
+    run = microbench.compiled(
+        jax.jit(functools.partial(microbench.looped, dot)), x, jnp.zeros((64, 16)), w
     )
     module = hlo.parse(run.as_text())
     inside = [
@@ -183,7 +192,7 @@ def test_no_repetition_is_left_out():
         for each in computation.instructions
     ]
     (loop,) = (each for each in inside if each.opcode == "while")
-    assert module.trips(loop) == loops.REPEATS
+    assert module.trips(loop) == microbench.REPEATS
     body = module.computations[loop.called("body")]
     matmuls = [each for each in body.instructions if _multiplies(each, module)]
     assert len(matmuls) == 1
@@ -202,11 +211,11 @@ def test_steps_are_those_of_training():
     grid = mesh.build(run.mesh, jax.devices()[:1])
     program = build(run, grid)
     with jax.set_mesh(grid):
-        steps = timing.Steps(program, run, timing.synthetic)
+        steps = measure.Steps(program, run, measure.synthetic)
         times, waits = steps.take(3)
         state = initial(program, with_frozen=True)
-        feed = timing.synthetic(program)
-        for _ in range(6):
+        feed = measure.synthetic(program)
+        for _ in range(3):
             state, _ = steps.compiled(state, feed())
     assert len(times) == len(waits) == 3
     assert min(times) > 0 <= min(waits)
@@ -220,7 +229,7 @@ def test_steps_are_those_of_training():
 def test_synthetic_batches_are_whole_documents():
     run = config.resolve(small.RUN, 1)
     program = build(run, mesh.build(run.mesh, jax.devices()[:1]))
-    batch = timing.synthetic(program)()
+    batch = measure.synthetic(program)()
     assert batch.keys() == program.batch.keys()
     for name, shape in program.batch.items():
         assert (batch[name].shape, batch[name].dtype) == (shape.shape, shape.dtype)
@@ -231,7 +240,7 @@ def test_synthetic_batches_are_whole_documents():
 
 
 def test_medians_and_spread():
-    timed = timing.Timed((1.0, 2.0, 3.0, 4.0, 10.0), 0.0, 0.0, None)
+    timed = measure.Timed((1.0, 2.0, 3.0, 4.0, 10.0), 0.0, 0.0, None)
     assert timed.step_time_s == 3
     assert timed.spread == pytest.approx((7.6 - 1.4) / 3)
 
@@ -242,14 +251,14 @@ def test_medians_and_spread():
 def swept(speed, run=small.RUN):
     tried = []
 
-    def measure(run):
+    def timed(run):
         tried.append(run)
         seconds = speed(run)
         if isinstance(seconds, Exception):
             raise seconds
-        return timing.Timed((seconds,), 0.0, 0.0, None)
+        return measure.Timed((seconds,), 0.0, 0.0, None)
 
-    found = sweep.Sweep(config.resolve(run, 1), 1, measure)
+    found = sweep.Sweep(config.resolve(run, 1), 1, timed)
     return found, found.best(), tried
 
 
@@ -271,7 +280,7 @@ def test_sweep_finds_the_fastest_that_fits(capfd):
     best = candidates[0]
     assert best["overrides"] == {
         "model.attention": "xla", "model.layers": "unroll", "batch_size": 12,
-        "model.remat": "save", "model.remat_save": config.REMAT_NAMES,
+        "model.remat": "save", "model.remat_save": matrices.REMAT_NAMES,
     }  # fmt: skip
     applied = sweeping.applied(best["overrides"])
     assert (applied.batch_size, applied.model.remat) == (12, "save")
@@ -318,8 +327,8 @@ def test_a_sweep_in_which_nothing_fits_is_an_error(monkeypatch):
     def fail(self, count):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    monkeypatch.setattr(timing.Steps, "__init__", lambda *args: None)
-    monkeypatch.setattr(timing.Steps, "measure", fail)
+    monkeypatch.setattr(measure.Steps, "__init__", lambda *args: None)
+    monkeypatch.setattr(measure.Steps, "measure", fail)
     for is_sweep in (True, False):
         request = command.Request(sweep=is_sweep)
         with pytest.raises(BenchError, match="batch_size=16; .* lower it") as err:
@@ -338,10 +347,10 @@ def test_several_processes_do_not_sweep(monkeypatch):
 def test_several_processes_make_as_many_calls(monkeypatch):
     calls = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    loops.median(lambda carry: calls.append(carry) or carry, 0)
+    microbench.median(lambda carry: calls.append(carry) or carry, 0)
     assert len(calls) == 2 + 3 * 4
     monkeypatch.setattr(jax, "process_count", lambda: 1)
-    loops.median(lambda carry: calls.append(carry) or carry, 0)
+    microbench.median(lambda carry: calls.append(carry) or carry, 0)
     assert len(calls) == 14 + 2 + 3 * 16
 
 
@@ -349,8 +358,8 @@ def test_other_failures_of_the_devices_are_not_hidden(monkeypatch):
     def fail(self, count):
         raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
 
-    monkeypatch.setattr(timing.Steps, "__init__", lambda *args: None)
-    monkeypatch.setattr(timing.Steps, "measure", fail)
+    monkeypatch.setattr(measure.Steps, "__init__", lambda *args: None)
+    monkeypatch.setattr(measure.Steps, "measure", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
         bench.run(RUN, command.Request())
 
@@ -519,7 +528,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path):
 
 def test_problems_come_together():
     with pytest.raises(ConfigError) as err:
-        flags.read(
+        line.read(
             ["bench", "--config=experiments/quickstart.py", "--steps=0",
              "--workdir=x", "--config.num_steps=0", "--swep"]
         )  # fmt: skip
@@ -532,7 +541,7 @@ def test_problems_come_together():
 
 
 def test_a_command_line_becomes_a_request():
-    args, run = flags.read(
+    args, run = line.read(
         ["bench", "--config=experiments/quickstart.py", "--data", "--steps=7"]
     )
     assert command.request(args) == command.Request(steps=7, data=True)

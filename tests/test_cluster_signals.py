@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import checkpoint, compilation, data, feed, train
+from scaletrain import checkpoint, compilation, data, input_pipeline, train
 from scaletrain.cluster import signals
 from scaletrain.config import MeshConfig
 from scaletrain.errors import Interrupted
@@ -87,7 +87,7 @@ def outcome(workdir, taken):
 
 # Where the signal comes, the n-th time there; the step that is saved then.
 MOMENTS = [
-    ("tokenisation", feed, "prepare", signalled, 1, None),
+    ("tokenisation", input_pipeline, "prepare", signalled, 1, None),
     ("compile", compilation, "compiled", signalled, 1, None),
     ("evaluation", data, "validation_batches", in_batches, 2, 2),
     ("restore", checkpoint.Store, "restore", signalled, 1, 2),

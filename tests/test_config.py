@@ -391,11 +391,22 @@ def test_axes_must_multiply_to_the_devices():
 
 def test_differences_tell_model_and_data_from_the_rest():
     now = small.changed(
-        small.RUN, num_steps=30, model__d_ff=128, model__layers="unroll", seed=1
+        small.RUN,
+        num_steps=30,
+        model__d_ff=128,
+        model__layers="unroll",
+        seed=1,
+        data__path="x",
+        data__format="chat",
     )
     held, free = config.differences(small.RUN, now)
-    assert held == ["seed: 0 then, 1 now", "model.d_ff: 64 then, 128 now"]
-    assert [line.split(":")[0] for line in free] == ["num_steps", "model.layers"]
+    assert held == [
+        "seed: 0 then, 1 now",
+        "model.d_ff: 64 then, 128 now",
+        "data.format: 'text' then, 'chat' now",
+    ]
+    free = [line.split(":")[0] for line in free]
+    assert free == ["num_steps", "model.layers", "data.path"]
 
 
 def test_the_set_of_settings_is_frozen(golden):

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import pwd
 import re
 import signal
@@ -317,6 +318,25 @@ def test_a_full_disk_is_told_of(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(ByteCounts, "save", full)
     with pytest.raises(DataError, match="cache_dir=.*; No space left on device for"):
+        data.prepare(run(), quiet)
+
+
+def test_a_disk_that_refuses_a_block_is_told_of(run, tmp_path, monkeypatch):
+    """The library of the blocks has an error of its own for a full disk."""
+
+    def fill():
+        writer = StreamWriter(pathlib.Path("/dev/full"), "uint16")
+        writer.add(np.zeros(BLOCK))
+        writer.close()
+
+    with pytest.raises(OSError, match="No space left on device"):
+        fill()
+
+    def refused(*args):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(StreamWriter, "add", refused)
+    with pytest.raises(DataError, match="cache_dir=.*; Permission denied for"):
         data.prepare(run(), quiet)
 
 

@@ -21,9 +21,9 @@ from tokenizers import (
 from scaletrain import data
 from scaletrain.config import rules
 from scaletrain.config.schema import DataConfig, ModelConfig, RunConfig
-from scaletrain.data import cache, tokenizers
+from scaletrain.data import cache, sources, tokenizers
 from scaletrain.data.blocks import Stream
-from scaletrain.data.chats import ChatTemplate, messages_of
+from scaletrain.data.chats import ChatTemplate, messages_of, tools_of
 from scaletrain.data.sequences import blank
 from scaletrain.data.tokenise import split_of
 from scaletrain.data.tokenizers import JsonTokenizer
@@ -328,9 +328,144 @@ def test_a_tokenizer_without_a_template_is_refused(run, tmp_path, folders):
         prepared(run(path, tokenizer=str(bare), end_of_text="<|im_end|>"))
 
 
+def parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+TRIMMED = (
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content | trim }};{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+)
+BY_PART = (
+    "{% for m in messages %}{{ m.role[0] }}:"
+    "{% if m.content is string %}{{ m.content }}"
+    "{% else %}{% for p in m.content %}<{{ p.text }}>{% endfor %}{% endif %};"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        (TRIMMED, "u:How far?;a:Two miles.;"),
+        (
+            TRIMMED.replace("m.content | trim", "m.content + ''"),
+            "u:How far?;a:Two miles.;",
+        ),
+        (BY_PART, "u:<How ><far?>;a:<Two miles.>;"),
+        # Content that is no text is nothing to this one.
+        (BY_PART.replace("<{{ p.text }}>", ""), "u:How far?;a:Two miles.;"),
+    ],
+)
+def test_content_in_parts_is_written_as_the_template_knows_it(source, text):
+    row = {"messages": [user(parts("How ", "far?")), assistant(parts("Two miles."))]}
+    written, spans = ChatTemplate(source, {}).answers(messages_of(row))
+    assert written == text
+    (answer,) = [written[start:stop] for start, stop in spans]
+    assert answer == text.split("a:")[1]
+
+
+@pytest.mark.parametrize("given", [{"content": None}, {}])
+def test_a_message_without_content_is_none_to_its_template(given):
+    call = {"role": "assistant", **given, "tool_calls": [{"name": "f"}]}
+    (message,) = messages_of({"messages": [call]})
+    source = (
+        "{{ messages[0].content is none }}{{ messages[0].content is not none }}"
+        "{{ messages[0].content == none }}{{ messages[0].content is string }}"
+        "{{ 'content' in messages[0] }}|{{ messages[0].content }}"
+        "{{ messages[0].content | trim }}{{ messages[0].content ~ '' }}"
+        "{% if messages[0].content %}no{% endif %}|{{ messages[0].content | tojson }}"
+    )
+    assert ChatTemplate(source, {}).render([message]) == (
+        "TrueFalseTrueFalseTrue||null"
+    )
+
+
+def test_tools_are_given_to_the_template_or_refused():
+    row = GOOD | {"tools": [{"type": "function", "function": {"name": "f"}}]}
+    source = "{% if tools %}{{ tools | tojson }};{% endif %}" + TRIMMED
+    text, spans = ChatTemplate(source, {}).answers(messages_of(row), tools_of(row))
+    assert text.startswith(json.dumps(row["tools"]) + ";s:Be short.;")
+    assert [text[a:b] for a, b in spans] == ["zwei für ü;", "no;"]
+    for none in ({}, {"tools": None}, {"tools": []}):
+        plain = ChatTemplate(source, {}).answers(messages_of(GOOD), tools_of(none))
+        assert plain == ChatTemplate(TRIMMED, {}).answers(TURNS)
+    with pytest.raises(DataError, match="template writes no tools; leave them out"):
+        ChatTemplate(TRIMMED, {}).answers(messages_of(row), tools_of(row))
+
+
+def test_rows_are_the_same_whatever_file_they_come_from(run, tmp_path, folders):
+    """Parquet gives all structs of a column all its keys."""
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ tools | tojson }}" + TRIMMED.replace("m.content | trim", "m | tojson")
+    )
+    content = (folders["chatml"] / "tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer.json").write_bytes(content)
+
+    def turns(name, **given):
+        call = {"function": {"name": name, "arguments": given}}
+        messages = [user(name), assistant(None, tool_calls=[call]), assistant("x")]
+        tools = [{"name": name, "parameters": dict.fromkeys(given, "string")}]
+        return {"messages": messages, "tools": tools}
+
+    rows = [turns("weather", city="Ulm"), turns("clock", zone="CET")]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    write(tmp_path / "a.jsonl", *rows)
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    tokenizer, kinds = str(tmp_path / "tokenizer.json"), ("jsonl", "parquet", "json")
+    found = {
+        prepared(
+            run(tmp_path / f"a.{kind}", tokenizer=tokenizer, end_of_text="<|im_end|>")
+        ).fingerprint
+        for kind in kinds
+    }
+    assert len(found) == 1
+
+
+def test_a_map_of_parquet_is_an_object(run, tmp_path):
+    kind = pyarrow.map_(pyarrow.string(), pyarrow.string())
+    fields = {"role": pyarrow.string(), "content": pyarrow.string(), "given": kind}
+    messages = pyarrow.list_(pyarrow.struct(list(fields.items())))
+    rows = [{"messages": [assistant("x", given={"city": "Ulm"})]}]
+    schema = pyarrow.schema([("messages", messages)])
+    table = pyarrow.Table.from_pylist(rows, schema)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    data_of = DataConfig(source="files", path=f"{tmp_path}/*.parquet", format="chat")
+    assert [row.fields["messages"] for row in sources.rows(data_of)] == [
+        rows[0]["messages"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"messages": [user([{"type": "image", "url": "x"}]), assistant("y")]},
+            r"message 1 \(user\) has a part of type image; only parts that are texts",
+        ),
+        ({"messages": [user(["x"]), assistant("y")]}, "has a part of type str"),
+        ({"messages": [user("x"), assistant(parts(""))]}, r"message 2 .* says nothing"),
+        (
+            {"messages": [user("x"), assistant("y", weight=0), assistant("z")]},
+            r"message 2 \(assistant\) has weight 0, and every answer is learned",
+        ),
+        (
+            GOOD | {"system": "Be brief."},
+            "system beside the messages would not be read",
+        ),
+        (GOOD | {"documents": [{"text": "x"}]}, "documents beside the messages would"),
+        (GOOD | {"tools": "[]"}, "tools is not a list of objects; write tools="),
+        (GOOD | {"tools": [{"name": "f"}]}, "the chat template writes no tools; leave"),
+    ],
+)
+def test_what_would_not_reach_the_model_is_refused(run, tmp_path, row, message):
+    with pytest.raises(DataError, match=rf"a.jsonl:2; .*{message}"):
+        prepared(run(write(tmp_path / "a.jsonl", GOOD, row)))
+
+
 def test_files_without_rows_are_refused(run, tmp_path):
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(DataError, match=r"a.txt has no rows; write the conversations"):
+    with pytest.raises(DataError, match=r"a.txt has no rows; write conversations"):
         prepared(run(tmp_path / "a.txt"))
     parquet.write_table(pyarrow.table({"text": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"a.parquet has neither messages.*\['text'\]"):

@@ -1,11 +1,17 @@
 """Documents: where they come from, in which order, and what is refused."""
 
 import gzip
+import io
 import json
+import lzma
+import os
 import pathlib
+import socket
 import subprocess
 import sys
 import sysconfig
+import tarfile
+import zipfile
 
 import fsspec
 import pyarrow
@@ -14,11 +20,17 @@ from pyarrow import parquet
 
 from scaletrain.config.schema import DataConfig
 from scaletrain.data.sources import Document, documents, identity
+from scaletrain.data.tokenise import split_of
+from scaletrain.data.tokenizers import read_tokenizer
 from scaletrain.errors import DataError
 
 
 def read(path, **settings):
     return list(documents(DataConfig(source="files", path=str(path), **settings)))
+
+
+def read_all(data):
+    return list(documents(data))
 
 
 def lines(path, *rows):
@@ -154,6 +166,245 @@ def test_a_path_without_files_is_refused(tmp_path, path):
         read(path)
     with pytest.raises(DataError):
         identity(DataConfig(source="files", path=path))
+
+
+def test_links_to_files_are_read_as_the_files_are(tmp_path):
+    blob = lines(tmp_path / "blob", {"text": "linked"})
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    lines(corpus / "a.jsonl", {"text": "real"})
+    (corpus / "b.jsonl").symlink_to("../blob")
+    assert read(corpus / "*.jsonl") == [("a.jsonl:1", "real"), ("b.jsonl:1", "linked")]
+    data = DataConfig(source="files", path=f"{corpus}/*.jsonl")
+    before = identity(data)
+    os.utime(blob, (0, 0))
+    assert identity(data) != before
+    blob.unlink()
+    with pytest.raises(
+        DataError, match=r"b.jsonl cannot be read: .*; make it readable"
+    ):
+        read(corpus / "*.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "socket"])
+def test_a_match_that_is_not_read_is_refused_by_name(tmp_path, kind):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text("a")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "b.txt").write_text("b")
+    match = tmp_path / "corpus" / "more"
+    if kind == "folder":
+        (tmp_path / "more").rename(match)
+        assert [d.name for d in read(tmp_path / "corpus/**")] == ["a.txt", "more/b.txt"]
+    elif kind == "link":
+        match.symlink_to(tmp_path / "more")
+        with pytest.raises(
+            DataError, match=r"corpus/more is a folder.*; name its files"
+        ):
+            read(tmp_path / "corpus/**")
+    else:
+        with socket.socket(socket.AF_UNIX) as place:
+            place.bind(str(match))
+    with pytest.raises(DataError, match=r"corpus/more is (a folder|neither).*; "):
+        read(tmp_path / "corpus/*")
+    assert [document.text for document in read(tmp_path / "corpus/*.txt")] == ["a"]
+
+
+@pytest.mark.parametrize("pattern", ["**/*.txt", "*/*.txt", "[y-z]/*"])
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path, monkeypatch, pattern):
+    for name in ("x", "y", "z/deep"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a.txt").write_text(name)
+    local = fsspec.filesystem("file")
+    ls = type(local).ls
+
+    def guarded(self, path, *args, **kwargs):
+        if str(path).rstrip("/").endswith("/y"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return ls(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(type(local), "ls", guarded)
+    with pytest.raises(DataError, match=r"cannot be listed: .*denied: '.*/y/?'"):
+        read(tmp_path / pattern)
+    assert [document.text for document in read(tmp_path / "x/*.txt")] == ["x"]
+
+
+def test_a_json_file_is_an_array_or_lines(tmp_path):
+    rows = [{"text": "one"}, {"text": "two"}]
+    expected = [("a.json:1", "one"), ("a.json:2", "two")]
+    path = tmp_path / "a.json"
+    for content in (json.dumps(rows), "\ufeff\n " + json.dumps(rows, indent=2)):
+        path.write_text(content)
+        assert read(path) == expected
+    assert read(lines(path, *rows)) == expected
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    assert [d.text for d in read(tmp_path / "a.json.gz")] == ["one", "two"]
+    path.rename(tmp_path / "a.ndjson")
+    assert [d.text for d in read(tmp_path / "a.ndjson")] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{\n "text": "x"\n}', r"a.json:1 is not JSON.*, or one array of objects"),
+        ('[{"text": "x"}', r"a.json is not JSON.*; write one array of objects"),
+        ('["x"]', r"a.json:1 has no field data.text_field='text', only str"),
+        ('{"data": [{"text": "x"}]}', r"a.json:1 has no field .* only \['data'\]"),
+    ],
+)
+def test_a_json_file_of_anything_else_is_refused(tmp_path, content, message):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / "a.json")
+
+
+def test_tables_in_csv_are_documents(tmp_path):
+    text = 'one, "quoted"\r\ntwo é' + "x" * 200_000
+    quoted = text.replace('"', '""')
+    path = tmp_path / "a.csv"
+    path.write_bytes(f'\ufeffn,body\r\n1,"{quoted}"\r\n\r\n2,three\r\n'.encode())
+    expected = [("a.csv:1", text), ("a.csv:2", "three")]
+    assert read(path, text_field="body") == expected
+    (tmp_path / "a.tsv").write_text("n\tbody\n1\ta, b\n")
+    assert read(tmp_path / "a.tsv", text_field="body") == [("a.tsv:1", "a, b")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"n,body\n1,x\n", r"has no field data.text_field='text', only \['n', 'body'"),
+        (b"n,text\n1\n", r"is not sound CSV: row 1 has 1 values for 2 columns"),
+        (b"text,text\n1,2\n", r"is not sound CSV: two columns have one name"),
+        (b'text\n"x', r"is not sound CSV: unexpected end of data"),
+        (b"text\n\xe9\n", r"is not sound CSV: 'utf-8' codec"),
+    ],
+)
+def test_csv_that_is_not_understood_is_refused(tmp_path, content, message):
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(DataError, match=f"a.csv {message}"):
+        read(tmp_path / "a.csv")
+
+
+def test_texts_and_programs_are_read_and_other_suffixes_refused(tmp_path):
+    known = ["a.txt", "b.md", "c.py", "d.rst", "e.html", "f.CC", "wiki_00", "g.rs.gz"]
+    for name in known:
+        content = name.encode()
+        (tmp_path / name).write_bytes(
+            gzip.compress(content) if name.endswith(".gz") else content
+        )
+    assert sorted(d.text for d in read(tmp_path / "*")) == sorted(known)
+    for name in ("h.docx", "i.arrow", "j.jsonl.sz"):
+        (tmp_path / name).write_text("text?")
+    with pytest.raises(
+        DataError, match=r"the suffix of h.docx, i.arrow, j.jsonl.sz is not.*\.txt"
+    ):
+        identity(DataConfig(source="files", path=f"{tmp_path}/*"))
+    (tmp_path / "core").write_bytes(b"ELF\0\1")
+    with pytest.raises(DataError, match="core has no suffix and no text in it"):
+        read(tmp_path / "core")
+
+
+def test_archives_of_several_files_are_refused_with_a_path_that_reads_them(tmp_path):
+    names = ["0.jsonl", "1.jsonl"]
+    with zipfile.ZipFile(tmp_path / "a.jsonl.zip", "w") as archive:
+        for name in names:
+            archive.writestr(name, json.dumps({"text": name}))
+    with tarfile.open(tmp_path / "b.tar.gz", "w:gz") as archive:
+        for name in names:
+            content = json.dumps({"text": name}).encode()
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    (tmp_path / "c.tgz").write_bytes((tmp_path / "b.tar.gz").read_bytes())
+    with pytest.raises(DataError, match="c.tgz is an archive of .* files; unpack it"):
+        read(tmp_path / "c.tgz")
+    for name in ("a.jsonl.zip", "b.tar.gz"):
+        with pytest.raises(DataError, match="is an archive of several files") as err:
+            read(tmp_path / name)
+        path = str(err.value).split("set data.path='")[1].removesuffix("'.")
+        assert [document.text for document in read(path)] == names
+
+
+def test_an_archive_of_one_file_is_read_as_that_file(tmp_path):
+    path = tmp_path / "a.jsonl.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.mkdir("folder")
+        archive.writestr("folder/x", '{"text": "one"}')
+    assert read(path) == [("a.jsonl.zip:1", "one")]
+    with zipfile.ZipFile(path, "w"):
+        pass
+    with pytest.raises(DataError, match="a.jsonl.zip is an empty archive; leave it"):
+        read(path)
+
+
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "lzma", "zip"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "txt"])
+def test_a_file_that_is_not_compressed_as_it_says_is_named(tmp_path, kind, suffix):
+    path = tmp_path / f"a.{kind}.{suffix}"
+    path.write_bytes(b'{"text": "not compressed at all"}\n')
+    with pytest.raises(DataError, match=rf"{path.name} .*; [^\n]*leave it out\.$"):
+        read(path)
+
+
+def test_what_is_cut_short_is_named(tmp_path):
+    content = lzma.compress(b'{"text": "one"}\n' * 99)
+    (tmp_path / "a.jsonl.xz").write_bytes(content[:-20])
+    table = pyarrow.table({"text": ["one"] * 99})
+    parquet.write_table(table, tmp_path / "b.parquet")
+    whole = (tmp_path / "b.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes(b"\0" * 40 + whole[40:])
+    for name in ("a.jsonl.xz", "b.parquet"):
+        with pytest.raises(DataError, match=f"{name} [^\n]*; .*leave it out"):
+            read(tmp_path / name)
+
+
+def test_a_compression_without_its_library_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "backports", None)
+    monkeypatch.setitem(sys.modules, "compression", None)
+    for suffix in ("zst", "lz4"):
+        path = tmp_path / f"a.txt.{suffix}"
+        path.write_bytes(b"all text, as it happens")
+        with pytest.raises(DataError, match=r"nothing here unpacks .*; pip install"):
+            read(path)
+
+
+@pytest.mark.parametrize("method", ["info", "glob", "open"])
+def test_errors_of_any_file_system_are_one_line(tmp_path, monkeypatch, method):
+    """Those of clouds and hubs derive from no class that is known here."""
+
+    class Unreachable(Exception):
+        pass
+
+    def unreachable(self, *args, **kwargs):
+        raise Unreachable("no route\n  to host")
+
+    (tmp_path / "a.txt").write_text("x")
+    local = type(fsspec.filesystem("file"))
+    monkeypatch.setattr(local, method, unreachable)
+    data = DataConfig(source="files", path=f"{tmp_path}/*.txt")
+    with pytest.raises(DataError, match=r"; .*cannot be .*: no route to host; "):
+        (identity if method == "info" else read_all)(data)
+
+
+def test_a_tokenizer_that_cannot_be_reached_is_one_line(monkeypatch):
+    def unreachable(self, *args, **kwargs):
+        raise Exception("no route to host")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", unreachable)
+    data = DataConfig(tokenizer="memory://tokenizer.json")
+    with pytest.raises(DataError, match="it cannot be read: no route to host; give"):
+        read_tokenizer(data)
+
+
+def test_a_file_name_may_be_any_bytes(tmp_path):
+    name = os.fsdecode(b"caf\xe9.txt")
+    (tmp_path / name).write_text("two")
+    (document,) = read(tmp_path / "*")
+    assert document == (name, "two")
+    assert {split_of(name, fraction) for fraction in (0.0, 1.0)} == {
+        "train",
+        "validation",
+    }
 
 
 TFDS = """

@@ -9,6 +9,7 @@ import pytest
 import small
 
 from scaletrain import evaluate, main, mesh, train
+from scaletrain.commands.command import Result
 from scaletrain.config import DataConfig
 from scaletrain.record import finite
 
@@ -86,11 +87,13 @@ def test_json_on_standard_output_is_json(monkeypatch, capsys):
         raise AssertionError(word)
 
     record = {"loss": math.nan, "of": [math.inf]}
-    monkeypatch.setitem(main.COMMANDS, "config", lambda run, args: (record, ""))
+    result = Result(record, "")
+    small.replace_command(monkeypatch, "config", lambda run, args: result)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     path = "--config=experiments/quickstart.py"
     monkeypatch.setattr(sys, "argv", ["scaletrain", "config", path, "--json"])
-    main.main()
+    with pytest.raises(SystemExit):
+        main.main()
     found = json.loads(capsys.readouterr().out, parse_constant=refuse)
     assert found == {"loss": None, "of": [None]}

@@ -5,7 +5,7 @@ import pathlib
 import jax
 import pytest
 
-from scaletrain import compilation, config, mesh, metrics
+from scaletrain import compilation, config, flops, mesh
 from scaletrain.program import build
 
 FOLDER = pathlib.Path(__file__).parent.parent / "experiments"
@@ -33,7 +33,7 @@ def test_lowers_for_tpu(spec):
     name = pathlib.Path(spec.partition(":")[0]).stem
     if name in PARAMETERS:
         assert count == pytest.approx(PARAMETERS[name], rel=0.005)
-    assert metrics.matmul_weights(run.model) <= count
+    assert flops.matmul_weights(run.model) <= count
 
 
 @pytest.mark.parametrize("spec", EXPERIMENTS)

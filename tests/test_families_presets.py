@@ -8,8 +8,9 @@ import jax
 import pytest
 from flax import nnx
 
-from scaletrain import config, families
+from scaletrain import config
 from scaletrain.errors import ConfigError
+from scaletrain.hf import families
 from scaletrain.models import Decoder
 
 FILE = pathlib.Path(__file__).parent.parent / "experiments" / "families.py"

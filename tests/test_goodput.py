@@ -7,9 +7,11 @@ import time
 import pytest
 import small
 
-from scaletrain import goodput, train
+from scaletrain import train
 from scaletrain.config import MeshConfig
-from scaletrain.phases import Phases
+from scaletrain.monitor import goodput
+from scaletrain.monitor.phase_clock import Phases
+from scaletrain.workdir import Workdir
 
 
 class Attempts:
@@ -23,7 +25,7 @@ class Attempts:
     def start(self):
         """Begins an attempt, which ends as by SIGKILL."""
         self.phases = Phases(lambda: self.now)
-        self.account = goodput.Account(self.workdir, self.phases)
+        self.account = goodput.Account(Workdir(self.workdir), self.phases)
 
     def spend(self, name, seconds):
         """Spends time in a phase."""
@@ -110,18 +112,21 @@ def test_an_account_that_is_lost_or_not_ours_is_begun_anew(tmp_path):
         '[{"began": 1.0, "seconds": 3.0}]',
     ):
         (tmp_path / "attempts.json").write_text(content)
-        with goodput.Account(tmp_path, Phases()) as account:
+        with goodput.Account(Workdir(tmp_path), Phases()) as account:
             assert account.total()["attempts"] == 1
         assert len(json.loads((tmp_path / "attempts.json").read_text())) == 1
     path = tmp_path / "attempts.json"
     (ours,) = json.loads(path.read_text())
+    keys = "began up boot from to taken finished phases seconds".split()
+    assert list(ours) == keys
     others = [3, ours | {"phases": None}, ours | {"taken": 4}, ours | {"up": "x"}]
     path.write_text(json.dumps([ours, *others]))
-    with goodput.Account(tmp_path, Phases()) as account:
+    with goodput.Account(Workdir(tmp_path), Phases()) as account:
         assert account.total()["attempts"] == 2  # it and what was ours
-    path.write_text(json.dumps([ours]))
-    (tmp_path / "attempts.partial").mkdir()  # nothing can be written
-    with goodput.Account(tmp_path, Phases()) as account:
+    older = {name: value for name, value in ours.items() if name != "finished"}
+    path.write_text(json.dumps([older]))
+    (tmp_path / "attempts.json.partial").mkdir()  # nothing can be written
+    with goodput.Account(Workdir(tmp_path), Phases()) as account:
         assert account.total()["attempts"] == 2
 
 

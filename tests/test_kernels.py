@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu
 
 from scaletrain import mesh, sharding
 from scaletrain.config import LoraConfig, MeshConfig, PrecisionConfig
-from scaletrain.kernels import gated, rotary
+from scaletrain.kernels import glu, rotary
 from scaletrain.kernels.matmul import takes
 from scaletrain.kernels.norm import add_norm
 from scaletrain.kernels.rotary import Heads, split_rotated
@@ -183,8 +183,8 @@ def test_where_heads_are_turned_by_the_kernel(settings, called, monkeypatch):
 
 
 GATES = {
-    "swiglu": (gated.silu, jax.nn.silu),
-    "geglu": (gated.gelu, lambda x: jax.nn.gelu(x, approximate=True)),
+    "swiglu": (glu.silu, jax.nn.silu),
+    "geglu": (glu.gelu, lambda x: jax.nn.gelu(x, approximate=True)),
 }
 # Two tiles down and two across, two steps of the inner dim.
 B, T, D, F = 2, 128, 128, 512
@@ -224,11 +224,11 @@ def test_gated_matmuls(name):
     gate, activation = GATES[name]
     x, dout, gate_DF, up_DF, down = branch()
     with running():
-        streams = gated.forward(gate, x, gated.interleaved(gate_DF, up_DF))
+        streams = glu.forward(gate, x, glu.interleaved(gate_DF, up_DF))
         gate_BTF, up_BTF, product_BTF = streams
         given = (dout, gate_BTF, up_BTF), down
-        both_BTG, again_BTF = gated.backward(gate, *given, True)
-        (alone_BTG,) = gated.backward(gate, *given, False)
+        both_BTG, again_BTF = glu.backward(gate, *given, True)
+        (alone_BTG,) = glu.backward(gate, *given, False)
     np.testing.assert_array_equal(again_BTF, product_BTF)
     np.testing.assert_array_equal(alone_BTG, both_BTG)
     with jax.enable_x64(True):
@@ -242,7 +242,7 @@ def test_gated_matmuls(name):
         is_rounded(product_BTF, wanted)
         both_RG = both_BTG.reshape(B * T, 2 * F)
         for ours, theirs in zip(
-            gated.deinterleaved(both_RG), (dgate_BTF, dup_BTF), strict=True
+            glu.deinterleaved(both_RG), (dgate_BTF, dup_BTF), strict=True
         ):
             is_rounded(ours, theirs.reshape(B * T, F))
 
@@ -259,9 +259,9 @@ def in_plain_words(epilogue, inputs, shapes, *, transposed=False):
 
     if transposed:
         pull = jax.vjp(product, *stored)[1]
-        found = (gated.interleaved(*pull(x_RD @ w.T)),)
+        found = (glu.interleaved(*pull(x_RD @ w.T)),)
     else:
-        gate_RF, up_RF = gated.deinterleaved(x_RD @ w)
+        gate_RF, up_RF = glu.deinterleaved(x_RD @ w)
         found = gate_RF, up_RF, product(gate_RF, up_RF)
     assert [each.shape for each in found] == shapes
     return found
@@ -280,10 +280,10 @@ def test_branch_within_matmuls_is_the_plain_one(grid, remat, monkeypatch):
     model = dataclasses.replace(small.MODEL, d_model=64, d_ff=256, **remat)
     x_BTD = jax.random.normal(jax.random.key(1), (4, 256, 64))
     if grid != MeshConfig():
-        monkeypatch.setattr(gated, "matmul", in_plain_words)
+        monkeypatch.setattr(glu, "matmul", in_plain_words)
 
     def made(compute, *, fits):
-        monkeypatch.setattr(gated, "takes", lambda *sizes: fits)
+        monkeypatch.setattr(glu, "takes", lambda *sizes: fits)
         precision = PrecisionConfig(compute=compute)
         branch = mlp.Mlp(model, precision, LoraConfig(), jax.random.key(0))
         graphdef, params = nnx.split(branch)
@@ -322,7 +322,7 @@ def test_branch_within_matmuls_is_the_plain_one(grid, remat, monkeypatch):
 )
 def test_matmuls_are_written_down_once_for_all_layers(remat, count, monkeypatch):
     """A GPU's compiler would else make each anew; a third is one that runs again."""
-    monkeypatch.setattr(gated, "takes", lambda *sizes: True)
+    monkeypatch.setattr(glu, "takes", lambda *sizes: True)
     model = dataclasses.replace(
         small.MODEL, d_model=64, d_ff=256, num_layers=3, layers="unroll", **remat
     )
@@ -354,7 +354,7 @@ def test_matmuls_are_written_down_once_for_all_layers(remat, count, monkeypatch)
 def test_where_the_branch_is_within_its_matmuls(settings, asked, monkeypatch):
     """Each device's sizes are asked for; what is more than a product is left alone."""
     told, fused = [], []
-    monkeypatch.setattr(gated, "takes", lambda *sizes: not told.append(sizes))
+    monkeypatch.setattr(glu, "takes", lambda *sizes: not told.append(sizes))
     monkeypatch.setattr(mlp, "fused_mlp", lambda how, x, w: fused.append(how) or x)
     model = dataclasses.replace(small.MODEL, **settings.get("model", {}))
     lora = settings.get("lora", LoraConfig())

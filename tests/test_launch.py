@@ -141,10 +141,11 @@ def test_processes_that_differ_end_and_say_in_what(tmp_path):
 # Asks whether to stop, as between steps, until it is so; then hangs.
 ASKING = """\
 import sys, time
-from scaletrain import cluster, flags
+from scaletrain import cluster
+from scaletrain.commands import line
 from scaletrain.cluster import signals
 signals.catch()
-cluster.join(flags.read(["train", *sys.argv[1:-1]])[0])
+cluster.join(line.read(["train", *sys.argv[1:-1]])[0])
 print("joined", flush=True)
 asked = 1
 while (since := cluster.stopped_since()) is None:
@@ -175,8 +176,9 @@ def test_a_signal_to_one_stops_all_at_one_step_and_a_second_at_once(tmp_path):
 
 COMPILING = """\
 import sys
-from scaletrain import cluster, flags
-cluster.join(flags.read(["train", *sys.argv[1:-1]])[0])
+from scaletrain import cluster
+from scaletrain.commands import line
+cluster.join(line.read(["train", *sys.argv[1:-1]])[0])
 import jax
 jax.jit(lambda x: x + 1)(0.0)
 cluster.wait("compiled")

@@ -12,19 +12,11 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import (
-    checkpoint,
-    config,
-    evaluate,
-    exporter,
-    importer,
-    safetensors,
-    step,
-    train,
-)
+from scaletrain import checkpoint, config, evaluate, step, train
 from scaletrain.checkpoint import warm_start
 from scaletrain.config import LoraConfig
 from scaletrain.errors import CheckpointError
+from scaletrain.hf import exporter, importer, safetensors
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 LORA = LoraConfig(rank=3, alpha=6.0)

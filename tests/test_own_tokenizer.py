@@ -7,9 +7,11 @@ import jax
 import pytest
 import small
 
-from scaletrain import config, data, evaluate, exporter, generate, mesh, origin, train
+from scaletrain import config, data, evaluate, generate, mesh, train
+from scaletrain.checkpoint import warm_start
 from scaletrain.config import DataConfig
 from scaletrain.errors import ConfigError, DataError
+from scaletrain.hf import exporter
 
 TRAINED_ON = [f"the {animal} sat on the mat and slept " * 9 for animal in "abcdefgh"]
 OTHER_TEXTS = [f"zwölf Boxkämpfer jagen {n} große Wölfe " * 9 for n in range(8)]
@@ -136,22 +138,22 @@ def test_more_tokens_and_a_chat_template_are_another_tokenizer_of_the_same_ids(
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     named = small.changed(run, data__tokenizer=str(tmp_path / "tokenizer.json"))
-    found = origin.tokenizer_of(workdir, named)
+    found = warm_start.tokenizer_of(workdir, named)
     assert found.fingerprint == data.read_tokenizer(named.data).fingerprint
 
 
 def test_no_tokenizer_is_trained_for_weights_that_came_without_one(tmp_path):
     random = small.changed(small.RUN, num_steps=1, mesh__data=1)
     (tmp_path / "config.json").write_text(config.to_json(random))
-    assert origin.tokenizer_of(tmp_path, random) is None
+    assert warm_start.tokenizer_of(tmp_path, random) is None
     with pytest.raises(ConfigError, match="data.tokenizer='bpe'; .* give the path"):
-        origin.tokenizer_of(tmp_path, a_run(tmp_path))
+        warm_start.tokenizer_of(tmp_path, a_run(tmp_path))
 
 
 def test_a_tokenizer_that_is_gone_is_told(tmp_path):
     (tmp_path / "config.json").write_text(config.to_json(a_run(tmp_path)))
     with pytest.raises(DataError, match="tokenizer; no tokenizer can be read there"):
-        origin.tokenizer_of(tmp_path, a_run(tmp_path))
+        warm_start.tokenizer_of(tmp_path, a_run(tmp_path))
 
 
 def test_what_a_tokenizer_was_trained_for_is_not_tokenised_again(bpe):

@@ -4,8 +4,9 @@ import subprocess
 import sys
 import textwrap
 
-from scaletrain.phases import Phases
-from scaletrain.watchdog import Watchdog
+from scaletrain.monitor.phase_clock import Phases
+from scaletrain.monitor.watchdog import Watchdog
+from scaletrain.workdir import Workdir
 
 
 def test_a_phase_within_another_stops_its_clock():
@@ -26,7 +27,12 @@ class Watched:
         for _ in range(2):
             self.spend("step", 10)
         self.watchdog = Watchdog(
-            self.phases, folder, 1000.0, 100.0, self.ends.append, lambda: self.time
+            self.phases,
+            Workdir(folder),
+            1000.0,
+            100.0,
+            self.ends.append,
+            lambda: self.time,
         )
 
     def spend(self, name, seconds):
@@ -71,15 +77,16 @@ def test_a_pause_is_no_hang(tmp_path):
 def test_a_hang_leaves_stacks_and_ends_with_75(tmp_path):
     """A process whose third step sleeps, with the file's own names in the stacks."""
     code = f"""
-        import pathlib, time
-        from scaletrain.phases import Phases
-        from scaletrain.watchdog import Watchdog
+        import time
+        from scaletrain.monitor.phase_clock import Phases
+        from scaletrain.monitor.watchdog import Watchdog
+        from scaletrain.workdir import Workdir
 
         def hangs():
             time.sleep(60)
 
         phases = Phases()
-        with Watchdog(phases, pathlib.Path({str(tmp_path)!r}), 100.0, floor_s=0.3):
+        with Watchdog(phases, Workdir.of({str(tmp_path)!r}), 100.0, floor_s=0.3):
             for seconds in (0.001, 0.001):
                 with phases("step"):
                     time.sleep(seconds)

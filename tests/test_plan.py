@@ -27,14 +27,15 @@ from jax.sharding import NamedSharding
 from scaletrain import (
     compilation,
     config,
+    flops,
     hlo,
     main,
     mesh,
-    metrics,
     sharding,
     step,
     train,
 )
+from scaletrain.commands.command import Result
 from scaletrain.config import AxesConfig, MeshConfig, PrecisionConfig
 from scaletrain.errors import ConfigError, PlanError
 from scaletrain.hardware import chips, slices
@@ -48,8 +49,8 @@ from scaletrain.plan import (
     memory,
     record,
     report,
+    schedule,
     search,
-    timing,
     worker,
 )
 from scaletrain.plan.record import Wanted
@@ -246,7 +247,7 @@ ENTRY %main (stack: bf16[80,8,128], i: s32[], wide: f32[80,8,128]) -> bf16[80,8,
 def test_of_stacked_values_the_slice_is_moved():
     """Saved values of all layers are read and written a layer at a time."""
     chip = slices.parse("tpu7x:1x1x1")
-    found = timing.account(hlo.parse(_SLICED), {"fsdp": 1}, chip)
+    found = schedule.account(hlo.parse(_SLICED), {"fsdp": 1}, chip)
     layer = 2 * 8 * 128
     moved = found.seconds * chip.chip.memory_efficiency * chip.chip.hbm_bytes_per_s
     # Two read and write one; the third reads one twice as wide.
@@ -271,7 +272,7 @@ ENTRY %main (a: bf16[8,16], b: bf16[2,16]) -> bf16[8,16] {
 
 
 def test_collectives_of_several_arrays_count_each():
-    axes = timing.account(
+    axes = schedule.account(
         hlo.parse(_GATHERED), {"fsdp": 4}, slices.parse("h100:4")
     ).communication
     gathered, moved, summed = 2 * (32 + 8) * 16, 2 * 8 * 16, 2 * (8 + 2) * 16
@@ -314,7 +315,7 @@ ENTRY %main (q: bf16[2,128,4,64], k: bf16[2,128,1,64], v: bf16[2,128,1,64]) -> b
 def test_attention_of_a_gpu_reads_beside_its_products():
     slice_ = slices.parse("h100:1")
     chip = slice_.chip
-    found = timing.account(hlo.parse(_ATTENDED), {"data": 1}, slice_).seconds
+    found = schedule.account(hlo.parse(_ATTENDED), {"data": 1}, slice_).seconds
     flops = 2 * 2 * (2 * 4 * 128 * 128 * 64) / 2  # two products, causal
     moved = 2 * 2 * 128 * 64 * (4 + 1 + 1 + 4)
     assert found == pytest.approx(
@@ -347,7 +348,7 @@ ENTRY %main (x: {kind}[2048,8192], y: {kind}[8192,4096]) -> f32[2048,4096] {{
 )
 def test_a_product_takes_as_long_as_the_chips_rate_says(name, kind, slower):
     slice_ = slices.parse(name)
-    found = timing.account(hlo.parse(_multiplied(kind)), {"data": 1}, slice_).seconds
+    found = schedule.account(hlo.parse(_multiplied(kind)), {"data": 1}, slice_).seconds
     peak = slice_.chip.matmul_efficiency * slice_.chip.peak_flops
     assert found == pytest.approx(slower * 2 * 2048 * 8192 * 4096 / peak)
 
@@ -389,7 +390,7 @@ def test_weights_travel_as_often_as_they_must(planned):
     run, said = planned
     assert set(said.step.communication) == {"fsdp"}
     sums = said.step.communication["fsdp"]
-    weights = metrics.matmul_weights(run.model)
+    weights = flops.matmul_weights(run.model)
     # Three quarters come from others: of bfloat16 twice, of float32 gradients once,
     # or twice where the sum goes to all, as small ones do; the head's gathered once.
     gathered = 2 * (2 * weights - run.model.d_model * run.model.vocab_size) * 3 / 4
@@ -446,7 +447,7 @@ def test_arithmetic_is_counted_to_the_flop():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiler.timing, "account", count)
         compiler.compile(run, slices.parse("v5e:1x1"))
-    _, palm = metrics.flops_per_token(run)  # the plain attention computes every score
+    _, palm = flops.flops_per_token(run)  # the plain attention computes every score
     assert found[0] == pytest.approx(palm * run.batch_size * run.seq_len, rel=0.01)
 
 
@@ -493,7 +494,7 @@ def test_a_plan_holds_what_it_promises():
     found = command.run(RUN, request)
     assert found.keys() >= KEYS
     json.dumps(found)
-    causal, _ = metrics.flops_per_token(RUN)
+    causal, _ = flops.flops_per_token(RUN)
     assert found["overrides"] == {}
     assert found["mfu"] == pytest.approx(
         causal * found["tokens_per_s_per_chip"] / 197e12
@@ -530,7 +531,7 @@ def test_a_search_keeps_what_fits_first(monkeypatch, capsys):
 
 def _said(seconds, peak_bytes=2**30):
     """Returns a compiler's report, without a compiler."""
-    step = timing.Step(seconds, {"matmul": seconds}, {})
+    step = schedule.Step(seconds, {"matmul": seconds}, {})
     return compiler.Report(1, True, peak_bytes, 0, {}, [], step, False, None, None)
 
 
@@ -607,8 +608,8 @@ def test_interrupted_comparisons_keep_what_is_known(searched, monkeypatch):
 
 @pytest.mark.parametrize("interrupted", [True, False])
 def test_an_interrupted_plan_is_told_and_not_done(interrupted, monkeypatch, capsys):
-    plan = {"interrupted": interrupted}
-    monkeypatch.setitem(main.COMMANDS, "plan", lambda run, args: (plan, "a plan"))
+    result = Result({}, "a plan", interrupted)
+    small.replace_command(monkeypatch, "plan", lambda run, args: result)
     argv = ["scaletrain", "plan", "--config=experiments/quickstart.py"]
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # main's own default
@@ -1069,7 +1070,7 @@ def test_small_runs_are_the_same_everywhere(monkeypatch):
                     leaf.addressable_shards[device].data.nbytes
                     for leaf in jax.tree.leaves(of)
                 ), part
-        _, palm = metrics.flops_per_token(run)  # plain attention makes every score
+        _, palm = flops.flops_per_token(run)  # plain attention makes every score
         assert palm * run.batch_size * run.seq_len == _dots(jaxpr.jaxpr)
         assert estimate.parameters(run) == told["parameters"]
 

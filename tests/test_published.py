@@ -22,25 +22,14 @@ import small
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from scaletrain import (
-    checkpoint,
-    config,
-    data,
-    evaluate,
-    exporter,
-    families,
-    generate,
-    importer,
-    mesh,
-    safetensors,
-    step,
-    train,
-)
+from scaletrain import checkpoint, config, data, evaluate, generate, mesh, step, train
 from scaletrain.checkpoint import warm_start
 from scaletrain.data.tokenizers import JsonTokenizer
 from scaletrain.errors import CheckpointError, ConfigError, DataError
+from scaletrain.hf import exporter, families, importer, safetensors
 from scaletrain.models import Decoder
 from scaletrain.program import build
+from scaletrain.workdir import Workdir
 
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 FAMILIES = [
@@ -810,7 +799,8 @@ def test_every_parameter_has_a_place_and_every_place_a_parameter(name):
 
 PEAK = """
 import pathlib, re, sys
-from scaletrain import checkpoint, importer, main, step  # what every import needs
+from scaletrain import checkpoint, main, step  # what every import needs
+from scaletrain.hf import importer
 from scaletrain.models import Decoder
 from scaletrain.program import build
 
@@ -858,5 +848,6 @@ def test_an_import_needs_little_more_memory_than_its_weights(tmp_path):
 def test_a_card_tells_of_evaluations_that_are_not_finite(tmp_path):
     told = ['{"step": 3, "eval_loss": 2.5}', '{"step": 4, "eval_loss": null}', "{"]
     (tmp_path / "metrics.jsonl").write_text("\n".join(told))
-    assert exporter._evaluation(tmp_path, 3) == ["- step: 3", "- loss: 2.5000"]
-    assert exporter._evaluation(tmp_path, 9) == ["- step: 4", "- loss: not finite"]
+    workdir = Workdir(tmp_path)
+    assert exporter._evaluation(workdir, 3) == ["- step: 3", "- loss: 2.5000"]
+    assert exporter._evaluation(workdir, 9) == ["- step: 4", "- loss: not finite"]

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import checkpoint, compilation, config, mesh, step
+from scaletrain import checkpoint, compilation, mesh, step
 from scaletrain.config import MeshConfig, PrecisionConfig
 from scaletrain.errors import ConfigError
 from scaletrain.hardware import chips
+from scaletrain.matrices import LAYER
 from scaletrain.models import quantised
 from scaletrain.program import build, initial_state
+from scaletrain.workdir import Workdir
 
 DELAYED = small.changed(
     small.RUN, precision__matmul="fp8", precision__scaling="delayed"
@@ -118,13 +120,13 @@ def test_one_history_however_a_step_is_executed(alone, cut):
 
 def test_history_is_saved_and_restored_to_the_bit(alone, tmp_path):
     taken, _ = alone
-    checkpoints = checkpoint.Store(tmp_path, DELAYED)
+    checkpoints = checkpoint.Store(Workdir(tmp_path), DELAYED)
     with contextlib.closing(checkpoints):
         checkpoints.save(3, taken.state, "data", [])
         checkpoints.finish()
         found = checkpoints.restore(3, taken.program.state)
     one, two = jax.device_get((found, taken.state))
-    assert len(jax.tree.leaves(one.amax)) == len(config.LINEARS)
+    assert len(jax.tree.leaves(one.amax)) == len(LAYER)
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
@@ -146,10 +148,10 @@ def test_what_is_not_finite_never_reaches_the_history(alone):
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
-        ({}, config.LINEARS),
-        ({"precision__targets": ("mlp/*",)}, config.LINEARS[4:]),
-        ({"precision__targets": ("attention/[qk]",)}, config.LINEARS[:2]),
-        ({"lora__rank": 2, "init_from": "base"}, config.LINEARS),
+        ({}, tuple(LAYER)),
+        ({"precision__targets": ("mlp/*",)}, tuple(LAYER)[4:]),
+        ({"precision__targets": ("attention/[qk]",)}, tuple(LAYER)[:2]),
+        ({"lora__rank": 2, "init_from": "base"}, tuple(LAYER)),
         ({"precision__scaling": "current"}, ()),
         ({"precision__matmul": "compute", "precision__scaling": "current"}, ()),
     ],

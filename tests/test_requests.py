@@ -13,8 +13,11 @@ import time
 
 import jax
 import pytest
+import small
 
-from scaletrain import config, failures, flags, main
+from scaletrain import config, failures, main
+from scaletrain.commands import line
+from scaletrain.commands.command import Result
 from scaletrain.errors import ConfigError
 
 HERE = pathlib.Path(__file__).parent
@@ -173,7 +176,7 @@ def test_wrong_requests(args, words, tmp_path):
 )
 def test_a_url_is_no_local_path(args, option, url):
     with pytest.raises(ConfigError) as caught:
-        flags.read([*args, f"{option}={url}"])
+        line.read([*args, f"{option}={url}"])
     [problem] = caught.value.problems
     assert problem.startswith(f"{option.removeprefix('--config.')}={url}; a URL where")
 
@@ -182,13 +185,13 @@ def test_every_path_of_a_command_line_may_begin_at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copy(QUICKSTART.removeprefix("--config="), tmp_path / "mine.py")
     words = ["--config=~/mine.py", "--workdir=~/w", "--tokens=~/t", "--save_logits=~/l"]
-    args, _ = flags.read(["eval", *words])
+    args, _ = line.read(["eval", *words])
     assert args.config == f"{tmp_path}/mine.py"
     assert args.workdir == f"{tmp_path}/w"
     assert (args.tokens, args.save_logits) == (f"{tmp_path}/t", f"{tmp_path}/l")
-    args, _ = flags.read(["import", "--from=~/f", "--workdir=~/w"])
+    args, _ = line.read(["import", "--from=~/f", "--workdir=~/w"])
     assert args.source == f"{tmp_path}/f"
-    args, _ = flags.read(["export", words[0], "--workdir=~/w", "--to=~/t"])
+    args, _ = line.read(["export", words[0], "--workdir=~/w", "--to=~/t"])
     assert args.to == f"{tmp_path}/t"
 
 
@@ -233,14 +236,14 @@ def test_a_machine_with_chips_is_left_alone(chip, monkeypatch):
     monkeypatch.setattr(
         glob, "glob", lambda pattern: [chip] if fnmatch.fnmatch(chip, pattern) else []
     )
-    main._leave_out_missing_chips()
+    main._silence_libtpu()
     assert os.environ.get("JAX_PLATFORMS") == (None if chip else "cpu")
 
 
 def ends(monkeypatch, command, *args):
     """Returns the exit code of `main` with something else in a command's place."""
     name, *options = args
-    monkeypatch.setitem(main.COMMANDS, name, command)
+    small.replace_command(monkeypatch, name, command)
     monkeypatch.setattr(sys, "argv", ["scaletrain", name, QUICKSTART, *options])
     with pytest.raises(SystemExit) as caught:
         main.main()
@@ -323,8 +326,8 @@ def test_sigterm_keeps_what_is_known_as_an_interrupt_does(
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(10)
         except KeyboardInterrupt:
-            return {"interrupted": name == "plan"}, "known by then"
-        return {}, "not interrupted"
+            return Result({}, "known by then", name == "plan")
+        return Result({}, "not interrupted")
 
     assert ends(monkeypatch, known, name, option) == code
     assert capsys.readouterr().out == "known by then\n"
@@ -378,3 +381,14 @@ def test_config_prints_settings_that_are_settings(tmp_path):
     table = scaletrain("config", QUICKSTART).stdout
     assert "blocks/attention/q/weight" in table
     assert "parameters" in table.splitlines()[-1]
+
+
+def test_help_and_refusals_come_without_jax():
+    """Which takes seconds to import; the launch scripts ask on machines without it."""
+    code = (
+        "import sys, scaletrain.main, scaletrain.preflight\n"
+        "heavy = {'jax', 'flax', 'optax', 'orbax', 'grain'} & sys.modules.keys()\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == 0

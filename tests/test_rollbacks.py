@@ -14,6 +14,7 @@ from scaletrain.checkpoint import writer
 from scaletrain.config import MeshConfig
 from scaletrain.data.sequences import RandomSequences
 from scaletrain.errors import CheckpointError, DivergedError
+from scaletrain.workdir import Workdir
 
 # Steps 1 to 4 read batches 0 to 3, of which one is skipped. Steps 6 to 8 read three bad
 # ones; from step 4 the run goes on with batch 8. Steps 7 to 9 read three bad ones; from
@@ -141,7 +142,7 @@ def test_a_run_goes_back_stops_and_goes_on(straight, taken, tmp_path, capsys):
     # Checkpoints that lie elsewhere alone know as much.
     (tmp_path / "rollbacks.json").unlink()
     checkpoints, _ = checkpoint.reading(str(tmp_path), RUN, None)
-    found = rollbacks.Rollbacks(tmp_path, checkpoints, print)
+    found = rollbacks.Rollbacks(Workdir(tmp_path), checkpoints, print)
     assert found.left_out == [(4, 4), (6, 3)]
 
 
@@ -200,12 +201,12 @@ class Listed:
 def test_a_damaged_account_of_what_was_left_out_is_refused(text, tmp_path):
     (tmp_path / "rollbacks.json").write_text(text)
     with pytest.raises(CheckpointError, match="rollbacks.json; damaged .*remove it"):
-        rollbacks.Rollbacks(tmp_path, Listed({0: 0}), print)
+        rollbacks.Rollbacks(Workdir(tmp_path), Listed({0: 0}), print)
 
 
 def test_what_did_not_help_once_is_not_gone_back_to_again(tmp_path):
     listed = Listed({0: 0, 4: 0, 8: 0, 10: 0})
-    back = rollbacks.Rollbacks(tmp_path, listed, print)
+    back = rollbacks.Rollbacks(Workdir(tmp_path), listed, print)
     read = set()
     for skipped, saved, target, left_out in (
         ((9, 11), 10, 8, [(8, 3)]),  # 10 was saved in between
@@ -223,4 +224,6 @@ def test_what_did_not_help_once_is_not_gone_back_to_again(tmp_path):
         assert target + left_out_before(left_out, target + 1) == max(read) + 1
     with pytest.raises(DivergedError, match="went back optim.max_rollbacks=4 times"):
         back.go_back(rollbacks.Diverged(13, 14, []))
-    assert rollbacks.Rollbacks(tmp_path, listed, print).left_out == back.left_out
+    assert (
+        rollbacks.Rollbacks(Workdir(tmp_path), listed, print).left_out == back.left_out
+    )

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import config, evaluate, main, remat, train
+from scaletrain import compilation, config, evaluate, main, train
 from scaletrain.config import DataConfig, MeshConfig
 from scaletrain.errors import (
     CheckpointError,
@@ -267,7 +267,7 @@ def test_fewer_steps_than_were_taken_are_nothing_to_do(
     found = train.run(small.changed(brief, num_steps=3), str(tmp_path))
     names = ("config.json", "metrics.jsonl", "attempts.json")
     before = {name: (tmp_path / name).read_bytes() for name in names}
-    monkeypatch.delattr(remat, "compiled")
+    monkeypatch.delattr(compilation, "compiled")
     fewer = small.changed(brief, num_steps=2, eval__num_batches=1)
     assert train.run(fewer, str(tmp_path)) == found
     assert "num_steps=2; nothing to do: " in capsys.readouterr().err
@@ -292,12 +292,33 @@ def test_another_corpus_is_refused(brief, tmp_path):
         train.run(dataclasses.replace(run, num_steps=2), str(tmp_path / "run"))
 
 
+def test_a_run_goes_on_where_its_corpus_was_moved_to(brief, tmp_path, capfd):
+    corpus, moved = tmp_path / "corpus", tmp_path / "moved"
+    corpus.mkdir()
+    for i in range(20):
+        (corpus / f"{i}.txt").write_text(f"document {i} " * 50)
+    run = small.changed(brief, data__path=f"{corpus}/*.txt")
+    train.run(run, str(tmp_path / "run"))
+    corpus.rename(moved)
+    run = small.changed(run, data__path=f"{moved}/*.txt", num_steps=2)
+    train.run(run, str(tmp_path / "run"))
+    told = capfd.readouterr().err
+    change = f"data.path: '{corpus}/*.txt' then, '{moved}/*.txt' now"
+    assert f"changed since step 1: {change}" in told
+    assert "resuming from step 1" in told
+    (moved / "3.txt").write_text("something else")
+    run = small.changed(run, data__path=f"{tmp_path}/m*/*.txt", num_steps=3)
+    with pytest.raises(CheckpointError, match=r"(?s)data.path: .* the corpus or its"):
+        train.run(run, str(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])
 def test_a_checkpoint_must_match_leaf_by_leaf(brief, tmp_path, monkeypatch, change):
     """That it does not is told before the step is compiled."""
-    from scaletrain import checkpoint, compilation
+    from scaletrain import compilation
+    from scaletrain.checkpoint import reader
 
-    whole, shorter = checkpoint.flat, jax.numpy.ones(31)
+    whole, shorter = reader.flat, jax.numpy.ones(31)
 
     def altered(tree):
         flat = whole(tree)
@@ -311,7 +332,7 @@ def test_a_checkpoint_must_match_leaf_by_leaf(brief, tmp_path, monkeypatch, chan
         return flat
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "flat", altered)
+        patch.setattr(reader, "flat", altered)
         train.run(brief, str(tmp_path))
     words = {
         "missing": "norm/scale: missing",

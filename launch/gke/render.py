@@ -5,7 +5,7 @@ import json
 import sys
 from typing import Any
 
-from scaletrain import launch
+from scaletrain import preflight
 from scaletrain.errors import ConfigError, ScaletrainError
 
 _RESTARTS = 100  # of a run in all; a preemption is one
@@ -152,9 +152,9 @@ def read(argv: list[str]) -> tuple[dict[str, Any], argparse.Namespace]:
     args = parser.parse_args(argv[:end])
     args.train = argv[end + 1 :]
     where = [f"--topology={args.topology}", f"--num_slices={args.num_slices}"]
-    slice_, given = launch.read([*where, "--", *args.train])
+    slice_, given = preflight.read([*where, "--", *args.train])
     assert slice_ is not None, "a topology is named"
-    facts = launch.facts(slice_, given)
+    facts = preflight.facts(slice_, given)
     problems = []
     if args.num_slices > 1 and slice_.hosts == 1:
         problems.append(

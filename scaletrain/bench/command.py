@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 
-from scaletrain import config, mesh, metrics, workdir
-from scaletrain.bench import profile, roofline, timing
+from scaletrain import config, mesh, workdir
+from scaletrain.bench import measure, profile, roofline
+from scaletrain.bench.measure import Timed
 from scaletrain.bench.sweep import Sweep
-from scaletrain.bench.timing import Timed
 from scaletrain.config import RunConfig
+from scaletrain.console import say
 from scaletrain.errors import BenchError, ConfigError, does_not_fit
+from scaletrain.monitor.meter import Throughput
 from scaletrain.program import Program, build
 
 
@@ -67,7 +69,7 @@ def run(run: RunConfig, request: Request) -> dict[str, Any]:
         if not does_not_fit(str(err)):
             raise
         raise _too_large(run) from err
-    metrics.say(f"step {timed.step_time_s:.4f} s; measuring what the hardware can do")
+    say(f"step {timed.step_time_s:.4f} s; measuring what the hardware can do")
     record = _record(program, timed, roofline.measure(program))
     if request.data:
         record["data_wait"] = timed.data_wait
@@ -79,8 +81,8 @@ def _timed(run: RunConfig, request: Request) -> tuple[Program, Timed, dict[str, 
     grid = mesh.build(run.mesh)
     program = build(run, grid)
     with jax.set_mesh(grid):
-        feed = timing.from_data if request.data else timing.synthetic
-        steps = timing.Steps(program, run, feed)
+        feed = measure.from_data if request.data else measure.synthetic
+        steps = measure.Steps(program, run, feed)
         timed = steps.measure(request.steps)
         traced = {}
         if request.profile:
@@ -97,7 +99,7 @@ def _too_large(run: RunConfig) -> BenchError:
 
 def _record(program: Program, timed: Timed, ceilings: dict[str, Any]) -> dict[str, Any]:
     run, devices = program.run, jax.devices()
-    speed = metrics.throughput(run, timed.step_time_s, devices)
+    speed = Throughput(run, devices).read(timed.step_time_s)
     return {
         "step_time_s": timed.step_time_s,
         "step_time_spread": timed.spread,

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from scaletrain import compilation, hlo
-from scaletrain.bench.timing import Steps
+from scaletrain.bench.measure import Steps
 
 STEPS = 3  # that are traced
 _LARGEST = 12  # kernels that are listed

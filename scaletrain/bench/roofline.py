@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from scaletrain.bench import loops, shapes
+from scaletrain.bench import microbench, shapes
 from scaletrain.bench.shapes import Attention, Gemm
 from scaletrain.config import RunConfig
 from scaletrain.hardware.chips import by_kind
@@ -87,9 +87,9 @@ def _gemms(run: RunConfig) -> dict[str, Any]:
         p = run.precision
         dtype = p.gradients if name == "wgrad" else p.compute
         dot = functools.partial(jnp.einsum, letters, preferred_element_type=dtype)
-        return loops.seconds(dot, x, y)
+        return microbench.seconds(dot, x, y)
 
-    chip, found = by_kind(loops.kind()), {}
+    chip, found = by_kind(microbench.kind()), {}
     for name, gemm in shapes.gemms(run).items():
         alike = dataclasses.replace(gemm, count=1)
         times = {f"{each}_s": seconds(alike, each) for each in gemm.passes}
@@ -142,8 +142,8 @@ def _attention(shape: Attention, run: RunConfig) -> dict[str, Any]:
 
     inputs = (k_BSKH, v_BSKH, segments_BT, segments_BS)
     # What a loop works on is given away.
-    one = loops.seconds(forward, jnp.copy(q_BTNH), *inputs)
-    two = loops.seconds(both, q_BTNH, *inputs, dy_BTNH)
+    one = microbench.seconds(forward, jnp.copy(q_BTNH), *inputs)
+    two = microbench.seconds(both, q_BTNH, *inputs, dy_BTNH)
     return {
         "implementation": model.attention,
         "count": shape.count,
@@ -157,7 +157,7 @@ def _attention(shape: Attention, run: RunConfig) -> dict[str, Any]:
 def _copy() -> float:
     """Returns bytes read and written a second."""
     x = _random((COPY_BYTES // 4,), "float32")
-    return 2 * COPY_BYTES / loops.seconds(jnp.negative, x)
+    return 2 * COPY_BYTES / microbench.seconds(jnp.negative, x)
 
 
 def _optimizer(program: Program) -> float:
@@ -181,8 +181,8 @@ def _optimizer(program: Program) -> float:
         grads = jax.tree.map(lambda p: jnp.array(p, low if alone else p.dtype), params)
         kept = jax.tree.map(lambda leaf: leaf.sharding, (params, opt_state))
         jitted = jax.jit(update, donate_argnums=(0, 1), out_shardings=kept)
-        run = loops.compiled(jitted, params, opt_state, grads)
-        return loops.median(lambda carry: run(*carry, grads), (params, opt_state))
+        run = microbench.compiled(jitted, params, opt_state, grads)
+        return microbench.median(lambda carry: run(*carry, grads), (params, opt_state))
 
 
 _COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce")
@@ -207,14 +207,14 @@ def _collective(name: str, axis: str, grid: Mesh) -> float:
         for times in (ins, outs)
     )
     loop = jax.shard_map(
-        functools.partial(loops.looped, op),
+        functools.partial(microbench.looped, op),
         mesh=grid,
         in_specs=jax.P(axis),
         out_specs=jax.P(axis),
         check_vma=False,  # a gathered array is whole everywhere, and is not said to be
     )
-    run = loops.compiled(jax.jit(loop, donate_argnums=(0, 1)), x, y)
-    seconds = loops.median(lambda carry: run(*carry), (x, y)) / loops.REPEATS
+    run = microbench.compiled(jax.jit(loop, donate_argnums=(0, 1)), x, y)
+    seconds = microbench.median(lambda carry: run(*carry), (x, y)) / microbench.REPEATS
     wire = 2 * part * (ways - 1) * (2 if name == "all_reduce" else 1)
     return wire / seconds
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from scaletrain import metrics
+from scaletrain import flops, matrices
 from scaletrain.config import RunConfig
 
 
@@ -56,19 +56,15 @@ def gemms(run: RunConfig) -> dict[str, Gemm]:
     trained = run.lora.rank == 0
     rows = run.shard_rows * run.seq_len // run.mesh.size("context")
     count = model.num_layers * run.accumulate_steps
-    found = {}
-    for name, (inputs, outputs) in metrics.linears(model).items():
-        # Tensor parallelism cuts heads and hidden units: what q, k, v, gate and up
-        # give, and what o and down take.
-        if name in ("attention/o", "mlp/down"):
-            inputs //= tensor
-        else:
-            outputs //= tensor
-        found[name.split("/")[1]] = Gemm(rows, inputs, outputs, count, trained)
-    found["head"] = Gemm(
-        rows, model.d_model, model.vocab_size // tensor, run.accumulate_steps, trained
-    )
-    return found
+    shapes = {
+        matrix.name.split("/")[1]: Gemm(
+            rows, *matrix.shape(model, tensor), count, trained
+        )
+        for matrix in matrices.of_layer(model)
+    }
+    head = matrices.HEAD.shape(model, tensor)
+    shapes["head"] = Gemm(rows, *head, run.accumulate_steps, trained)
+    return shapes
 
 
 def attentions(run: RunConfig) -> dict[str, Attention]:
@@ -86,7 +82,7 @@ def attentions(run: RunConfig) -> dict[str, Attention]:
             kv_heads=model.num_kv_heads // tensor,
             d_head=model.d_head,
             local=local,
-            keys_seen=metrics.keys_seen(model, layers[0], run.seq_len)[0],
+            keys_seen=flops.keys_seen(model, layers[0], run.seq_len)[0],
             count=len(layers) * run.accumulate_steps,
         )
         for local, layers in kinds.items()

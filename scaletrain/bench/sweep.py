@@ -11,10 +11,11 @@ from typing import Any
 
 import jax
 
-from scaletrain import config, metrics
-from scaletrain.bench.timing import Timed
+from scaletrain import config
+from scaletrain.bench.measure import Timed
 from scaletrain.compilation import CANDIDATES
 from scaletrain.config import Overrides, RunConfig
+from scaletrain.console import say
 from scaletrain.errors import ConfigError, does_not_fit
 from scaletrain.hardware import chips
 
@@ -42,7 +43,7 @@ class Sweep:
         except KeyboardInterrupt:
             if not self._candidates:
                 raise
-            metrics.say("stopped; going on with the best of what is known")
+            say("stopped; going on with the best of what is known")
         return sorted(
             self._candidates, key=lambda each: -each["tokens_per_s_per_device"]
         )
@@ -121,7 +122,7 @@ class Sweep:
         )
         words = " ".join(config.flags(changed)) or "as configured"
         verdict = problem or f"{speed:,.0f} tokens/s a device"
-        metrics.say(f"{words}: {verdict}; {self._left} more at most")
+        say(f"{words}: {verdict}; {self._left} more at most")
         return speed
 
 

@@ -14,7 +14,7 @@ them, and are restored straight onto whatever mesh there is now.
           ocdbt   which parameter lies where in a step's files
 """
 
-from scaletrain.checkpoint.reader import Reader, flat, reading, steps_in
+from scaletrain.checkpoint.reader import Reader, flat, reading
 from scaletrain.checkpoint.store import Store
 
-__all__ = ["Reader", "Store", "flat", "reading", "steps_in"]
+__all__ = ["Reader", "Store", "flat", "reading"]

@@ -18,6 +18,7 @@ from scaletrain.checkpoint.manifest import Manifest
 from scaletrain.config import RunConfig
 from scaletrain.errors import CheckpointError
 from scaletrain.program import TrainState
+from scaletrain.workdir import Workdir
 
 Tree = Any
 REST = ("step", "key", "opt_state", "amax")  # of a state, beside its parameters
@@ -35,19 +36,13 @@ def items(state: TrainState) -> dict[str, dict[str, Any]]:
     return {"params": flat(state.params), "rest": flat(rest)}
 
 
-def steps_in(workdir: pathlib.Path) -> list[int]:
-    """Returns the whole steps of a workdir, in order."""
-    names = [path.name for path in (pathlib.Path(workdir) / "checkpoints").glob("*")]
-    return sorted(int(name) for name in names if name.isdigit())
-
-
 class Reader:
     """The checkpoints of one workdir, read only: nothing is made, moved or removed."""
 
-    def __init__(self, workdir: pathlib.Path, run: RunConfig):
-        self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
+    def __init__(self, workdir: Workdir, run: RunConfig):
+        self.folder = workdir.checkpoints.absolute()
         self.run = run
-        self._steps = steps_in(workdir)
+        self._steps = workdir.steps()
 
     def latest(self) -> int | None:
         """Returns the newest whole step, None when there is none."""
@@ -119,6 +114,7 @@ class Reader:
             held = [line for line in held if line.startswith(("model.", "lora."))]
             free = []
         elif data["fingerprint"] != data_fingerprint:
+            held += [line for line in free if line.startswith("data.")]
             held.append("data: the corpus or its tokenizer is not the one of then")
         if held:
             lines = "\n".join(f"  {line}" for line in held)
@@ -209,11 +205,11 @@ def reading(workdir: str, run: RunConfig, step: int | None) -> tuple[Reader, int
     Raises:
       CheckpointError: the workdir holds no such checkpoint.
     """
-    path = pathlib.Path(workdir)
+    folder = Workdir.of(workdir)
     missing = f"--workdir={workdir}; no whole checkpoint there; train first."
-    if not (path / "checkpoints").is_dir():
+    if not folder.checkpoints.is_dir():
         raise CheckpointError(missing)
-    checkpoints = Reader(path, run)
+    checkpoints = Reader(folder, run)
     step = checkpoints.latest() if step is None else step
     if step is None:
         raise CheckpointError(missing)

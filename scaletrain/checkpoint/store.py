@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import functools
 import json
-import pathlib
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from scaletrain.checkpoint.writer import FAILURES, Writer
 from scaletrain.config import RunConfig
 from scaletrain.errors import CheckpointError
 from scaletrain.program import TrainState
+from scaletrain.workdir import Workdir
 
 _CHUNK_BYTES = 2**24  # of an import's arrays
 
@@ -32,13 +32,13 @@ class Store(Reader):
 
     def __init__(
         self,
-        workdir: pathlib.Path,
+        workdir: Workdir,
         run: RunConfig,
         *,
         say: Callable[[str], None] = lambda line: None,
     ):
         self._say = say
-        self._writer = Writer(pathlib.Path(workdir).absolute() / "checkpoints")
+        self._writer = Writer(workdir.checkpoints.absolute())
         self._writer.prepare()
         super().__init__(workdir, run)
         self._after: list[int] = []  # the steps there are once the save that runs is

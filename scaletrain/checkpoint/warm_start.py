@@ -3,15 +3,15 @@
 import contextlib
 import dataclasses
 import os
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 from scaletrain import config, data
-from scaletrain.checkpoint.reader import Reader, reading, steps_in
+from scaletrain.checkpoint.reader import Reader, reading
 from scaletrain.config import RunConfig
 from scaletrain.errors import CheckpointError, ConfigError
 from scaletrain.program import TrainState
+from scaletrain.workdir import Workdir
 
 Tree = Any
 
@@ -83,7 +83,7 @@ def parsed(init_from: str) -> tuple[str, int | None]:
 
 
 def _is_workdir(path: str) -> bool:
-    return (pathlib.Path(path) / "checkpoints").is_dir()
+    return Workdir.of(path).checkpoints.is_dir()
 
 
 def pinned(run: RunConfig) -> RunConfig:
@@ -105,7 +105,7 @@ def pinned(run: RunConfig) -> RunConfig:
     return dataclasses.replace(run, init_from=f"{workdir}@{step}")
 
 
-def tokenizer_begun_with(run: RunConfig, folder: pathlib.Path) -> data.Tokenizer | None:
+def tokenizer_begun_with(run: RunConfig, folder: Workdir) -> data.Tokenizer | None:
     """Returns the tokenizer of the weights that training in `folder` goes on from.
 
     None if it begins from none, or if they have seen no text.
@@ -113,12 +113,12 @@ def tokenizer_begun_with(run: RunConfig, folder: pathlib.Path) -> data.Tokenizer
     Raises:
       ScaletrainError: see `tokenizer_of`.
     """
-    if steps_in(folder):
-        return tokenizer_of(folder, run)
+    if folder.steps():
+        return tokenizer_of(str(folder), run)
     return tokenizer_of(parsed(run.init_from)[0], run) if run.init_from else None
 
 
-def tokenizer_of(workdir: str | pathlib.Path, run: RunConfig) -> data.Tokenizer | None:
+def tokenizer_of(workdir: str, run: RunConfig) -> data.Tokenizer | None:
     """Returns the tokenizer with which checkpoints in `workdir` read text.
 
     That is the workdir's own, whatever has become of the file it came from. If `run`
@@ -129,19 +129,19 @@ def tokenizer_of(workdir: str | pathlib.Path, run: RunConfig) -> data.Tokenizer 
       ConfigError: `run` names a tokenizer of other ids.
       DataError: a tokenizer cannot be read.
     """
-    folder, now, then = pathlib.Path(workdir), run.data, run.data
-    settings = folder / "config.json"
+    folder, now, then = Workdir.of(workdir), run.data, run.data
+    settings = folder.config
     if settings.is_file():
         text = settings.read_text("utf-8", "replace")
         then = config.from_json(text, str(settings)).data
-    without = not (folder / "tokenizer" / "about.json").is_file()
+    without = not (folder.tokenizer / "about.json").is_file()
     if without and then.source == "synthetic":
         if now.source != "synthetic" and now.tokenizer == "bpe":
             raise _other_ids(
                 run, workdir, "give the path of the tokenizer they were made with"
             )
         return None
-    own = data.load_tokenizer(folder / "tokenizer")
+    own = data.load_tokenizer(folder.tokenizer)
     same = (now.tokenizer, now.end_of_text) == (then.tokenizer, then.end_of_text)
     if now.source == "synthetic" or same:
         return own
@@ -151,7 +151,7 @@ def tokenizer_of(workdir: str | pathlib.Path, run: RunConfig) -> data.Tokenizer 
     raise _other_ids(run, workdir, f"set it back to {then.tokenizer!r}")
 
 
-def _other_ids(run: RunConfig, workdir: str | pathlib.Path, remedy: str) -> ConfigError:
+def _other_ids(run: RunConfig, workdir: str, remedy: str) -> ConfigError:
     return ConfigError(
         [
             f"data.tokenizer={run.data.tokenizer!r}; its ids would not be those that "

@@ -13,15 +13,13 @@ from scaletrain.config.attention import unable
 from scaletrain.config.schema import (
     AXES,
     FIELDS,
-    LINEARS,
-    REMAT_NAMES,
     AxesConfig,
     MeshConfig,
     RunConfig,
-    named,
 )
 from scaletrain.config.setting import Condition, get, leaves
 from scaletrain.errors import ConfigError, counted
+from scaletrain.matrices import LAYER, REMAT_NAMES, named
 
 
 def check(run: RunConfig) -> RunConfig:
@@ -116,7 +114,7 @@ def _targets(path: str, targets: tuple[str, ...]) -> Iterator[str]:
         if not named((target,)):
             yield (
                 f"{path}={target}; no matrix has that name; "
-                f"pick from {', '.join(LINEARS)}, with * and ? for parts."
+                f"pick from {', '.join(LAYER)}, with * and ? for parts."
             )
 
 

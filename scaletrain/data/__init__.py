@@ -1,7 +1,8 @@
 """From a corpus to the batch of a step.
 
+    files       those that data.path names  (tables: their rows)
     sources     documents or rows, in an order that never changes
-    tokenizers  text to ids and back  (sidecars: their files; chats: conversations)
+    tokenizers  text to ids and back  (chats: conversations)
     tokenise    documents to one token stream a split  (blocks: its files)
     cache       the streams, made once and kept  (counts: of their bytes)
     sequences   windows of a stream, by number  (packing: of conversations)

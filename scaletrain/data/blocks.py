@@ -1,7 +1,9 @@
 """Token streams on disk: ArrayRecord files of equal blocks, any window in O(1)."""
 
+import contextlib
 import hashlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import grain
@@ -14,13 +16,17 @@ BLOCK = 8192  # tokens a record holds; the last one holds what is left
 
 
 class StreamWriter:
-    """Appends tokens to a stream; nothing is whole before `close`."""
+    """Appends tokens to a stream; nothing is whole before `close`.
+
+    All methods raise OSError where the disk refuses.
+    """
 
     def __init__(self, path: pathlib.Path, dtype: str):
         # Grain reads single records, so a group of more would be read in vain; tokens
         # hardly compress, and reading them takes half the time when they are not.
         options = "group_size:1,uncompressed"
-        self._writer = ArrayRecordWriter(str(path), options)
+        with _as_os_error():
+            self._writer = ArrayRecordWriter(str(path), options)
         self._pending = np.zeros(0, dtype)
         self._digest = hashlib.sha256()
         self.num_tokens = 0
@@ -38,13 +44,23 @@ class StreamWriter:
         """Writes what is left; returns the SHA-256 of all tokens."""
         if len(self._pending):
             self._write(self._pending)
-        self._writer.close()
+        with _as_os_error():
+            self._writer.close()
         return self._digest.hexdigest()
 
     def _write(self, block: np.ndarray) -> None:
         content = block.astype(block.dtype.newbyteorder("<")).tobytes()
         self._digest.update(content)
-        self._writer.write(content)
+        with _as_os_error():
+            self._writer.write(content)
+
+
+@contextlib.contextmanager
+def _as_os_error() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as err:  # the writer's only kind
+        raise OSError(str(err)) from err
 
 
 class Stream:

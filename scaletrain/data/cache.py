@@ -28,7 +28,7 @@ from scaletrain.data.tokenise import tokenise
 from scaletrain.data.tokenizers import Tokenizer
 from scaletrain.errors import DataError
 
-FORMAT = 2  # of the folder; raise it when its content changes for the same settings
+FORMAT = 3  # of the folder; raise it when its content changes for the same settings
 _DEAD_AFTER_S = 24 * 3600  # since a builder's last sign of life
 
 
@@ -97,11 +97,9 @@ def prepare(
         _seal(partial, tokenise(run, tokenizer, partial, say))
         _install(partial, folder, lambda: _whole(folder, tokenizer, say) is not None)
     except OSError as err:
-        if err.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
         raise DataError(
-            f"data.cache_dir={data.cache_dir!r}; {err.strerror} for the tokens in "
-            f"{folder.parent}; make room, or set it to a folder on another disk."
+            f"data.cache_dir={data.cache_dir!r}; {err.strerror or err} for the tokens "
+            f"in {folder.parent}; make room, or set it to a folder on another disk."
         ) from err
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -6,7 +6,7 @@ program: sandboxed, with nothing in reach but the messages and a few functions.
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -18,13 +18,21 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from scaletrain.errors import DataError
 
 Message = Mapping[str, Any]  # "role", "content" and whatever the template knows
+Tool = Mapping[str, Any]  # a function that answers may call, as the template knows it
+
+# Fields that would change what a model sees, and that no template here is given.
+_UNREAD = ("system", "functions", "documents", "chat_template_kwargs")
+FIELDS = ("messages", "prompt", "completion", "tools", *_UNREAD)
 
 
 def messages_of(row: Mapping[str, Any]) -> list[Message]:
     """Returns the conversation in `row`: its messages, or a prompt and its completion.
 
+    A message without content has `content` None.
+
     Raises:
-      DataError: there is none, nobody answers in it, or a message says nothing.
+      DataError: there is none, nobody answers in it, a message says nothing, or
+        something in it has no way to the model.
     """
     if row.get("messages") is not None:
         found = row["messages"]
@@ -52,23 +60,88 @@ def messages_of(row: Mapping[str, Any]) -> list[Message]:
             f"no message of role assistant (there are: {roles}), so nothing to learn; "
             "leave the row out."
         )
+    if unread := [name for name in _UNREAD if row.get(name)]:
+        raise DataError(
+            f"{', '.join(unread)} beside the messages would not be read; write it as a "
+            "message, or leave it out."
+        )
     for place, message in enumerate(found, start=1):
-        _check_content(place, message)
-    # Parquet fills in what one message has and another lacks; templates ask whether
-    # a key is there.
-    return [{k: v for k, v in m.items() if v is not None} for m in found]
+        _check(place, message)
+    # What is null is not there, but content: templates ask whether a key is there, and
+    # whether content is none.
+    empty = {"content": None}
+    return [empty | {k: v for k, v in m.items() if v is not None} for m in found]
 
 
-def _check_content(place: int, message: Message) -> None:
+def tools_of(row: Mapping[str, Any]) -> list[Tool]:
+    """Returns the tools that the conversation in `row` may use.
+
+    Raises:
+      DataError: they are not a list of objects.
+    """
+    tools = row.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
+        raise DataError(
+            "tools is not a list of objects; write tools=[{type, function}, ...], or "
+            "leave them out."
+        )
+    return tools
+
+
+def _check(place: int, message: Message) -> None:
     """Refuses what a template would write as Python spells it, or as nothing."""
     content, named = message.get("content"), f"message {place} ({message['role']})"
     if not isinstance(content, (str, list, type(None))):
         raise DataError(
             f"{named} has content of type {type(content).__name__}; write it as a text."
         )
-    says = any(value for key, value in message.items() if key != "role")
+    for part in content if isinstance(content, list) else ():
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise DataError(
+                f"{named} has a part of type {kind}; only parts that are texts are "
+                "read; write {type: text, text: ...}, or leave the row out."
+            )
+    if message.get("weight") not in (None, 1):
+        raise DataError(
+            f"{named} has weight {message['weight']}, and every answer is learned; "
+            "leave the weight out, or cut the conversation so that it ends with the "
+            "answer to learn."
+        )
+    more = (v for k, v in message.items() if k not in ("role", "content", "weight"))
+    says = _text(message) or any(more)
     if not says and (_answers(message) or content is None):
         raise DataError(f"{named} says nothing; give it content, or leave the row out.")
+
+
+def _text(message: Message) -> str:
+    """Returns the content of a message as one text."""
+    content: Any = message.get("content") or ""
+    if _in_parts(message):
+        return "".join(part["text"] for part in content)
+    return content
+
+
+def _in_parts(message: Message) -> bool:
+    return isinstance(message.get("content"), list)
+
+
+class _NoContent:
+    """The content of a message without any: `is none`, and written as nothing."""
+
+    def __str__(self) -> str:
+        return ""
+
+    def __len__(self) -> int:
+        return 0
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __eq__(self, other: object) -> bool:
+        return other is None or isinstance(other, _NoContent)
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
 
 
 class ChatTemplate:
@@ -92,6 +165,7 @@ class ChatTemplate:
         # One moment, so that midnight does not part a conversation from its prefix.
         now = datetime.datetime.now()
         environment.filters["tojson"] = _to_json
+        environment.tests["none"] = _is_none
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: now.strftime(form)
         try:
@@ -100,7 +174,13 @@ class ChatTemplate:
             raise _failed(err) from err
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] = (),
+        *,
+        prompt: bool = False,
+    ) -> str:
         """Returns `messages` as text, ending where an answer begins if `prompt`.
 
         Raises:
@@ -109,8 +189,8 @@ class ChatTemplate:
         try:
             text = self._template.render(
                 self._special_tokens,
-                messages=messages,
-                tools=None,
+                messages=[_given(message) for message in messages],
+                tools=list(tools) or None,
                 documents=None,
                 add_generation_prompt=prompt,
             )
@@ -119,19 +199,31 @@ class ChatTemplate:
             raise _failed(err) from err
         return text
 
-    def answers(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+    def answers(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = ()
+    ) -> tuple[str, list[tuple[int, int]]]:
         """Returns the whole text, and from where to where the assistant wrote it.
 
         Raises:
-          DataError: the template fails, or an answer has no place of its own because
-            earlier turns are written differently once there are later ones.
+          DataError: the template fails, writes none of the tools, or an answer has no
+            place of its own because earlier turns are written differently once there
+            are later ones.
         """
-        whole, spans = self.render(messages), []
+        if not self._knows_parts(messages, tools):
+            messages = [
+                {**m, "content": _text(m)} if _in_parts(m) else m for m in messages
+            ]
+        whole, spans = self.render(messages, tools), []
+        if tools and whole == self.render(messages):
+            raise DataError(
+                "the chat template writes no tools; leave them out, or take a "
+                "tokenizer whose template does."
+            )
         for place, message in enumerate(messages):
             if not _answers(message):
                 continue
-            before = self.render(messages[:place], prompt=True)
-            after = self.render(messages[: place + 1])
+            before = self.render(messages[:place], tools, prompt=True)
+            after = self.render(messages[: place + 1], tools)
             if not (after.startswith(before) and whole.startswith(after)):
                 raise DataError(
                     f"the chat template rewrites earlier turns, so message {place + 1} "
@@ -140,6 +232,16 @@ class ChatTemplate:
                 )
             spans.append((len(before), len(after)))
         return whole, spans
+
+    def _knows_parts(self, messages: Sequence[Message], tools: Sequence[Tool]) -> bool:
+        """Returns whether the template writes content that is a list of parts."""
+        in_parts = [message for message in messages if _in_parts(message)]
+        try:
+            text = self.render(messages, tools) if in_parts else ""
+        except DataError:
+            return False
+        parts = [part for message in in_parts for part in message["content"]]
+        return all(part["text"].strip() in text for part in parts)
 
 
 class _Generation(Extension):
@@ -155,6 +257,26 @@ class _Generation(Extension):
 
 def _answers(message: Message) -> bool:
     return message["role"] == "assistant"
+
+
+class _Parts(list):
+    """Content in parts, which a template has to read one by one."""
+
+    def __str__(self) -> str:
+        raise ValueError("the template writes a list of parts as if it were a text")
+
+
+def _given(message: Message) -> dict[str, Any]:
+    """Returns `message` as templates are given it."""
+    if message.get("content") is None:
+        return {**message, "content": _NoContent()}
+    if _in_parts(message):
+        return {**message, "content": _Parts(message["content"])}
+    return dict(message)
+
+
+def _is_none(value: Any) -> bool:
+    return value is None or isinstance(value, _NoContent)
 
 
 def _failed(err: Exception) -> DataError:
@@ -176,11 +298,18 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Returns JSON as it is; Jinja's own filter escapes it for HTML."""
-    # No `cls` or `default`: json would call what the template hands it.
+    # `cls` and `default` are not the template's: json would call what it hands over.
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
         indent=indent,
         separators=separators,
         sort_keys=sort_keys,
+        default=_null,
     )
+
+
+def _null(value: Any) -> None:
+    """Returns how JSON has a message without content."""
+    if not isinstance(value, _NoContent):
+        raise TypeError(f"{type(value).__name__} is not JSON")

@@ -1,12 +1,11 @@
 """What counting bytes alone achieves: the yardstick of bits per byte."""
 
 import pathlib
-import zipfile
 from collections.abc import Sequence
 
 import numpy as np
 
-from scaletrain.errors import DataError
+from scaletrain.data.files import door
 
 
 class ByteCounts:
@@ -37,12 +36,11 @@ class ByteCounts:
           DataError: it is missing or damaged.
         """
         counts = cls()
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                counts.order0, counts.order1 = stored["order0"], stored["order1"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as err:
-            remedy = f"delete {path.parent}, it is made anew"
-            raise DataError(f"{path}; damaged: {err}; {remedy}.") from err
+        with (
+            door(f"{path}; damaged", f"delete {path.parent}, it is made anew"),
+            np.load(path, allow_pickle=False) as stored,
+        ):
+            counts.order0, counts.order1 = stored["order0"], stored["order1"]
         return counts
 
 

@@ -11,6 +11,7 @@ import pathlib
 import numpy as np
 
 from scaletrain.data.blocks import Stream, StreamWriter
+from scaletrain.data.files import door
 from scaletrain.errors import DataError
 
 DTYPE = "uint32"  # of a stream of conversations
@@ -102,10 +103,8 @@ class Windows:
 
 def _load(path: pathlib.Path, name: str) -> np.ndarray:
     path = path.with_suffix(f".{name}.npy")
-    try:
+    with door(f"{path}; damaged", f"delete {path.parent}, it is made anew"):
         return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as err:
-        raise _damaged(path, str(err)) from err
 
 
 def _damaged(path: pathlib.Path, why: str) -> DataError:

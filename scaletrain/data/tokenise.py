@@ -10,7 +10,7 @@ import numpy as np
 
 from scaletrain.config.schema import DataConfig, RunConfig
 from scaletrain.data.blocks import StreamWriter
-from scaletrain.data.chats import messages_of
+from scaletrain.data.chats import messages_of, tools_of
 from scaletrain.data.counts import ByteCounts
 from scaletrain.data.packing import DTYPE, ConversationWriter
 from scaletrain.data.sources import Document, documents, rows
@@ -24,7 +24,9 @@ _SAY_EVERY_S = 10.0
 
 def split_of(name: str, validation_fraction: float) -> str:
     """Returns the split of a document: its name decides, not its place or a seed."""
-    hashed = int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:8], "big")
+    # A file's name may be any bytes, which Python keeps as surrogates.
+    content = name.encode("utf-8", "surrogateescape")
+    hashed = int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
     return "validation" if hashed / 2**64 < validation_fraction else "train"
 
 
@@ -97,7 +99,7 @@ def _conversations(
     assert isinstance(tokenizer, JsonTokenizer), "the rules let no other through"
     for name, row in rows(run.data):
         try:
-            ids, answers = tokenizer.chat(messages_of(row))
+            ids, answers = tokenizer.chat(messages_of(row), tools_of(row))
         except DataError as err:
             raise DataError(f"{name}; {err}") from err
         _check_rows(name, ids, run, tokenizer)

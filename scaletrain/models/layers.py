@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from scaletrain.config import LoraConfig, ModelConfig, PrecisionConfig, RopeConfig
 from scaletrain.kernels import norm as norm_kernel
 from scaletrain.kernels import rotary as rotary_kernel
+from scaletrain.matrices import LAYER
 from scaletrain.models.attention import Scores, attend
 from scaletrain.models.linear import Linear, project_all, together
 from scaletrain.sharding import constrain
@@ -155,34 +156,15 @@ class Attention(nnx.Module):
     ):
         D, N, K, H = model.d_model, model.num_heads, model.num_kv_heads, model.d_head
         keys = jax.random.split(key, 4)
-        both = {"precision": precision, "lora": lora}
-        ins = {"std": D**-0.5, "bias": model.bias in ("qkv", "all"), **both}
-        axes_k = ("embed", "kv_heads", "head")
-        self.q = Linear(
-            keys[0],
-            "btd,dnh->btnh",
-            (D, N, H),
-            ("embed", "heads", "head"),
-            name="attention/q",
-            **ins,
-        )
-        self.k = Linear(
-            keys[1], "btd,dkh->btkh", (D, K, H), axes_k, name="attention/k", **ins
-        )
-        self.v = Linear(
-            keys[2], "btd,dkh->btkh", (D, K, H), axes_k, name="attention/v", **ins
-        )
+        linear = functools.partial(Linear, model=model, precision=precision, lora=lora)
+        ins = {"std": D**-0.5, "bias": model.bias in ("qkv", "all")}
+        self.q = linear(keys[0], LAYER["attention/q"], **ins)
+        self.k = linear(keys[1], LAYER["attention/k"], **ins)
+        self.v = linear(keys[2], LAYER["attention/v"], **ins)
         # Branch outputs shrink with depth (GPT-2, section 2.3).
-        self.o = Linear(
-            keys[3],
-            "btnh,nhd->btd",
-            (N, H, D),
-            ("heads", "head", "embed"),
-            name="attention/o",
-            std=(2 * model.num_layers * N * H) ** -0.5,
-            bias=model.bias == "all",
-            **both,
-        )
+        std = (2 * model.num_layers * N * H) ** -0.5
+        bias = model.bias == "all"
+        self.o = linear(keys[3], LAYER["attention/o"], std=std, bias=bias)
         self.q_norm = _head_norm(model, precision, N, "heads")
         self.k_norm = _head_norm(model, precision, K, "kv_heads")
         self.model, self.precision = model, precision

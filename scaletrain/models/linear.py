@@ -14,7 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from scaletrain import sharding
-from scaletrain.config import LoraConfig, PrecisionConfig
+from scaletrain.config import LoraConfig, ModelConfig, PrecisionConfig
+from scaletrain.matrices import Matrix
 from scaletrain.models.quantised import Amax, project_fp8, project_int8
 from scaletrain.sharding import constrain, param
 
@@ -124,44 +125,33 @@ class Linear(nnx.Module):
     def __init__(
         self,
         key: jax.Array,
-        letters: str,
-        shape: tuple[int, ...],
-        axes: tuple[str, ...],
+        matrix: Matrix,
+        model: ModelConfig,
         *,
         std: float,
         precision: PrecisionConfig,
         lora: LoraConfig,
-        name: str = "",
         bias: bool = False,
     ):
-        """Makes the matrix of einsum(letters, x, weight); no letter is "r".
-
-        Args:
-          name: of LINEARS, by which it is adapted and multiplied in 8 bits.
-        """
-        x_dims, w_dims, out = letters.replace("->", ",").split(",")
-        fan_in = [dim in x_dims for dim in w_dims]
-        ins = tuple(i for i, is_in in enumerate(fan_in) if is_in)
-        outs = tuple(i for i, is_in in enumerate(fan_in) if not is_in)
-        dtype, adapts = precision.params, name in lora.adapted
-        low = name in precision.quantised
-        self.weight = param(key, shape, *axes, std=std, dtype=dtype)
+        dtype, adapts = precision.params, matrix.name in lora.adapted
+        low = matrix.name in precision.quantised
+        axes, sizes = [dim.axis for dim in matrix.dims], matrix.sizes(model)
+        inner = len(matrix.ins)  # dims that are summed over
+        self.weight = param(key, sizes, *axes, std=std, dtype=dtype)
         # Vectors that are added to the residual stream stay whole, like norms.
-        bias_axes = (
-            "norm" if axis == "embed" else axis for axis in _picked(axes, outs)
-        )
+        bias_axes = ("norm" if axis == "embed" else axis for axis in axes[inner:])
         self.bias = (
-            param(key, _picked(shape, outs), *bias_axes, std=0.0, dtype=dtype)
+            param(key, sizes[inner:], *bias_axes, std=0.0, dtype=dtype)
             if bias
             else None
         )
         self.lora_a = (
             param(
                 jax.random.fold_in(key, 1),
-                (*_picked(shape, ins), lora.rank),
-                *_picked(axes, ins),
+                (*sizes[:inner], lora.rank),
+                *axes[:inner],
                 "rank",
-                std=math.prod(_picked(shape, ins)) ** -0.5,
+                std=math.prod(sizes[:inner]) ** -0.5,
                 dtype=dtype,
                 kind=Adapter,
             )
@@ -171,9 +161,9 @@ class Linear(nnx.Module):
         self.lora_b = (
             param(
                 key,
-                (lora.rank, *_picked(shape, outs)),
+                (lora.rank, *sizes[inner:]),
                 "rank",
-                *_picked(axes, outs),
+                *axes[inner:],
                 std=0.0,
                 dtype=dtype,
                 kind=Adapter,
@@ -187,12 +177,12 @@ class Linear(nnx.Module):
             if low and precision.scaling == "delayed"
             else None
         )
-        kept = "".join(dim for dim in x_dims if dim in out)
-        w_in, w_out = ("".join(w_dims[i] for i in dims) for dims in (ins, outs))
-        self.letters_a = f"{x_dims},{w_in}r->{kept}r"
-        self.letters_b = f"{kept}r,r{w_out}->{out}"
+        ins, outs = matrix.letters
+        self.letters = f"bt{ins},{ins}{outs}->bt{outs}"
+        self.letters_a = f"bt{ins},{ins}r->btr"
+        self.letters_b = f"btr,r{outs}->bt{outs}"
         self.scale = lora.alpha / lora.rank if adapts else 0.0
-        self.letters, self.precision = letters, precision
+        self.precision = precision
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Returns the product in the compute precision; a bias is added in `reduce`."""
@@ -220,10 +210,6 @@ class Linear(nnx.Module):
         bias = self.bias[...]
         bias = bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
         return (y.astype(p.reduce) + bias.astype(p.reduce)).astype(y.dtype)
-
-
-def _picked(values: tuple, dims: tuple[int, ...]) -> tuple:
-    return tuple(values[i] for i in dims)
 
 
 def together(

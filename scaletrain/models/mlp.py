@@ -9,12 +9,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from scaletrain.config import (
-    LoraConfig,
-    ModelConfig,
-    PrecisionConfig,
-)
-from scaletrain.kernels import gated
+from scaletrain.config import LoraConfig, ModelConfig, PrecisionConfig
+from scaletrain.kernels import glu
+from scaletrain.matrices import LAYER
 from scaletrain.models.linear import Linear, gathered, gradients, together
 from scaletrain.sharding import constrain
 
@@ -22,7 +19,7 @@ from scaletrain.sharding import constrain
 class _Fused(NamedTuple):
     """How the branch runs whose activation is inside its matmuls."""
 
-    gate: gated.Gate
+    gate: glu.Gate
     precision: PrecisionConfig
     again: bool  # gate and up are kept, and their product is made of them again
 
@@ -40,12 +37,12 @@ def fused_mlp(
 
 def _lowered(fused: _Fused, weights: Weights) -> tuple[Array, Array]:
     gate_DF, up_DF, down_FD = (w.astype(fused.precision.compute) for w in weights)
-    return gated.interleaved(gate_DF, up_DF), down_FD
+    return glu.interleaved(gate_DF, up_DF), down_FD
 
 
 def _fused_forward(fused, x_BTD, weights):
     both_DG, down_FD = _lowered(fused, weights)
-    gate_BTF, up_BTF, product_BTF = gated.forward(fused.gate, x_BTD, both_DG)
+    gate_BTF, up_BTF, product_BTF = glu.forward(fused.gate, x_BTD, both_DG)
     gate_BTF = checkpoint_name(gate_BTF, "mlp_gate")
     up_BTF = checkpoint_name(up_BTF, "mlp_up")
     out_BTD = jnp.einsum("btf,fd->btd", product_BTF, down_FD)
@@ -59,19 +56,19 @@ def _fused_backward(fused, residuals, dout_BTD):
         lowered = _lowered(fused, weights)
     both_DG, down_FD = lowered
     streams = dout_BTD, gate_BTF, up_BTF
-    dboth_BTG, *made = gated.backward(fused.gate, streams, down_FD, fused.again)
+    dboth_BTG, *made = glu.backward(fused.gate, streams, down_FD, fused.again)
     product_BTF = made[0] if fused.again else product_BTF
     p = fused.precision
     _, ddown_FD = gradients("btf,fd->btd", p, product_BTF, down_FD, dout_BTD)
     dx_BTD, dboth_DG = gradients("btd,df->btf", p, x_BTD, both_DG, dboth_BTG)
     dboth_DG = constrain(dboth_DG, "embed", "head", cut_first=True)
-    dws = (*gated.deinterleaved(dboth_DG), ddown_FD)
+    dws = (*glu.deinterleaved(dboth_DG), ddown_FD)
     return dx_BTD, tuple(dw.astype(w.dtype) for dw, w in zip(dws, weights, strict=True))
 
 
 fused_mlp.defvjp(_fused_forward, _fused_backward)
 
-_GATES = {"swiglu": gated.silu, "geglu": gated.gelu}
+_GATES = {"swiglu": glu.silu, "geglu": glu.gelu}
 
 _ACTIVATIONS = {
     "swiglu": jax.nn.silu,
@@ -93,23 +90,19 @@ class Mlp(nnx.Module):
     ):
         D, F = model.d_model, model.d_ff
         keys = jax.random.split(key, 3)
-        both = {"precision": precision, "lora": lora, "bias": model.bias == "all"}
-        up = ("btd,df->btf", (D, F), ("embed", "ff"))
+        linear = functools.partial(
+            Linear,
+            model=model,
+            precision=precision,
+            lora=lora,
+            bias=model.bias == "all",
+        )
         self.gate = (
-            Linear(keys[0], *up, name="mlp/gate", std=D**-0.5, **both)
-            if model.is_gated
-            else None
+            linear(keys[0], LAYER["mlp/gate"], std=D**-0.5) if model.is_gated else None
         )
-        self.up = Linear(keys[1], *up, name="mlp/up", std=D**-0.5, **both)
-        self.down = Linear(
-            keys[2],
-            "btf,fd->btd",
-            (F, D),
-            ("ff", "embed"),
-            name="mlp/down",
-            std=(2 * model.num_layers * F) ** -0.5,
-            **both,
-        )
+        self.up = linear(keys[1], LAYER["mlp/up"], std=D**-0.5)
+        std = (2 * model.num_layers * F) ** -0.5
+        self.down = linear(keys[2], LAYER["mlp/down"], std=std)
         self.activation = _ACTIVATIONS[model.mlp]
         self.model, self.precision = model, precision
 
@@ -121,7 +114,7 @@ class Mlp(nnx.Module):
         linears = self.gate, self.up, self.down
         # The policy "dots" saves the results of XLA's matmuls alone: it would have the
         # kernels run again.
-        fused = self.model.remat != "dots" and gated.supports(
+        fused = self.model.remat != "dots" and glu.supports(
             x_BTD.shape, self.model.d_ff, self.precision.compute
         )
         if fused and all(linear.plain for linear in linears):

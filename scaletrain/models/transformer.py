@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from scaletrain.config import LoraConfig, ModelConfig, PrecisionConfig
+from scaletrain.matrices import HEAD
 from scaletrain.models import stack
 from scaletrain.models.embedding import look_up
 from scaletrain.models.layers import Attention, Norm, dropped
@@ -159,9 +160,8 @@ class Decoder(nnx.Module):
         self.head = (
             Linear(
                 head_key,
-                "btd,dv->btv",
-                (D, V),
-                ("embed", "vocab"),
+                HEAD,
+                model,
                 std=D**-0.5,
                 precision=precision,
                 lora=lora,

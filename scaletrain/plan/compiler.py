@@ -21,7 +21,7 @@ from scaletrain import config, hlo
 from scaletrain.config import AXES, RunConfig
 from scaletrain.errors import ConfigError, PlanError, does_not_fit
 from scaletrain.hardware.slices import Slice
-from scaletrain.plan import memory, timing
+from scaletrain.plan import memory, schedule
 
 _TIMEOUT_S = 1800
 _POLL_S = 0.02
@@ -50,7 +50,7 @@ class Report:
     host_bytes: int  # beside it, in the host's memory
     by_class: dict[str, int]  # bytes; they add up to `peak_bytes`
     largest: list[tuple[int, str]]  # (bytes, what it is), of the peak
-    step: timing.Step
+    step: schedule.Step
     full: bool  # compiled to machine code
     # By the executable's own word, if there is one: what it holds, and the most of
     # that which is in use at once.
@@ -226,7 +226,7 @@ def _report(
         host_bytes=usage.host_bytes,
         by_class=memory.by_class(usage, answer["bytes"]),
         largest=usage.largest,
-        step=timing.account(module, axes(run), slice_),
+        step=schedule.account(module, axes(run), slice_),
         # There is no stopping the GPUs' compiler on its way.
         full=full or not slice_.is_tpu,
         executable_bytes=answer.get("executable_bytes"),

@@ -11,7 +11,7 @@ import math
 import jax
 from flax import nnx
 
-from scaletrain import config, metrics
+from scaletrain import config, flops
 from scaletrain.config import (
     AXES,
     LoraConfig,
@@ -20,6 +20,7 @@ from scaletrain.config import (
     RunConfig,
 )
 from scaletrain.hardware.slices import Slice
+from scaletrain.matrices import remat_widths
 from scaletrain.models.transformer import Decoder
 
 _MATMUL_EFFICIENCY = 0.6  # of the peak, over a whole step
@@ -82,34 +83,18 @@ def _activations(run: RunConfig, slice_: Slice, tokens: int, rows: int) -> int:
     model, tensor = run.model, run.mesh.size("tensor")
     # Bytes a value of width D and of one that is split, with float32 copies: fitted
     # to what the compiler kept of Llama 8B on v5p:4x4x4 with and without a tensor axis.
-    wide = sum(_widths(model).values())
+    wide = sum(remat_widths(model).values())
     inside = tokens * (26 * model.d_model + 4 * wide // tensor)
     kept = inside
     if model.remat in ("full", "save"):
-        saved = sum(_widths(model).get(name, 0) for name in model.remat_save)
+        saved = sum(remat_widths(model).get(name, 0) for name in model.remat_save)
         carried = 0 if "residual" in model.remat_offload else model.d_model
         kept = 2 * tokens * (carried + saved // tensor)
-    layer = metrics.matmul_weights(dataclasses.replace(model, vocab_size=0))
+    layer = flops.matmul_weights(dataclasses.replace(model, vocab_size=0))
     gathered = 2 * 2 * layer // model.num_layers // tensor
     logits = 10 * tokens * model.vocab_size // tensor
     scores = _SCORE_BYTES * _scores(run, slice_, rows)
     return model.num_layers * kept + gathered + max(logits, inside + scores)
-
-
-def _widths(model: ModelConfig) -> dict[str, int]:
-    """Returns the width of each value that a layer names and a tensor axis splits."""
-    heads, kv_heads = (
-        count * model.d_head for count in (model.num_heads, model.num_kv_heads)
-    )
-    gate = {"mlp_gate": model.d_ff} if model.is_gated else {}
-    return {
-        "query": heads,
-        "key": kv_heads,
-        "value": kv_heads,
-        "attention": heads,
-        "mlp_up": model.d_ff,
-        **gate,
-    }
 
 
 def _scores(run: RunConfig, slice_: Slice, rows: int) -> int:
@@ -124,12 +109,12 @@ def _scores(run: RunConfig, slice_: Slice, rows: int) -> int:
 
 def _compute_s(run: RunConfig, slice_: Slice, rows: int) -> float:
     """Returns seconds of arithmetic a step, recomputation and plain scores included."""
-    causal, _ = metrics.flops_per_token(run)
+    causal, _ = flops.flops_per_token(run)
     again = 1 + _recomputed(run) / 3  # a backward pass is two forward ones
-    flops = causal * again * run.batch_size * run.seq_len / slice_.devices
+    arithmetic = causal * again * run.batch_size * run.seq_len / slice_.devices
     scores = _scores(run, slice_, rows) * run.accumulate_steps * run.model.num_layers
     moved = _SCORE_PASSES * _SCORE_BYTES * scores / slice_.chip.hbm_bytes_per_s
-    return flops / (_MATMUL_EFFICIENCY * slice_.chip.peak_flops) + moved
+    return arithmetic / (_MATMUL_EFFICIENCY * slice_.chip.peak_flops) + moved
 
 
 def _recomputed(run: RunConfig) -> float:
@@ -137,7 +122,7 @@ def _recomputed(run: RunConfig) -> float:
     model = run.model
     if model.remat == "none":
         return 0.0
-    widths = _widths(model)
+    widths = remat_widths(model)
     cost = {name: model.d_model * width for name, width in widths.items()}
     cost["attention"] = run.seq_len * widths["attention"]
     cost["out"] = model.d_model * widths["attention"]  # of heads, back to D
@@ -167,7 +152,7 @@ def _communication_s(
     layers = model.num_layers * run.accumulate_steps
     residual = 2 * tokens * model.d_model * layers
     tensor = 8 * residual * (1 - 1 / ways["tensor"])
-    kv = 2 * _widths(model)["key"] // ways["tensor"]
+    kv = 2 * remat_widths(model)["key"] // ways["tensor"]
     context = 3 * 2 * tokens * kv * layers * (ways["context"] - 1)
     hidden = 0.7  # of the weights' way, by the layer before
     wire = (1 - hidden) * (fsdp + data) + tensor + context

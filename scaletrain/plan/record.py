@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from scaletrain import metrics
+from scaletrain import flops
 from scaletrain.config import RunConfig
 from scaletrain.footprint import cost
 from scaletrain.hardware.slices import Slice
@@ -45,7 +45,7 @@ def of(
     """
     sizes = _by_compiler(said) if said else _by_hand(run, slice_)
     accepted = said is None or said.fits
-    causal, palm = metrics.flops_per_token(run)
+    causal, palm = flops.flops_per_token(run)
     seconds = sizes["step_time_s"]
     tokens_per_s = run.batch_size * run.seq_len / seconds
     share = tokens_per_s / (slice_.devices * slice_.chip.peak_flops)

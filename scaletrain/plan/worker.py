@@ -15,6 +15,8 @@ import threading
 import time
 from typing import Any
 
+from scaletrain.files import atomic_write
+
 # The compiler writes this file last before it generates code.
 ASSIGNED = "*jit_train_step*after_optimizations_after_buffer_assignment.txt"
 
@@ -112,9 +114,7 @@ def _stop(folder: pathlib.Path, facts: dict[str, Any]) -> None:
 
 
 def _answer(folder: pathlib.Path, facts: dict[str, Any]) -> None:
-    partial = folder / "answer.partial"
-    partial.write_text(json.dumps(facts), encoding="utf-8")
-    partial.rename(folder / "answer.json")
+    atomic_write(folder / "answer.json", json.dumps(facts).encode())
     os._exit(0)
 
 

@@ -14,9 +14,8 @@ settings are properties beside them.
 
 from scaletrain.config.schema.data import DataConfig
 from scaletrain.config.schema.lora import LoraConfig
-from scaletrain.config.schema.matrices import LINEARS, named
 from scaletrain.config.schema.mesh import AXES, BATCH_AXES, AxesConfig, MeshConfig
-from scaletrain.config.schema.model import REMAT_NAMES, ModelConfig, RopeConfig
+from scaletrain.config.schema.model import ModelConfig, RopeConfig
 from scaletrain.config.schema.optim import MAX_SPIKE_WINDOW, OptimConfig
 from scaletrain.config.schema.precision import PrecisionConfig
 from scaletrain.config.schema.run import (
@@ -32,9 +31,7 @@ __all__ = [
     "BATCH_AXES",
     "FAMILIES",
     "FIELDS",
-    "LINEARS",
     "MAX_SPIKE_WINDOW",
-    "REMAT_NAMES",
     "AxesConfig",
     "CheckpointConfig",
     "DataConfig",
@@ -46,5 +43,4 @@ __all__ = [
     "PrecisionConfig",
     "RopeConfig",
     "RunConfig",
-    "named",
 ]

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from scaletrain.config.schema.matrices import LINEARS, named
 from scaletrain.config.setting import setting, unless
+from scaletrain.matrices import LAYER, named
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,12 +21,12 @@ class LoraConfig:
     )
     targets: tuple[str, ...] = setting(
         ("attention/*", "mlp/*"),
-        f"Matrices with an adapter, of {', '.join(LINEARS)}; * and ? stand for parts "
+        f"Matrices with an adapter, of {', '.join(LAYER)}; * and ? stand for parts "
         "of a name.",
         used_when=unless("lora.rank", 0),
     )
 
     @property
     def adapted(self) -> tuple[str, ...]:
-        """The names in LINEARS of the matrices that have an adapter."""
+        """The names of the matrices that have an adapter."""
         return named(self.targets) if self.rank else ()

@@ -4,12 +4,8 @@ import dataclasses
 from typing import Any
 
 from scaletrain.config.setting import setting, unless, when
+from scaletrain.matrices import GATED, REMAT_NAMES
 
-GATED = ("swiglu", "geglu")  # the values of model.mlp that have a gate
-# Intermediate values a layer names for remat="save"; models/ names exactly these.
-REMAT_NAMES = (
-    "residual", "query", "key", "value", "attention", "mlp_gate", "mlp_up",
-)  # fmt: skip
 _ROPE = when("model.positions", "rope")
 
 

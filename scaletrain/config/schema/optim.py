@@ -90,7 +90,7 @@ class OptimConfig:
         "off.",
         least=0.0,
     )
-    accumulate: str = setting(
+    accumulate: str = free(
         "microbatch",
         "Way of adding up micro-batches: in place (microbatch), or with one gradient "
         "more in memory (multi_steps).",

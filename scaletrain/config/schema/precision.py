@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from scaletrain.config.schema.matrices import LINEARS, named
 from scaletrain.config.setting import free, setting, when
+from scaletrain.matrices import LAYER, named
 
 DTYPES = ("float32", "bfloat16")
 
@@ -43,14 +43,14 @@ class PrecisionConfig:
     )
     targets: tuple[str, ...] = setting(
         ("attention/*", "mlp/*"),
-        f"Matrices multiplied in 8 bits, of {', '.join(LINEARS)}; * and ? stand for "
+        f"Matrices multiplied in 8 bits, of {', '.join(LAYER)}; * and ? stand for "
         "parts of a name.",
         used_when=when("precision.matmul", "fp8", "int8"),
     )
 
     @property
     def quantised(self) -> tuple[str, ...]:
-        """The names in LINEARS of the matrices that are multiplied in 8 bits."""
+        """The names of the matrices that are multiplied in 8 bits."""
         return named(self.targets) if self.matmul != "compute" else ()
 
     @property

@@ -1,0 +1,63 @@
+"""An attempt at a run: one start of its process, as an entry of attempts.json."""
+
+import dataclasses
+import json
+from typing import Any
+
+from scaletrain.workdir import Workdir
+
+_KEYS = {"first": "from", "last": "to"}  # of the file, where they differ
+_NUMBER = (int, float)
+
+
+@dataclasses.dataclass
+class Attempt:
+    """The steps that an attempt took and the seconds of each of its phases."""
+
+    began: float  # time of day, in seconds
+    # When it began on a clock that does not jump while its machine is up.
+    up: float
+    boot: str  # of the machine; "" = not known
+    first: int | None = None  # the earliest step it went on from
+    last: int | None = None  # the step it is at
+    taken: int = 0  # steps
+    finished: bool = False  # the run had no step left: it was over, not down
+    phases: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds
+    seconds: float = 0.0  # of all phases
+
+    def entry(self) -> dict[str, Any]:
+        """Returns the entry of attempts.json."""
+        fields = dataclasses.asdict(self)
+        return {_KEYS.get(name, name): value for name, value in fields.items()}
+
+    @classmethod
+    def of(cls, entry: Any) -> "Attempt | None":
+        """Returns the attempt of an entry, None where it is not one."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        try:
+            entry = {"finished": False, **entry}  # older ones do not say
+            attempt = cls(**{name: entry[_KEYS.get(name, name)] for name in names})
+            return attempt if attempt._is_sound() else None
+        except (KeyError, TypeError, AttributeError):
+            return None
+
+    def _is_sound(self) -> bool:
+        numbers = (self.began, self.up, self.seconds, *self.phases.values())
+        steps = (self.first, self.last)
+        began = all(isinstance(step, int) for step in steps)
+        return (
+            all(isinstance(number, _NUMBER) for number in numbers)
+            and isinstance(self.boot, str)
+            and isinstance(self.taken, int)
+            and (began or (steps == (None, None) and not self.taken))
+        )
+
+
+def attempts(workdir: Workdir) -> list[Attempt]:
+    """Returns the attempts in a workdir, the oldest first; none where they are lost."""
+    try:
+        entries = json.loads(workdir.attempts.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return []  # a lost account is no reason not to train
+    known = map(Attempt.of, entries if isinstance(entries, list) else [])
+    return [attempt for attempt in known if attempt is not None]

@@ -1,0 +1,146 @@
+"""Goodput: the share of a run's wall time that moved it forward, over all attempts.
+
+`attempts.json` in the workdir has an entry for each attempt. An attempt that is killed
+cannot say goodbye, so its entry is written again every few seconds; what it lost shows
+once a later one goes on from an earlier step.
+"""
+
+import contextlib
+import json
+import math
+import pathlib
+import threading
+import time
+from typing import Any, Self
+
+import jax
+
+from scaletrain.files import atomic_write
+from scaletrain.monitor.attempt import Attempt, attempts
+from scaletrain.monitor.phase_clock import STEP, Phases
+from scaletrain.workdir import Workdir
+
+_EVERY_S = 2.0
+_BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")  # of Linux
+
+
+class Account:
+    """What became of the time of a run's attempts; kept up to date inside a `with`.
+
+    A start that is refused, or that has nothing to do, makes none: it is no attempt.
+    """
+
+    def __init__(self, workdir: Workdir, phases: Phases):
+        self._path, self._phases = workdir.attempts, phases
+        self._over, self._writing = threading.Event(), threading.Lock()
+        self._attempts, elapsed = attempts(workdir), phases.elapsed()
+        self._now = Attempt(
+            began=time.time() - elapsed,
+            up=time.monotonic() - elapsed,
+            boot=_BOOT.read_text().strip() if _BOOT.exists() else "",
+        )
+        self._attempts.append(self._now)
+        self._measure()
+
+    def __enter__(self) -> Self:
+        """Starts to write."""
+        if jax.process_index() == 0:
+            self._write()
+            threading.Thread(target=self._keep, name="goodput", daemon=True).start()
+        return self
+
+    def __exit__(self, *why: object) -> None:
+        """Writes for the last time."""
+        self._over.set()
+        if jax.process_index() == 0:
+            self._write()
+
+    def begin(self, step: int) -> None:
+        """Says which step this attempt goes on from, or went back to."""
+        now, first = self._now, self._now.first
+        now.first = step if first is None else min(first, step)
+        now.last = step
+
+    def took(self, step: int) -> None:
+        """Says that a step was taken."""
+        self._now.last = step
+        self._now.taken += 1
+
+    def finish(self) -> None:
+        """Says that the run has no step left; until it is extended it is not down."""
+        self._now.finished = True
+
+    def _measure(self) -> None:
+        self._now.phases = self._phases.totals()
+        self._now.seconds = sum(self._now.phases.values())
+
+    def _keep(self) -> None:
+        while not self._over.wait(_EVERY_S):
+            self._write()
+
+    def _write(self) -> None:
+        with self._writing, contextlib.suppress(OSError):  # as with a lost one
+            self._measure()
+            entries = [attempt.entry() for attempt in self._attempts]
+            atomic_write(self._path, json.dumps(entries, indent=1).encode())
+
+    def total(self) -> dict[str, Any]:
+        """Returns the seconds of the run by cause; productive is what is not lost."""
+        self._measure()
+        causes = {STEP: 0.0, "lost": 0.0}
+        later: Attempt | None = None
+        begun_again = math.inf  # the earliest step that a later attempt took again
+        for attempt in reversed(self._attempts):
+            for name, seconds in attempt.phases.items():
+                causes[name] = causes.get(name, 0.0) + seconds
+            lost = _lost_s(attempt, begun_again)
+            causes[STEP] -= lost
+            causes["lost"] += lost
+            if later is not None and not attempt.finished:
+                causes["down"] = causes.get("down", 0.0) + _between_s(attempt, later)
+            later = attempt
+            if attempt.first is not None:
+                begun_again = min(begun_again, attempt.first)
+        whole = sum(causes.values())
+        return {
+            "goodput": causes[STEP] / whole if whole else 0.0,
+            "attempts": len(self._attempts),
+            "seconds": whole,
+            "seconds_by_cause": causes,
+        }
+
+
+def _lost_s(attempt: Attempt, begun_again: float) -> float:
+    """Returns the seconds of an attempt's steps that were taken again, or not ended."""
+    in_steps, taken = attempt.phases.get(STEP, 0.0), attempt.taken
+    if attempt.first is None or attempt.last is None or not taken:
+        return in_steps
+    kept = min(attempt.last, begun_again) - attempt.first
+    return in_steps * (1.0 - max(0.0, kept) / taken)
+
+
+def _between_s(attempt: Attempt, later: Attempt) -> float:
+    """Returns the seconds from the last word of an attempt to the next one's begin."""
+    same_boot = attempt.boot and attempt.boot == later.boot
+    # The time of day may jump.
+    since = later.up - attempt.up if same_boot else later.began - attempt.began
+    return max(0.0, since - attempt.seconds)
+
+
+def in_words(total: dict[str, Any]) -> str:
+    """Returns one line: goodput, and what took the rest."""
+    rest = {
+        name: seconds / total["seconds"]
+        for name, seconds in total["seconds_by_cause"].items()
+        if name != STEP and total["seconds"]
+    }
+    told = ", ".join(
+        f"{name} {share:.1%}"
+        for name, share in sorted(rest.items(), key=lambda item: -item[1])
+        if share >= 0.0005
+    )
+    starts = "1 attempt" if total["attempts"] == 1 else f"{total['attempts']} attempts"
+    return (
+        f"goodput {total['goodput']:.1%} of {total['seconds']:,.0f} s in {starts}"
+        f"{': ' if told else ''}{told}"
+    )
