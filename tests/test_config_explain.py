@@ -143,7 +143,8 @@ def _may_change(path):
     """Returns the answer by hand, from the words that users were promised."""
     if path in ("optim.name", "data.format"):
         return False
-    return path.split(".")[0] in ("mesh", "optim", "checkpoint", "eval", "data") or path in (
+    groups = ("mesh", "optim", "checkpoint", "eval", "data")
+    return path.split(".")[0] in groups or path in (
         "num_steps", "accumulate_steps", "log_every_steps", "eval_every_steps",
         "watchdog_s", "init_from", "family", "model.layers", "model.remat",
         "model.remat_save", "model.remat_offload", "model.attention",
