@@ -1,5 +1,6 @@
 """Tokenizers: what they promise of ids, of text, and of the end of it."""
 
+import contextlib
 import io
 import json
 import pathlib
@@ -178,16 +179,25 @@ def test_an_unreadable_tokenizer_is_refused(tmp_path, name, stored):
 
 def test_killed_while_it_is_saved_again_a_tokenizer_stays_whole(tmp_path, monkeypatch):
     BPE.save(tmp_path)
-    write, written = pathlib.Path.write_bytes, []
+    opened, written = pathlib.Path.open, []
 
-    def killed(path, content):
+    @contextlib.contextmanager
+    def killed(path, mode):
+        """Yields a file of which half is written when the process is killed."""
         written.append(path)
-        write(path, content[: len(content) // 2])
-        raise KeyboardInterrupt
+        with opened(path, mode) as file:
 
-    monkeypatch.setattr(pathlib.Path, "write_bytes", killed)
-    with pytest.raises(KeyboardInterrupt):
-        BPE.save(tmp_path)
+            class Half:
+                def write(self, content):
+                    file.write(content[: len(content) // 2])
+                    raise KeyboardInterrupt
+
+            yield Half()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "open", killed)
+        with pytest.raises(KeyboardInterrupt):
+            BPE.save(tmp_path)
     assert len(written) == 1
     assert load_tokenizer(tmp_path).fingerprint == BPE.fingerprint
 

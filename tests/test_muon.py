@@ -9,7 +9,7 @@ import small
 
 from scaletrain import mesh
 from scaletrain.config import MeshConfig
-from scaletrain.optim import muon, optimizer
+from scaletrain.optim import chain, muon
 
 SHAPES = {"wide": (64, 256), "tall": (192, 64), "square": (96, 96)}
 
@@ -80,7 +80,7 @@ def test_trains_as_optax_does(monkeypatch):
 
     def theirs(run, logical):
         dims = jax.tree.map(
-            lambda axes: _dimensions(axes) if optimizer._takes_muon(axes) else None,
+            lambda axes: _dimensions(axes) if chain._takes_muon(axes) else None,
             logical,
             is_leaf=lambda x: isinstance(x, tuple),
         )
@@ -90,7 +90,7 @@ def test_trains_as_optax_does(monkeypatch):
             muon_weight_dimension_numbers=dims,
         )  # fmt: skip
 
-    monkeypatch.setitem(optimizer._DIRECTIONS, "muon", theirs)
+    monkeypatch.setitem(chain._DIRECTIONS, "muon", theirs)
     plain = losses()
     assert plain[-1] < plain[0] - 0.3
     np.testing.assert_allclose(ours[:4], plain[:4], rtol=2e-3)

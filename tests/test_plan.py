@@ -442,10 +442,10 @@ def test_arithmetic_is_counted_to_the_flop():
             return total
 
         found.append(walk(module.entry, 1))
-        return compiler.timing.Step(1.0, {}, {})
+        return compiler.schedule.Step(1.0, {}, {})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler.timing, "account", count)
+        patch.setattr(compiler.schedule, "account", count)
         compiler.compile(run, slices.parse("v5e:1x1"))
     _, palm = flops.flops_per_token(run)  # the plain attention computes every score
     assert found[0] == pytest.approx(palm * run.batch_size * run.seq_len, rel=0.01)
@@ -669,7 +669,8 @@ def test_a_killed_plan_leaves_nothing_behind(tmp_path, number):
     ).stdout.splitlines()  # fmt: skip
     worker = pathlib.Path("/proc", line.strip())
     planner.send_signal(number)
-    assert planner.wait() == -number
+    # SIGTERM ends it as Ctrl-C does, with the plans known by then.
+    assert planner.wait() == (130 if number == signal.SIGTERM else -number)
     until(lambda: not list(tmp_path.iterdir()))
     until(lambda: not worker.exists())
 

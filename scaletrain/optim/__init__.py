@@ -4,16 +4,16 @@ The step hands over sums over tokens, not means: only after the last micro-batch
 number of weighted tokens known, and dividing once by it makes any split of a batch give
 the gradient of the undivided batch.
 
-    optimizer     the chain: guard, clipping, direction, weight decay, learning rate
+    chain         the optimizer: guard, clipping, direction, weight decay, learning rate
       guard       one division by tokens; unsound updates are skipped
       muon        Muon's direction
-    schedule      optimizer step to learning rate
+    schedules     optimizer step to learning rate
     accumulation  a gradient function to one that sums micro-batches
 """
 
 from scaletrain.optim.accumulation import accumulated
+from scaletrain.optim.chain import optimizer
 from scaletrain.optim.guard import GuardState, guarded
-from scaletrain.optim.optimizer import optimizer
-from scaletrain.optim.schedule import schedule
+from scaletrain.optim.schedules import schedule
 
 __all__ = ["GuardState", "accumulated", "guarded", "optimizer", "schedule"]

@@ -11,7 +11,7 @@ import optax
 from scaletrain.config import RunConfig
 from scaletrain.optim import muon
 from scaletrain.optim.guard import guarded
-from scaletrain.optim.schedule import schedule
+from scaletrain.optim.schedules import schedule
 from scaletrain.sharding import is_matrix
 
 Tree = Any  # nested dicts mirroring the parameters
