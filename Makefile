@@ -5,7 +5,7 @@ CONSTRAINTS ?= -c constraints.txt
 BIN := .venv/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test check format reference parity accuracy performance plan-all manifests endurance slurm
+.PHONY: quickstart test test-all check format reference parity accuracy performance plan-all manifests endurance slurm
 
 quickstart: .venv/installed
 	$(BIN)/scaletrain train --config=experiments/quickstart.py --workdir=$(WORKDIR)
@@ -17,8 +17,13 @@ quickstart: .venv/installed
 	@echo "  $(BIN)/scaletrain generate --workdir=$(WORKDIR) --prompt='import ' --temperature=0.5"
 	@echo "  $(BIN)/scaletrain train --config=experiments/quickstart.py --workdir=$(WORKDIR) --config.num_steps=1000"
 
+# All but what is slow and rare: ten minutes on two cores.
 test: .venv/dev
-	$(BIN)/pytest -q -n 2 --dist=worksteal
+	$(BIN)/pytest -q -n 2 --dist=worksteal -m 'not slow'
+
+# Everything: endurance, cut networks and full compiles too.
+test-all: test
+	$(BIN)/pytest -q -n 2 --dist=worksteal -m slow
 
 check: .venv/dev
 	$(BIN)/ruff format --check .

@@ -11,6 +11,7 @@ import sys
 import time
 
 import numpy as np
+import pytest
 import small
 
 from scaletrain import config, train
@@ -53,6 +54,7 @@ def kill_one(launched, workdir, at):
     os.kill(int(line.split()[0]), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_two_processes_and_then_one_train_like_one(tmp_path, monkeypatch):
     """2 processes x 4 devices, killed, then 1 x 4, learn what one device does."""
     run = small.changed(

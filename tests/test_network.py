@@ -15,6 +15,7 @@ import small
 from scaletrain import config
 from scaletrain.config import MeshConfig
 
+pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parent.parent
 HEARTBEAT_S = 4
 # As long as a process takes to end, on a machine that is busy.

@@ -399,6 +399,7 @@ def test_weights_travel_as_often_as_they_must(planned):
     assert sum(said.step.by_class.values()) == pytest.approx(said.step.seconds)
 
 
+@pytest.mark.slow
 def test_replicas_meet_once_in_however_many_parts():
     """Shards are gathered and scattered in each part, and summed after the last."""
     sent = {}
@@ -451,6 +452,7 @@ def test_arithmetic_is_counted_to_the_flop():
     assert found[0] == pytest.approx(palm * run.batch_size * run.seq_len, rel=0.01)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_comes_with_what_would():
     """One chip, a step far too large, whose cutting into parts fits."""
     run = small.changed(
@@ -507,6 +509,7 @@ def test_a_plan_holds_what_it_promises():
     assert "GiB to spare" in words
 
 
+@pytest.mark.slow
 def test_a_search_keeps_what_fits_first(monkeypatch, capsys):
     monkeypatch.setattr(search.layouts, "__defaults__", (2,))
     monkeypatch.setenv("JAX_OPTIMIZATION_LEVEL", "O0")  # machine code in a third
@@ -816,6 +819,7 @@ def test_two_slices_are_two_parts_of_the_mesh():
 SPLASH = small.changed(RUN, model__attention="auto", model__num_kv_heads=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["v5e:2x2", "v6e:2x2"])
 def test_attention_is_a_kernel_on_tpus(name):
     """Its time is counted, and its scores are not in memory."""
@@ -830,6 +834,7 @@ def test_attention_is_a_kernel_on_tpus(name):
     assert kernel.step.by_class["attention"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("experiment", "name", "overrides"), plans.SLICES)
 def test_experiments_fit_their_slices(experiment, name, overrides):
     """Those of `make plan-all`: compiled if that is quick, or else lowered."""
@@ -861,6 +866,7 @@ def _layers(module, layers):
     return [each for each in found if each]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["v5p:4x4x4", "v6e:4x4"])
 def test_collectives_are_as_few_and_as_late_as_promised(name, monkeypatch):
     """Of a layer, four matrices gathered in each direction and four gradients summed.
@@ -932,6 +938,7 @@ def _devices(name):
     ).devices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
 )
@@ -1023,6 +1030,7 @@ def _placed(shapes):
     )
 
 
+@pytest.mark.slow
 def test_small_runs_are_the_same_everywhere(monkeypatch):
     """20 random settings: what is planned for a slice, and what 8 devices hold and do.
 
@@ -1127,5 +1135,5 @@ def test_plans_that_cannot_work_are_one_clear_line(args, words):
 
 def test_without_the_compiler_it_is_told_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'scaletrain\[plan\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '.\[plan\]'"):
         command.run(RUN, command.Request(slices=(slices.parse("v5e:2x2"),)))

@@ -814,6 +814,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_an_import_needs_little_more_memory_than_its_weights(tmp_path):
     """Peak <= 1.5 x the largest tensor + the weights + what JAX itself takes."""
     found = json.loads((REFERENCE / "llama" / "config.json").read_text())

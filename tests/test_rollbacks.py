@@ -146,6 +146,7 @@ def test_a_run_goes_back_stops_and_goes_on(straight, taken, tmp_path, capsys):
     assert found.left_out == [(4, 4), (6, 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["record", "removal", "half removed", "save"])
 def test_killed_while_going_back_ends_as_if_it_had_not(
     straight, taken, tmp_path, monkeypatch, moment

@@ -77,6 +77,7 @@ def scaletrain(*args):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_published_model_is_tuned_on_chats_and_goes_out_again(published, tmp_path):
     chats = tmp_path / "chats.jsonl"
     rows = [
