@@ -30,15 +30,16 @@ COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
     "ragged-all-to-all", "collective-broadcast",
 )  # fmt: skip
+HOST_SPACE = 5  # the memory space of values in the host's memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One array: its format, its dims and its memory space (0 = HBM)."""
+    """One array: its format, its dims and its memory space."""
 
     kind: str  # format of the elements, such as bf16
     dims: tuple[int, ...]
-    space: int = 0
+    space: int = 0  # 0 = HBM, see HOST_SPACE
 
     @property
     def nbytes(self) -> int:

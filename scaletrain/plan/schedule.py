@@ -17,14 +17,20 @@ import numpy as np
 
 from scaletrain import hlo
 from scaletrain.hardware.slices import Slice
-from scaletrain.hlo import COLLECTIVES, Computation, Instruction, Module, Shape
+from scaletrain.hlo import (
+    COLLECTIVES,
+    HOST_SPACE,
+    Computation,
+    Instruction,
+    Module,
+    Shape,
+)
 from scaletrain.plan.costs import Costs
 
 _FREE = (  # opcodes that take no time
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id",
     "after-all", "iota", "broadcast", "async-update", "opt-barrier", "replica-id",
 )  # fmt: skip
-_HOST = 5  # the memory space of values in the host's memory
 # The class of the time waited for a link, if the link is not between devices.
 _CLASS_OF = {
     "memory": "elementwise",
@@ -242,7 +248,7 @@ def _host_transfer(inner: Computation) -> tuple[str, int] | None:
     """Returns the link and the bytes of a transfer to or from the host's memory."""
     for each in inner.instructions:
         source = inner.shape(each.operands[0]) if each.operands else None
-        if source is None or source.space != _HOST:
+        if source is None or source.space != HOST_SPACE:
             continue
         if each.opcode == "dynamic-slice":
             return "from host", each.nbytes
