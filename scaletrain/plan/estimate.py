@@ -137,7 +137,7 @@ def _recomputed(run: RunConfig) -> float:
     widths = remat_widths(model)
     cost = {name: model.d_model * width for name, width in widths.items()}
     cost["attention"] = run.seq_len * widths["attention"]
-    cost["out"] = model.d_model * widths["attention"]  # of heads, back to D
+    cost["out"] = model.d_model * widths["attention"]  # the output projection
     # The down projection is not repeated: its result is the input of the next layer.
     down = model.d_model * model.d_ff
     kept = {*model.remat_save, *model.remat_offload}
