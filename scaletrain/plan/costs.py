@@ -122,7 +122,13 @@ def _written(each: Instruction, inner: Computation | None) -> int:
 
 
 def _read(shape: Shape, index: int, inner: Computation | None) -> float:
-    """Returns the bytes read of an operand: of a slice, the slice alone."""
+    """Returns the bytes read of an operand: of a slice, the slice alone.
+
+    Args:
+      shape: of the operand.
+      index: of the operand among those of the operation.
+      inner: the computation of the operation, if it is a fusion.
+    """
     if inner is None:
         return shape.nbytes
     name = next(

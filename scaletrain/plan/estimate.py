@@ -109,6 +109,11 @@ def _scores(run: RunConfig, slice_: Slice, rows: int) -> int:
     """Returns the number of attention scores that a layer writes to memory.
 
     An attention kernel writes none.
+
+    Args:
+      run: resolved for the devices of the slice.
+      slice_: the devices, which decide on the kernel.
+      rows: sequences of a micro-batch on one device.
     """
     kernel = "splash" if slice_.is_tpu else "cudnn"
     attention = run.model.attention

@@ -68,7 +68,7 @@ class _Clock:
     pending: dict[str, tuple[float, str]] = dataclasses.field(default_factory=dict)
 
     def spend(self, name: str, seconds: float) -> None:
-        """Lets the time of an operation of a class pass."""
+        """Advances the clock by an operation of a class."""
         self.now += seconds
         self.by_class[name] += seconds
 
@@ -80,12 +80,24 @@ class _Clock:
             self.axes[link]["exposed_s"] += late
 
     def queue(self, name: str, link: str, seconds: float) -> None:
-        """Starts an asynchronous transfer as soon as its link is free."""
+        """Starts an asynchronous transfer as soon as its link is free.
+
+        Args:
+          name: of the instruction that starts the transfer.
+          link: mesh axes, or a key of `_CLASS_OF`.
+          seconds: on the link.
+        """
         self.links[link] = max(self.now, self.links[link]) + seconds
         self.pending[name] = self.links[link], link
 
     def count(self, axis: str, nbytes: float, seconds: float) -> None:
-        """Adds a transfer to the communication over mesh axes."""
+        """Adds a transfer to the communication over mesh axes.
+
+        Args:
+          axis: names of the mesh axes, such as data+fsdp.
+          nbytes: that a device sends.
+          seconds: on the wire.
+        """
         sums = self.axes.setdefault(
             axis, {"bytes": 0.0, "wire_s": 0.0, "exposed_s": 0.0, "count": 0}
         )
