@@ -1,7 +1,7 @@
 """The compiler's optimised program as data: computations of instructions, in order.
 
-The text is no stable interface. What is not understood is kept as an opcode without
-meaning, so that a new compiler makes an account poorer and not wrong.
+The text is no stable interface. An instruction that this parser does not understand
+keeps its opcode, so that a new compiler makes an account incomplete and not wrong.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-_BYTES = {
+_BYTES = {  # of one element, by format
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1,
     "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4,
     "f64": 8, "s64": 8, "u64": 8,
@@ -30,19 +30,20 @@ COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
     "ragged-all-to-all", "collective-broadcast",
 )  # fmt: skip
+HOST_SPACE = 5  # the memory space of values in the host's memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One array: its format, its dims and the memory it lies in (0 = HBM)."""
+    """One array: its format, its dims and its memory space."""
 
-    kind: str
+    kind: str  # format of the elements, such as bf16
     dims: tuple[int, ...]
-    space: int = 0
+    space: int = 0  # 0 = HBM, see HOST_SPACE
 
     @property
     def nbytes(self) -> int:
-        """Bytes, without what tiling adds."""
+        """Bytes of the array, without the padding of tiles."""
         return int(math.prod(self.dims) * _BYTES.get(self.kind, 0))
 
     def __str__(self) -> str:
@@ -51,34 +52,34 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One operation; `attributes` is the rest of its line."""
+    """One operation of a program."""
 
     name: str
-    shapes: tuple[Shape, ...]
+    shapes: tuple[Shape, ...]  # of its results
     opcode: str
-    operands: tuple[str, ...]
-    attributes: str
+    operands: tuple[str, ...]  # names; `name#part` for one result of several
+    attributes: str  # the rest of its line
     is_root: bool
 
     @property
     def op_name(self) -> str:
-        """The path in the Python program it stems from."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        """The path in the Python program from which the operation stems."""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match[1] if match else ""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what it gives."""
+        """Bytes of the results."""
         return sum(shape.nbytes for shape in self.shapes)
 
-    def called(self, what: str) -> str | None:
-        """Returns the computation an attribute such as `body` names."""
-        return self._called.get(what)
+    def called(self, attribute: str) -> str | None:
+        """Returns the name of the computation in an attribute such as `body`."""
+        return self._called.get(attribute)
 
     @functools.cached_property
     def _called(self) -> dict[str, str]:
-        found = _CALLED.findall(self.attributes)
-        return dict(reversed(found))  # the first of a name counts
+        pairs = _CALLED.findall(self.attributes)
+        return dict(reversed(pairs))  # the first of a name counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,39 +96,40 @@ class Computation:
 
     @property
     def root(self) -> Instruction:
-        """What it returns."""
+        """The instruction whose result the computation returns."""
         return next(each for each in self.instructions if each.is_root)
 
     def shape(self, operand: str) -> Shape | None:
         """Returns the shape of an operand, `name` or `name#part`; None if unknown."""
         name, _, part = operand.partition("#")
-        found = self.by_name.get(name)
+        instruction = self.by_name.get(name)
         index = int(part) if part.isdigit() else 0
-        if found is None or index >= len(found.shapes):
+        if instruction is None or index >= len(instruction.shapes):
             return None
-        return found.shapes[index]
+        return instruction.shapes[index]
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """What reads each instruction."""
-        found: dict[str, list[Instruction]] = {}
+        """The instructions that read each instruction, by its name."""
+        readers: dict[str, list[Instruction]] = {}
         for each in self.instructions:
             for operand in each.operands:
-                found.setdefault(operand.split("#")[0], []).append(each)
-        return found
+                readers.setdefault(operand.split("#")[0], []).append(each)
+        return readers
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A program."""
+    """A program: its computations by their names."""
 
     computations: dict[str, Computation]
-    entry: str
+    entry: str  # name of the computation that runs first
 
     def trips(self, loop: Instruction) -> int:
-        """Returns how often a while loop runs.
+        """Returns the number of iterations of a while loop.
 
-        As the compiler says, or else the constant its counter is held to.
+        It is the compiler's own count or, without one, the constant with which the
+        loop's condition compares its counter.
         """
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known[1])
@@ -155,8 +157,8 @@ def _blocks(text: str) -> Iterator[tuple[str, bool, list[str]]]:
     name, is_entry, lines = "", False, []
     for line in text.splitlines():
         if not name:
-            if found := _HEAD.match(line):
-                is_entry, name, lines = bool(found[1]), found[2], []
+            if head := _HEAD.match(line):
+                is_entry, name, lines = bool(head[1]), head[2], []
         elif _END.match(line):
             yield name, is_entry, lines
             name = ""
@@ -184,7 +186,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """Returns where the bracket that opens at `start` closes."""
+    """Returns the index of the bracket that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         if text[i] in "([{":
@@ -197,7 +199,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def _split(text: str) -> list[str]:
-    """Returns the parts between commas that no bracket holds."""
+    """Returns the parts of a text between the commas outside all brackets."""
     parts, depth, start = [], 0, 0
     for i, letter in enumerate(text):
         if letter in "([{":
@@ -211,64 +213,76 @@ def _split(text: str) -> list[str]:
 
 
 def _shapes(text: str) -> tuple[Shape, ...]:
-    found = []
+    shapes = []
     for kind, dims, layout in _SHAPE.findall(text):
         space = re.search(r"S\((\d+)\)", layout)
         sizes = tuple(int(size) for size in dims.split(",") if size)
-        found.append(Shape(kind, sizes, int(space[1]) if space else 0))
-    return tuple(found)
+        shapes.append(Shape(kind, sizes, int(space[1]) if space else 0))
+    return tuple(shapes)
 
 
 def group(instruction: Instruction, devices: int) -> np.ndarray:
-    """Returns the devices of the first group of a collective, as positions."""
+    """Returns the devices of the first group of a collective, as positions.
+
+    The first is taken to stand for all: they have one size and run over the same mesh
+    axes.
+    """
     text = instruction.attributes
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
         sizes = {
-            name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])
+            name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])
         }
-        over = re.findall(r"'([^']+)'", found[2])
+        over = re.findall(r"'([^']+)'", match[2])
         ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
         index = tuple(slice(None) if name in over else 0 for name in sizes)
         return ids[index].reshape(-1)
-    if found := re.search(
+    if match := re.search(
         r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
     ):
-        groups, dims = (tuple(map(int, found[i].split(","))) for i in (1, 2))
+        groups, dims = (tuple(map(int, match[i].split(","))) for i in (1, 2))
         ids = np.arange(math.prod(dims)).reshape(dims)
-        if found[3]:
-            ids = ids.transpose(tuple(map(int, found[3].split(","))))
+        if match[3]:
+            ids = ids.transpose(tuple(map(int, match[3].split(","))))
         return ids.reshape(groups)[0].reshape(-1)
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
-        return np.array(list(map(int, found[1].split(","))))
-    if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
-        return np.array([int(found[1]), int(found[2])])
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return np.array(list(map(int, match[1].split(","))))
+    if match := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text):
+        return np.array([int(match[1]), int(match[2])])
     return np.arange(devices)
 
 
-_OURS = 'custom_call_target="mosaic_gpu'  # of a kernel, see kernels.matmul
+_OWN_KERNEL = 'custom_call_target="mosaic_gpu'  # of kernels.matmul
 
 
 def flops(instruction: Instruction, computation: Computation) -> int:
-    """Returns the useful FLOPs of a convolution or a dot, padding left out."""
-    called = "__cublas" in instruction.attributes  # a dot, as a GPU's library has it
-    ours = _OURS in instruction.attributes and "/matmul/" in instruction.op_name
-    if instruction.opcode not in ("convolution", "dot") and not called and not ours:
+    """Returns the useful FLOPs of a convolution or a dot, padding left out.
+
+    Raises:
+      ValueError: the shape of an operand is unknown.
+    """
+    attributes = instruction.attributes
+    cublas = "__cublas" in attributes  # a dot, as a call of a GPU's library
+    own = _OWN_KERNEL in attributes and "/matmul/" in instruction.op_name
+    if instruction.opcode not in ("convolution", "dot") and not cublas and not own:
         return 0
     lhs, rhs = map(computation.shape, instruction.operands[:2])
     if lhs is None or rhs is None:
         raise ValueError(f"{instruction.name} multiplies what is not there")
-    if ours:
+    if own:
         return 2 * math.prod(lhs.dims) * math.prod(rhs.dims) // lhs.dims[1]
     out = instruction.shapes[0]
-    if instruction.opcode == "dot" or called:
-        dims = _CONTRACTED.search(instruction.attributes)
+    if instruction.opcode == "dot" or cublas:
+        dims = _CONTRACTED.search(attributes)
         over = map(int, re.findall(r"\d+", dims[1]) if dims else ())
         return 2 * math.prod(out.dims) * math.prod(lhs.dims[i] for i in over)
-    return _convolution(instruction.attributes, lhs, rhs, out)
+    return _convolution(attributes, lhs, rhs, out)
 
 
 def _convolution(attributes: str, lhs: Shape, rhs: Shape, out: Shape) -> int:
-    """Returns 2 x batch x features in x features out x positions that meet."""
+    """Returns the FLOPs of a convolution without those of its padding.
+
+    They are 2 x batch x features in x features out x pairs of positions.
+    """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     assert labels is not None
     window = _window(attributes)
@@ -280,8 +294,8 @@ def _convolution(attributes: str, lhs: Shape, rhs: Shape, out: Shape) -> int:
             rhs.dims[labels[2].index(dim)],
             out.dims[labels[3].index(dim)],
             *(
-                window[what][i]
-                for what in ("stride", "pad", "lhs_dilate", "rhs_dilate")
+                window[name][i]
+                for name in ("stride", "pad", "lhs_dilate", "rhs_dilate")
             ),
         )
     batch = out.dims[labels[3].index("b")]
@@ -292,12 +306,12 @@ def _convolution(attributes: str, lhs: Shape, rhs: Shape, out: Shape) -> int:
 
 def _window(attributes: str) -> dict[str, list[int]]:
     """Returns stride, low padding and dilations of each spatial dim."""
-    found = re.search(r"window=\{([^}]*)\}", attributes)
-    words = dict(word.split("=") for word in found[1].split()) if found else {}
+    match = re.search(r"window=\{([^}]*)\}", attributes)
+    words = dict(word.split("=") for word in match[1].split()) if match else {}
     count = len(words["size"].split("x")) if "size" in words else 0
 
-    def numbers(what: str, default: str) -> list[int]:
-        text = words.get(what, "x".join([default] * count))
+    def numbers(name: str, default: str) -> list[int]:
+        text = words.get(name, "x".join([default] * count))
         return [int(part.split("_")[0]) for part in text.split("x") if part]
 
     return {
@@ -311,6 +325,14 @@ def _window(attributes: str) -> dict[str, list[int]]:
 def _meetings(
     size: int, kernel: int, out: int, stride: int, pad: int, spread: int, gap: int
 ) -> int:
-    """Returns how many (output, kernel) positions meet an element of the input."""
-    at = np.arange(out)[:, None] * stride + np.arange(kernel)[None] * gap - pad
-    return int(((at >= 0) & (at <= (size - 1) * spread) & (at % spread == 0)).sum())
+    """Returns the number of (output, kernel) positions that read an input element.
+
+    The others read padding, or a gap between two elements of a dilated input.
+
+    Args:
+      size, kernel, out: positions of the input, the kernel and the output.
+      spread, gap: dilation of the input and of the kernel.
+    """
+    read = np.arange(out)[:, None] * stride + np.arange(kernel)[None] * gap - pad
+    inside = (read >= 0) & (read <= (size - 1) * spread)
+    return int((inside & (read % spread == 0)).sum())

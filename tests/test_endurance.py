@@ -1,6 +1,7 @@
 """A few of the kills of `make endurance`."""
 
 import endurance
+import pytest
 
 
 @pytest.mark.slow

@@ -43,15 +43,14 @@ from scaletrain.hardware.chip import Figure
 from scaletrain.models import attention
 from scaletrain.plan import (
     command,
+    compile_worker,
     compiler,
     estimate,
-    launch,
     memory,
     record,
     report,
     schedule,
     search,
-    worker,
 )
 from scaletrain.plan.record import Wanted
 from scaletrain.program import build
@@ -197,7 +196,7 @@ def test_a_buffer_of_no_origin_is_told_of_by_its_shape():
     ]
     run = config.resolve(config.check(RUN), 4)
     weights = build(run, mesh.build(run.mesh, jax.devices()[:4])).state.weights
-    shapes = worker.shapes(weights)
+    shapes = compile_worker.shapes(weights)
     rows, model = run.model.vocab_size, run.model
     assert "embedding" in shapes[f"{rows},{model.d_model}"]
     assert "embedding" in shapes[f"{rows},{model.d_model // 4}"]
@@ -459,7 +458,7 @@ def test_what_does_not_fit_comes_with_what_would():
         RUN, batch_size=512, seq_len=1024, mesh=MeshConfig(), model__vocab_size=32_768
     )
     request = command.Request(slices=(slices.parse("v5e:1x1"),), wanted=WANTED)
-    found = command.run(run, request)
+    found = command.plan(run, request)
     assert not found["fits"]
     assert found["hbm_peak_bytes"] > found["hbm_limit_bytes"]
     assert "attention" in found["largest_buffers"][0][1]
@@ -493,7 +492,7 @@ def test_a_plan_holds_what_it_promises():
     request = command.Request(
         slices=(slices.parse("v5e:2x2"),), wanted=Wanted(spec="x.py", tokens=1e9)
     )
-    found = command.run(RUN, request)
+    found = command.plan(RUN, request)
     assert found.keys() >= KEYS
     json.dumps(found)
     causal, _ = flops.flops_per_token(RUN)
@@ -514,7 +513,7 @@ def test_a_search_keeps_what_fits_first(monkeypatch, capsys):
     monkeypatch.setattr(search.layouts, "__defaults__", (2,))
     monkeypatch.setenv("JAX_OPTIMIZATION_LEVEL", "O0")  # machine code in a third
     request = command.Request((slices.parse("v5e:2x2"),), search=True, wanted=WANTED)
-    found = command.run(RUN, request)
+    found = command.plan(RUN, request)
     assert len(found["candidates"]) == 4
     twins = [c for c in found["candidates"] if "model.layers" in c["overrides"]]
     assert len(twins) == 2
@@ -552,10 +551,10 @@ def test_an_interrupted_search_keeps_what_is_known(monkeypatch, capsys):
             compiler, "compile_all", functools.partial(reports, known=known)
         )
         if known:
-            found = command.run(RUN, request)
+            found = command.plan(RUN, request)
         else:
             with pytest.raises(KeyboardInterrupt):
-                command.run(RUN, request)
+                command.plan(RUN, request)
     assert [each["step_time_s"] for each in found["candidates"]] == [2.0, 3.0]
     assert found["source"] == "compiled to buffers"
     assert "stopped; this is what is known" in capsys.readouterr().err
@@ -575,7 +574,7 @@ def test_a_search_outlives_the_whole_compilation(end, monkeypatch, capsys):
     monkeypatch.setattr(search, "unrolled", lambda run, found: [])
     monkeypatch.setattr(compiler, "compile_all", reports)
     request = command.Request((slices.parse("v5e:2x2"),), search=True, wanted=WANTED)
-    found = command.run(RUN, request)
+    found = command.plan(RUN, request)
     assert [each["step_time_s"] for each in found["candidates"]] == [2.0, 3.0]
     assert found["source"] == "compiled to buffers"
     assert ("stopped" if not str(end) else "no room") in capsys.readouterr().err
@@ -604,7 +603,7 @@ def test_interrupted_comparisons_keep_what_is_known(searched, monkeypatch):
         tuple(map(slices.parse, names)), search=searched, wanted=WANTED
     )
     known = names[: 1 + searched]
-    found = command.run(RUN, request)
+    found = command.plan(RUN, request)
     told = [each["topology"] for each in found.get("slices", [found])]
     assert sorted(told) == sorted(known)
 
@@ -733,10 +732,10 @@ def test_a_comparison_leaves_out_what_can_hold_nothing(monkeypatch, capsys):
     request = command.Request(
         tuple(map(slices.parse, names)), search=True, wanted=WANTED
     )
-    assert command.run(RUN, request)["topology"] == "v5e:2x2"
+    assert command.plan(RUN, request)["topology"] == "v5e:2x2"
     assert "v5e:1x1 is left out" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="no layout of v5e:1x1"):
-        command.run(RUN, command.Request(request.slices[1:], search=True))
+        command.plan(RUN, command.Request(request.slices[1:], search=True))
 
 
 def test_slices_are_compared():
@@ -753,7 +752,7 @@ def test_slices_are_compared():
     assert [each["topology"] for each in found["slices"]] == [
         "v5p:2x2x1", "v5e:2x2", "v4:2x2x1",
     ]  # fmt: skip
-    assert record.unbeaten(records) == [True, True, False]
+    assert record.pareto_optimal(records) == [True, True, False]
     words = report.in_words(found["slices"][0] | found)
     assert "greenest: v5e:2x2" in words
 
@@ -777,7 +776,7 @@ def test_slices_are_compared():
 def test_the_command_starts_the_run_on_its_slice(name, num_slices, line):
     given = (("data.path", "gs://b/*.parquet"), ("batch_size", "4"))
     chosen = {"batch_size": 8, "model.remat_save": ("query", "key")}
-    found = launch.command("x.py", given, chosen, slices.parse(name, num_slices))
+    found = record.launch_command("x.py", given, chosen, slices.parse(name, num_slices))
     assert found.startswith(line)
     assert found.endswith(
         " '--config.data.path=gs://b/*.parquet' --config.batch_size=8"
@@ -786,7 +785,7 @@ def test_the_command_starts_the_run_on_its_slice(name, num_slices, line):
 
 
 def test_gpus_are_worked_out_by_hand():
-    found = command.run(
+    found = command.plan(
         small.changed(RUN, mesh=MeshConfig(fsdp=8)),
         command.Request(slices=(slices.parse("h100:8"),), wanted=WANTED),
     )
@@ -810,7 +809,7 @@ def test_offloaded_values_leave_the_chip(monkeypatch):
 
 def test_two_slices_are_two_parts_of_the_mesh():
     slice_ = slices.parse("v5p:2x2x1", 2)
-    found = command.run(RUN, command.Request(slices=(slice_,), wanted=WANTED))
+    found = command.plan(RUN, command.Request(slices=(slice_,), wanted=WANTED))
     assert (found["num_chips"], found["num_slices"]) == (8, 2)
     assert found["command"].endswith("--workdir=WORKDIR --config.mesh.dcn.data=2")
     assert found["fits"]
@@ -1057,7 +1056,7 @@ def test_small_runs_are_the_same_everywhere(monkeypatch):
             mesh=[MeshConfig(fsdp=8), MeshConfig(fsdp=4, tensor=2)][rng.integers(2)],
         )
         run = config.resolve(config.check(run), 8)
-        _, told = worker.described({
+        _, told = compile_worker.described({
             "config": config.to_json(run), "topology": slice_.topology,
             "platform": slice_.platform, "kwargs": slice_.kwargs,
         })  # fmt: skip
@@ -1136,4 +1135,4 @@ def test_plans_that_cannot_work_are_one_clear_line(args, words):
 def test_without_the_compiler_it_is_told_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install -e '.\[plan\]'"):
-        command.run(RUN, command.Request(slices=(slices.parse("v5e:2x2"),)))
+        command.plan(RUN, command.Request(slices=(slices.parse("v5e:2x2"),)))

@@ -40,7 +40,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _execute(run: RunConfig, args: argparse.Namespace) -> Result:
     from scaletrain.plan import command, report
 
-    record = command.run(run, command.request(args))
+    record = command.plan(run, command.request(args))
     return Result(record, report.in_words(record), record["interrupted"])
 
 

@@ -1,4 +1,4 @@
-"""What a run takes from the world: money, energy and carbon. Needs no jax.
+"""The footprint of a run: money, energy and carbon. Needs no jax.
 
-cost      of a run whose speed is known
+cost      the bill of a run whose speed is known
 """

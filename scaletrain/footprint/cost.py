@@ -1,7 +1,7 @@
 """Money, energy and carbon of a run, from figures that name their sources.
 
-Prices and powers change and are often estimates: each figure says which, and each can
-be overridden. Nothing here is measured.
+Prices and powers change and are often estimates; the source of a figure says so, and
+the command line can replace each of them. Nothing in this file is measured.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from scaletrain.errors import ConfigError
 from scaletrain.hardware.chip import Figure, Rates
 
 PUE = Figure(1.10, "Google environmental report: 1.10 over all its sites, 2023")
-# Grams of CO2 equivalent a kWh of the grid, a year's mean.
+# Grams of CO2 equivalent per kWh of the power grid, the mean of a year.
 _GRID = "Google Cloud, region-carbon-info: location-based mean of 2025"
 GRID = {
     "world": Figure(481.0, "estimate: Ember, Global Electricity Review, mean of 2023"),
@@ -37,9 +37,9 @@ class Cost:
 
     hours: float
     chip_hours: float
-    cost_usd: float
-    cost_usd_spot: float | None
-    energy_kwh: float  # chips, hosts and what the site adds
+    cost_usd: float  # on demand
+    cost_usd_spot: float | None  # None where no spot price is known
+    energy_kwh: float  # of chips, hosts and the site's overhead
     co2e_kg: float
     constants: tuple[tuple[str, float, str, str], ...]  # name, value, unit, source
 
@@ -56,11 +56,18 @@ def of(
     pue: float | None = None,
     grid_g_per_kwh: float | None = None,
 ) -> Cost:
-    """Returns the cost of training on `tokens`, at this speed without a stop.
+    """Returns the cost of training at a constant speed, without interruptions.
 
     Args:
-      rates: of the chip. The arguments after it replace one of these, PUE or GRID.
-      watts_per_chip: the chip with its share of the host.
+      tokens: of the training run.
+      tokens_per_s_per_chip: the speed.
+      num_chips: of the run.
+      rates: of the chip; the arguments below replace figures of it, PUE or GRID.
+      region: the grid, a key of GRID; None is the world's mean.
+      price_per_chip_hour: US dollars.
+      watts_per_chip: of the chip and its share of the host.
+      pue: energy of the site / energy of the machines.
+      grid_g_per_kwh: grams of CO2 equivalent.
 
     Raises:
       ConfigError: an unknown region, or a number that makes no sense.
@@ -105,7 +112,18 @@ def check(
     pue: float | None,
     grid_g_per_kwh: float | None,
 ) -> None:
-    """Raises ConfigError with everything that is wrong with the overrides."""
+    """Checks the figures on the command line.
+
+    Args:
+      region: the grid, a key of GRID.
+      price_per_chip_hour: US dollars, 0 or more.
+      watts_per_chip: of the chip and its share of the host, 0 or more.
+      pue: energy of the site / energy of the machines, 1 or more.
+      grid_g_per_kwh: grams of CO2 equivalent, 0 or more.
+
+    Raises:
+      ConfigError: an unknown region, or numbers out of range, all in one error.
+    """
     problems = []
     if region is not None and region not in GRID:
         problems.append(f"--region={region}; unknown; pick one of {', '.join(GRID)}.")

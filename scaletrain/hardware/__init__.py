@@ -1,9 +1,9 @@
-"""The devices that runs use: what they do, hold, are called and cost. Needs no jax.
+"""The devices of runs: their speed, memory, names and prices. Needs no jax.
 
-chips     the table of chips, and its lookups     chip     what a row of it has
+chips     the table of chips, and its lookups     chip     the columns of the table
 tpus      Google's rows                           gpus     NVIDIA's rows
-slices    devices that train together             clouds   what Google Cloud calls them
+slices    devices that train together             clouds   names on Google Cloud
 gpu_targets  GPUs described to the CUDA compiler
 
-A chip is added by one row in `tpus` or `gpus`.
+To add a chip, add one row to `tpus` or `gpus`.
 """

@@ -1,4 +1,4 @@
-"""A chip: what is known of one, with the source of each number."""
+"""A generation of chips: its facts, and the source of each number."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ GIB = 2**30
 
 
 class Figure(float):
-    """A number that knows its source."""
+    """A number with the source from which it is taken."""
 
     source: str
 
@@ -24,7 +24,7 @@ PCIE = Figure(64e9, "16 lanes of PCIe 5, an assumption")
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What an hour of one chip takes."""
+    """The price and the power of one chip."""
 
     dollars: Figure  # on demand, an hour
     spot: Figure | None  # preemptible, an hour; None where no list price is known
@@ -44,38 +44,38 @@ class Cloud:
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """What TPUs alone have."""
+    """The facts that only TPUs have."""
 
     cloud: Cloud
     shapes: tuple[str, ...]  # of slices, in chips
-    splash_block: int  # queries and keys in a block of the attention kernel
+    splash_block: int  # queries, and keys, of a block in the splash attention kernel
     largest_machine: int = 4  # chips of the largest slice that is one machine
     chip_config: str = ""  # the compiler's name for two cores as one device
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What GPUs alone have: facts for the CUDA compiler."""
+    """The facts that only GPUs have, for the CUDA compiler."""
 
     capability: tuple[int, int]
     cores: int  # streaming multiprocessors
-    shared_bytes: int  # memory that a core shares, all of it
-    cache_bytes: int  # second level
+    shared_bytes: int  # shared memory of a core
+    cache_bytes: int  # L2
     clock_ghz: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """A generation of chips; a device is what jax shows, one chip or a part of one."""
+    """A generation of chips; jax's device is one chip or a part of one."""
 
     generation: str  # the name in --topology
     device_kinds: tuple[str, ...]  # jax's names of a device
     peak_flops: Figure  # dense bf16 FLOP/s of a device
-    # Speed of 8-bit matmuls over bf16, by format, from the source of the peak; a chip
-    # does not multiply a format that is not listed, or not faster.
+    # Speed of 8-bit matmuls over bf16, by format, from the source of the peak. A chip
+    # does not multiply the formats that are not listed, or not faster than bf16.
     low_precision: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    memory_bytes: int  # of a device: a TPU's compiler's limit, or what CUDA tells of
-    memory_fraction: float = 1.0  # of it, what a program may use
+    memory_bytes: int  # of a device: the TPU compiler's limit, or as CUDA reports it
+    memory_fraction: float = 1.0  # of the memory, for programs
     hbm_bytes_per_s: Figure  # of a device
     link_bytes_per_s: Figure  # of a chip: one link, one way
     network_bytes_per_s: Figure  # of a chip, one way: to other slices, or other hosts
@@ -86,8 +86,8 @@ class Chip:
     error_band: str = "not compared with a measured step"  # of a predicted step time
     devices_per_chip: int = 1
     chips_per_host: int
-    # Of the train step. One that the installed compiler does not know is left out,
-    # with a warning.
+    # Of the train step. An option that the installed compiler does not know is left
+    # out, with a warning.
     compiler_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rates: Rates
     tpu: Tpu | None = None
@@ -95,10 +95,10 @@ class Chip:
 
     @property
     def hbm_bytes(self) -> int:
-        """Bytes of a device's memory that a program may use."""
+        """Bytes of a device's memory for programs."""
         return int(self.memory_fraction * self.memory_bytes)
 
     @property
     def is_hopper(self) -> bool:
-        """Whether its warpgroups multiply values in shared memory: `kernels.matmul`."""
+        """Whether the chip is a Hopper GPU, for which `kernels.matmul` is written."""
         return self.gpu is not None and self.gpu.capability == (9, 0)

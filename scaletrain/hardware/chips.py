@@ -1,6 +1,6 @@
-"""The chips that a run may meet or be planned for, and their lookups.
+"""The table of the chips that runs use or are planned for, and its lookups.
 
-A chip without a row has no MFU rather than a guess.
+A chip without a row has no MFU: a guess of its peak would be worse.
 """
 
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ _BY_KIND = {kind: chip for chip in CHIPS.values() for kind in chip.device_kinds}
 
 
 def by_kind(device_kind: str) -> Chip | None:
-    """Returns the chip of a jax device's `device_kind`; None where it has no row."""
+    """Returns the chip of a jax device's `device_kind`, or None without a row."""
     return _BY_KIND.get(device_kind)
 
 
 def low_precision(device_kind: str) -> Mapping[str, float]:
     """Returns the speed of 8-bit matmuls over bf16, by format.
 
-    A CPU emulates both formats, for tests.
+    A CPU has both formats at the speed of bf16: it emulates them, for tests.
     """
     if device_kind == "cpu":
         return {"fp8": 1, "int8": 1}

@@ -1,10 +1,10 @@
-"""GPUs described to the CUDA compiler, for a machine that has none."""
+"""Descriptions of GPUs for the CUDA compiler on a machine without GPUs."""
 
 from scaletrain.hardware.chip import Chip
 
 
 def text(chip: Chip) -> str:
-    """Returns a GPU as XLA's `GpuTargetConfigProto` in protobuf's text format."""
+    """Returns XLA's `GpuTargetConfigProto` of a GPU, in protobuf's text format."""
     gpu, name = chip.gpu, chip.device_kinds[0]
     assert gpu is not None, f"{chip.generation} is no GPU"
     major, minor = gpu.capability

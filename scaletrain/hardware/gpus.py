@@ -1,14 +1,14 @@
-"""NVIDIA's chips.
+"""NVIDIA's rows of the table of chips.
 
-Facts for the compiler are of the vendor's architecture white papers and data sheets,
-but for memory: CUDA tells of somewhat less than there is.
+Facts for the compiler are from the vendor's architecture white papers and data sheets,
+but memory is as CUDA reports it, which is somewhat less than the data sheet says.
 """
 
 import functools
 
 from scaletrain.hardware.chip import GIB, Chip, Figure, Gpu, Rates
 
-MEMORY_FRACTION = 0.92  # of a GPU's memory, what `main` lets a run allocate
+MEMORY_FRACTION = 0.92  # of a GPU's memory: `main` lets a run allocate this much
 _SHEET = "NVIDIA's data sheet"
 _PROFILE = "what a profile of a step on an H100 showed, see docs/performance.md"
 _AMAZON = "AWS list price, N. Virginia, 2026-07: {} at ${} an hour / 8"
@@ -23,21 +23,21 @@ _HOPPER = Gpu(
     clock_ghz=1.98,
 )
 _HOPPER_OPTIONS = {
-    # The vendor's matmuls instead of generated ones: 7% of a step of 1.1B on an H100.
+    # cuBLAS matmuls instead of Triton ones: 7% of a step of 1.1B on an H100.
     "xla_gpu_enable_triton_gemm": False,
-    # Gatherings and sums beside matmuls: two H100 with FSDP take 442 ms a step of 1.1B
-    # instead of 446; 440 ms with some layers' at once.
+    # Collectives that overlap with matmuls: two H100 with FSDP take 442 ms a step of
+    # 1.1B instead of 446; 440 ms with the collectives of some layers combined.
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_all_gather_combine_threshold_bytes": 2**30,
     "xla_gpu_reduce_scatter_combine_threshold_bytes": 2**30,
-    # What the loop over layers writes whole is not filled with zeros first: 473 ms
-    # instead of 482 a step of 1.1B with layers scanned.
+    # Buffers that the loop over layers overwrites completely are not filled with zeros
+    # first: 473 ms instead of 482 a step of 1.1B with layers scanned.
     "xla_gpu_enable_dus_accumulator_zero_init_elimination": True,
 }
 
-# Efficiencies are what a profile of row 1b of docs/performance.md showed; other GPUs
-# are taken to be like the H100. All rows, those in fp8 too, are predicted within 5%
-# with these; 124m, whose sequences are the shortest, took 7% longer than predicted.
+# The efficiencies are from a profile of row 1b of docs/performance.md, on an H100;
+# other GPUs are taken to be like it. All rows, those in fp8 too, are predicted within
+# 5%, but for 124m, whose sequences are the shortest: it took 7% longer than predicted.
 _gpu = functools.partial(
     Chip,
     memory_fraction=MEMORY_FRACTION,
@@ -51,7 +51,7 @@ _gpu = functools.partial(
 GPUS = (
     _gpu(
         generation="a100",
-        # The one of 40 GB multiplies as fast; memory and bandwidth are of the larger.
+        # The 40 GB model has the same peak; memory and bandwidth are of the 80 GB one.
         device_kinds=("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB"),
         peak_flops=Figure(312e12, _SHEET),
         memory_bytes=int(79.1 * GIB),

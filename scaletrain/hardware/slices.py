@@ -1,4 +1,4 @@
-"""Devices that train together, by the name in --topology, and the links they share."""
+"""The devices that train together, named as in --topology, and their links."""
 
 import dataclasses
 import difflib
@@ -15,7 +15,7 @@ from scaletrain.hardware.chips import CHIPS
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """TPU slices of one shape, or the GPUs of some hosts."""
+    """The devices of a run: TPU slices of one shape, or GPUs of one or more hosts."""
 
     name: str  # in --topology, such as v5p:4x4x4
     generation: str
@@ -24,32 +24,32 @@ class Slice:
 
     @property
     def chip(self) -> Chip:
-        """Its kind of chip."""
+        """The row of its chip in the table."""
         return CHIPS[self.generation]
 
     @property
     def is_tpu(self) -> bool:
-        """Whether it consists of TPUs."""
+        """Whether the devices are TPUs."""
         return self.chip.tpu is not None
 
     @property
     def platform(self) -> str:
-        """Whose compiler compiles for it."""
+        """The platform of its compiler: "tpu" or "cuda"."""
         return "tpu" if self.is_tpu else "cuda"
 
     @property
     def chips(self) -> int:
-        """Chips of all slices."""
+        """The number of chips in all slices."""
         return math.prod(self.shape) * self.num_slices
 
     @property
     def devices(self) -> int:
-        """Devices, as jax counts them, of all slices."""
+        """The number of devices, as jax counts them, in all slices."""
         return self.chips * self.chip.devices_per_chip
 
     @property
     def hosts(self) -> int:
-        """Machines of one slice."""
+        """The number of machines of one slice."""
         chips, tpu = math.prod(self.shape), self.chip.tpu
         if tpu and chips <= tpu.largest_machine:
             return 1
@@ -57,16 +57,16 @@ class Slice:
 
     @property
     def topology(self) -> str:
-        """The name the TPU compiler knows it by; GPUs have none."""
+        """The slice's name for the TPU compiler; "" for GPUs."""
         return self.name if self.is_tpu else ""
 
     @property
     def kwargs(self) -> dict[str, Any]:
-        """What the compiler is told beside the topology's name."""
+        """Further arguments of jax's `get_topology_desc`."""
         tpu = self.chip.tpu
         if tpu is None:
-            grid = f"1x{self.hosts}x{self.chips // self.hosts}"
-            return {"topology": grid, "target_config": gpu_targets.text(self.chip)}
+            shape = f"1x{self.hosts}x{self.chips // self.hosts}"  # slices, hosts, GPUs
+            return {"topology": shape, "target_config": gpu_targets.text(self.chip)}
         kwargs: dict[str, Any] = {"wrap": self._wrap()}
         if tpu.chip_config:
             kwargs["chip_config_name"] = tpu.chip_config
@@ -76,24 +76,28 @@ class Slice:
 
     @property
     def link_bytes_per_s(self) -> float:
-        """What a device sends a second, in all directions, where it is a ring."""
+        """Bytes a second that a device sends over all its links; all dims are rings."""
         links = 2 * len(self.shape) if self.is_tpu else 1
         return links * self.chip.link_bytes_per_s / self.chip.devices_per_chip
 
     def group_bytes_per_s(self, members: Sequence[int]) -> float:
-        """Returns what a device sends a second to a group of devices by their numbers.
+        """Returns the bytes a second that a device sends in a collective of a group.
 
-        A ring of the torus sends both ways; a group that spans more dims of the torus
-        uses the links of all of them. GPUs of one host have a switch between them, and
-        those of a group share the way to other hosts that each has.
+        In a ring of the torus, devices send in both directions; a group that spans
+        several dims of the torus uses the links of all of them. The GPUs of a host are
+        connected by a switch; to other hosts, the group's GPUs of a host share their
+        network adapters.
+
+        Args:
+          members: positions of the group's devices among all devices.
         """
         chip = self.chip
         if not self.is_tpu:
             hosts = [member // chip.chips_per_host for member in members]
-            near = hosts.count(hosts[0])
-            away = near * chip.network_bytes_per_s
-            inside = chip.link_bytes_per_s
-            return inside if near == len(hosts) else min(inside, away)
+            on_host = hosts.count(hosts[0])
+            network = on_host * chip.network_bytes_per_s
+            switch = chip.link_bytes_per_s
+            return switch if on_host == len(hosts) else min(switch, network)
         chips = max(1.0, len(members) / chip.devices_per_chip)
         spanned, covered = 0, 1.0
         for size in sorted(self.shape, reverse=True):
@@ -105,7 +109,10 @@ class Slice:
         return links * chip.link_bytes_per_s / chip.devices_per_chip
 
     def _wrap(self) -> tuple[bool, bool, bool]:
-        """Returns which dims are rings; without this the compiler assumes none is."""
+        """Returns whether each dim of the torus is a ring.
+
+        Without these flags the compiler assumes that no dim is a ring.
+        """
         if len(self.shape) == 3:
             ring = all(size >= 4 for size in self.shape)
             return ring, ring, ring
@@ -117,7 +124,7 @@ def parse(text: str, num_slices: int = 1) -> Slice:
     """Returns the slice of a name such as v5p:4x4x4, v6e-256 or h100:8.
 
     Raises:
-      ConfigError: there is no such slice; with the nearest that is.
+      ConfigError: there is no such slice; the error names the nearest one.
     """
     flag = f"--topology={text}"
     match = re.fullmatch(r"([a-z0-9]+)([:-])([0-9x]+)", text.lower())
@@ -175,7 +182,7 @@ def _gpus(flag: str, name: str, size: str, num_slices: int) -> Slice:
 
 
 def _of_cloud(flag: str, name: str, size: str) -> tuple[str, str]:
-    """Returns the generation and the shape behind an accelerator type."""
+    """Returns the generation and the default shape of an accelerator type."""
     chip = clouds.BY_NAME.get(name)
     if chip is None or chip.tpu is None or "x" in size:
         raise ConfigError([f"{flag}; write {name}:{size} for a shape."])
@@ -189,7 +196,7 @@ def _of_cloud(flag: str, name: str, size: str) -> tuple[str, str]:
 
 
 def _nearest(size: str, tpu: Tpu) -> str:
-    """Returns the shape with the nearest number of chips, the squarest of those."""
+    """Returns the squarest of the shapes with the nearest number of chips."""
     count = math.prod(int(word) for word in size.split("x") if word)
 
     def distance(shape: str) -> tuple[float, int]:

@@ -1,4 +1,7 @@
-"""Google's chips. A row's memory and shapes are the limits of the TPU compiler."""
+"""Google's rows of the table of chips.
+
+The memory and the shapes of a row are the limits of the TPU compiler.
+"""
 
 import functools
 
@@ -24,15 +27,15 @@ _DEEP = (
 )  # fmt: skip
 
 _NO_WINDOWED_EINSUM = {
-    # Without it XLA cuts an FSDP gathering into matmuls of slices 128 wide when a
-    # tensor axis is there too: 7.9 s instead of 3.9 s a step of Llama 8B on v5p:4x4x4.
+    # Otherwise XLA splits an FSDP all-gather into matmuls of slices 128 wide when the
+    # mesh also has a tensor axis: a step of Llama 8B on v5p:4x4x4 takes 7.9 s, not 3.9.
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
 }
 _SPARSE_CORE_GATHERS = {
-    # Weights are gathered by the SparseCores while matmuls run, instead of before, by
+    # The SparseCores gather the weights while matmuls run, instead of before them. By
     # the compiler's schedule: 7.70 s instead of 7.90 s a step of Llama 8B on v5p:4x4x4,
-    # 0.242 s instead of 0.258 s for four layers of it on v6e:4x4. Offloaded sums are
-    # left alone: others saw wrong losses with them.
+    # 0.242 s instead of 0.258 s for four layers of it on v6e:4x4. Reductions are not
+    # offloaded, because others saw wrong losses with offloaded ones.
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
 }
 
@@ -44,11 +47,11 @@ _tpu = functools.partial(
     chips_per_host=4,
 )
 
-# Of splash_block: a larger block pays less for itself, a smaller one wastes less above
-# the diagonal and fits the fast memory: a v5p's does not hold 2048. Beside each the
-# cycles of 512 x 512 scores, forward and backward, by the compiler's schedule at heads
-# of 128; in brackets those with blocks of 512 and a kernel for the queries' gradients
-# alone.
+# splash_block: a larger block has less overhead; a smaller one wastes less above the
+# diagonal and fits into VMEM, which is too small for 2048 on a v5p. The comment of each
+# row gives the cycles for 512 x 512 scores, forward and backward, by the compiler's
+# schedule for heads of 128; in brackets, those with blocks of 512 and a separate kernel
+# for the gradients of the queries.
 TPUS = (
     _tpu(
         generation="v4",
@@ -111,7 +114,7 @@ TPUS = (
         compiler_options=_NO_WINDOWED_EINSUM
         | _SPARSE_CORE_GATHERS
         | {
-            # Without it gatherings over all of a torus of three dims stay as they are.
+            # Otherwise all-gathers over all three dims of the torus are not offloaded.
             "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": True,
         },
         rates=Rates(
@@ -141,9 +144,8 @@ TPUS = (
         compiler_options=_NO_WINDOWED_EINSUM
         | _SPARSE_CORE_GATHERS
         | {
-            # Larger matmul tiles: 1.66 s instead of 2.56 s of a step of Llama 8B on
-            # v6e:2x4 by the compiler's cycles. Generating the code takes three times
-            # as long.
+            # Larger matmul tiles: by the compiler's cycles 1.66 s instead of 2.56 s a
+            # step of Llama 8B on v6e:2x4. Code generation takes three times as long.
             "xla_tpu_scoped_vmem_limit_kib": 98_304,
         },
         rates=Rates(

@@ -1,4 +1,4 @@
-"""`scaletrain plan`: what a run needs, takes and costs on a slice that is not here."""
+"""The command `scaletrain plan`: memory, time and cost of a run on other devices."""
 
 import argparse
 import contextlib
@@ -18,24 +18,24 @@ from scaletrain.plan.compiler import Report
 from scaletrain.plan.progress import Progress
 from scaletrain.plan.record import Record, Wanted
 
-_TRIED = 3  # remedies that are shown
+_SHOWN = 3  # remedies, or vain attempts, in a plan
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked of a plan beside the settings."""
+    """The command line of a plan, without the settings."""
 
     slices: tuple[Slice, ...]
     search: bool = False  # propose the layout
-    full: bool = False  # down to machine code
+    full: bool = False  # compile to machine code
     wanted: Wanted = dataclasses.field(default_factory=Wanted)
 
 
 def request(args: argparse.Namespace) -> Request:
-    """Returns what a command line asks for.
+    """Returns the request in a parsed command line.
 
     Raises:
-      ConfigError: no slice, one that does not exist, or figures that make no sense.
+      ConfigError: no slice, an unknown slice, or figures that make no sense.
     """
     if bool(args.topology) == bool(args.topologies):
         raise ConfigError(
@@ -61,13 +61,13 @@ def request(args: argparse.Namespace) -> Request:
     )
 
 
-def run(run: RunConfig, request: Request) -> Record:
-    """Returns the plan of `run`: of one slice, or the best of several.
+def plan(run: RunConfig, request: Request) -> Record:
+    """Returns the plan of a run: for one slice, or for the best of several.
 
-    An interrupt ends it with what is known; `interrupted` tells of that.
+    Ctrl-C returns the plans finished so far, with `interrupted` set in the record.
 
     Raises:
-      ConfigError: a layout the slice cannot hold, or no compiler.
+      ConfigError: the slice cannot hold the layout, or has no compiler.
       PlanError: the compiler refused the step.
     """
     for slice_ in request.slices:
@@ -82,19 +82,19 @@ def run(run: RunConfig, request: Request) -> Record:
 def _each(run: RunConfig, request: Request) -> tuple[list[Record], bool]:
     """Returns the plans of the slices, and whether an interrupt left some out.
 
-    A slice among others that cannot be planned for is told of and left out.
+    A slice for which planning fails is reported and left out, if there are others.
     """
     runs = [run if request.search else resolved(run, s) for s in request.slices]
     records: list[Record] = []
     interrupted = False
-    for whole, slice_ in zip(runs, request.slices, strict=True):
+    for complete, slice_ in zip(runs, request.slices, strict=True):
         try:
             if request.search:
-                found, interrupted = _searched(run, slice_, request)
+                planned, interrupted = _searched(run, slice_, request)
             else:
-                chosen = _chosen(run, whole)
-                found, interrupted = _planned(whole, slice_, request, chosen)
-            records.append(found)
+                overrides = _overrides(run, complete)
+                planned, interrupted = _planned(complete, slice_, request, overrides)
+            records.append(planned)
         except (ConfigError, PlanError) as err:
             if not records and slice_ is request.slices[-1]:
                 raise
@@ -110,70 +110,82 @@ def _each(run: RunConfig, request: Request) -> tuple[list[Record], bool]:
 
 
 def _planned(
-    run: RunConfig, slice_: Slice, request: Request, chosen: Overrides
+    run: RunConfig, slice_: Slice, request: Request, overrides: Overrides
 ) -> tuple[Record, bool]:
-    """Returns the plan of resolved settings as they are, with remedies if need be.
+    """Returns the plan of one layout, and whether an interrupt left out remedies.
 
-    And whether an interrupt left some of those out.
+    A plan that does not fit lists the remedies that make it fit or, if none does, the
+    nearest attempts.
+
+    Args:
+      run: resolved for the devices of the slice.
+      slice_: the devices.
+      request: the command line.
+      overrides: the planner's changes to the user's settings so far.
     """
-    full, found = request.full, {}
-    known = compiler.knows(slice_)
+    full, planned = request.full, {}
+    has_compiler = compiler.knows(slice_)
     for remat in _candidates(run):
         run = search.laid_out(run, remat, slice_)
-        said = compiler.compile(run, slice_, full=full) if known else None
-        found = record.of(run, slice_, said, {**chosen, **remat}, request.wanted)
-        if found["fits"]:
-            return found, False
+        report = compiler.compile(run, slice_, full=full) if has_compiler else None
+        planned = record.of(run, slice_, report, {**overrides, **remat}, request.wanted)
+        if planned["fits"]:
+            return planned, False
     tried, interrupted = _compiled(
-        run, slice_, search.remedies(run, slice_), request, chosen
+        run, slice_, search.remedies(run, slice_), request, overrides
     )
     fitting = [each for each in tried if each["fits"]]
-    found["remedies"] = record.best_first(fitting)[:_TRIED]
+    planned["remedies"] = record.best_first(fitting)[:_SHOWN]
     if not fitting:
         nearest = sorted(tried, key=lambda each: each["hbm_peak_bytes"])
-        found["tried"] = nearest[:_TRIED]
-    return found, interrupted
+        planned["tried"] = nearest[:_SHOWN]
+    return planned, interrupted
 
 
 def _candidates(run: RunConfig) -> tuple[Overrides, ...]:
-    """Returns what model.remat=auto tries in turn, or no change."""
+    """Returns the changes that model.remat=auto tries in turn, or one empty change."""
     if run.model.remat != "auto":
         return ({},)
-    from scaletrain import compilation  # with the model; errors come without it
+    from scaletrain import compilation  # imports the model; errors come faster without
 
     return compilation.CANDIDATES
 
 
 def resolved(run: RunConfig, slice_: Slice) -> RunConfig:
-    """Returns `run` for the devices of the slice, and its parts across slices.
+    """Returns `run` resolved for the devices of a slice.
+
+    Over several slices the batch is sharded, if the run's mesh is for one slice.
 
     Raises:
       ConfigError: the mesh does not cover the slice.
     """
     if slice_.num_slices > 1 and run.mesh.num_slices == 1:
         run = config.applied(run, {"mesh.dcn.data": slice_.num_slices})
-    whole = config.resolve(run, slice_.devices, f"in {slice_.name}")
-    if slice_.is_tpu and whole.mesh.num_slices != slice_.num_slices:
+    complete = config.resolve(run, slice_.devices, f"in {slice_.name}")
+    if slice_.is_tpu and complete.mesh.num_slices != slice_.num_slices:
         raise ConfigError(
             [
                 f"--num_slices={slice_.num_slices}; the axes of mesh.dcn are for "
-                f"{whole.mesh.num_slices}; give that number, or set mesh.dcn.data="
+                f"{complete.mesh.num_slices}; give that number, or set mesh.dcn.data="
                 f"{slice_.num_slices} and its other axes to 1."
             ]
         )
-    return whole
+    return complete
 
 
-def _chosen(run: RunConfig, whole: RunConfig) -> Overrides:
-    """Returns what `resolved` had to set, for the command that trains."""
-    before, after = run.mesh.dcn.data, whole.mesh.dcn.data
+def _overrides(run: RunConfig, complete: RunConfig) -> Overrides:
+    """Returns the settings that `resolved` changed, for the command that trains.
+
+    The other resolved settings follow from the devices when training starts.
+    """
+    before, after = run.mesh.dcn.data, complete.mesh.dcn.data
     return {"mesh.dcn.data": after} if before != after and before != -1 else {}
 
 
 def _searched(run: RunConfig, slice_: Slice, request: Request) -> tuple[Record, bool]:
-    """Returns the best layout's plan with those it was chosen from.
+    """Returns the plan of the best layout, and whether an interrupt left some out.
 
-    And whether an interrupt left some of those out.
+    The record lists the plans of all candidates, the best first.
     """
     layouts = search.layouts(run, slice_)
     if not layouts:
@@ -183,30 +195,30 @@ def _searched(run: RunConfig, slice_: Slice, request: Request) -> tuple[Record, 
                 "take a larger slice, or lower batch_size or seq_len."
             ]
         )
-    found, interrupted = _compiled(run, slice_, layouts, request)
-    if not found:
+    planned, interrupted = _compiled(run, slice_, layouts, request)
+    if not planned:
         if interrupted:
             raise KeyboardInterrupt
         raise PlanError("no layout was compiled; there is nothing to propose.")
     if not interrupted:
-        roomy = [
+        scanned = [
             (each["overrides"], each["hbm_peak_bytes"] / slice_.chip.hbm_bytes)
-            for each in record.best_first(found)
+            for each in record.best_first(planned)
             if each["fits"]
         ]
-        twins, interrupted = _compiled(
-            run, slice_, search.unrolled(run, roomy), request
+        unrolled, interrupted = _compiled(
+            run, slice_, search.unrolled(run, scanned), request
         )
-        found += twins
-    candidates = record.best_first(found)
+        planned += unrolled
+    candidates = record.best_first(planned)
     best = candidates[0]
     if best["fits"] and slice_.is_tpu and not interrupted:
         overrides = best["overrides"]
-        whole = search.laid_out(run, overrides, slice_)
-        print(f"plan: compiling the best of {len(found)} whole", file=sys.stderr)
+        complete = search.laid_out(run, overrides, slice_)
+        print(f"plan: compiling the best of {len(planned)} whole", file=sys.stderr)
         try:
-            said = compiler.compile(whole, slice_, full=True)
-            best = record.of(whole, slice_, said, overrides, request.wanted)
+            report = compiler.compile(complete, slice_, full=True)
+            best = record.of(complete, slice_, report, overrides, request.wanted)
         except PlanError as err:
             print(f"plan: {err}", file=sys.stderr)
         except KeyboardInterrupt:
@@ -219,36 +231,45 @@ def _compiled(
     slice_: Slice,
     layouts: Sequence[Overrides],
     request: Request,
-    chosen: Overrides | None = None,
+    before: Overrides | None = None,
 ) -> tuple[list[Record], bool]:
-    """Returns the plans of `layouts`, and whether an interrupt left some out."""
+    """Returns the plans of several layouts, and whether an interrupt left some out.
+
+    Args:
+      run: the settings that the layouts change.
+      slice_: the devices.
+      layouts: overrides of each.
+      request: the command line.
+      before: the planner's changes to the user's settings that led to `run`.
+    """
     if not layouts:
         return [], False
     runs = [search.laid_out(run, overrides, slice_) for overrides in layouts]
-    found: list[Record] = []
+    records: list[Record] = []
     progress = Progress(f"layouts of {slice_.name}", len(runs))
     try:
         with contextlib.closing(_reports(runs, slice_)) as reports:
-            for index, said in reports:
-                if isinstance(said, PlanError):
-                    progress.tell(str(said))
+            for index, report in reports:
+                if isinstance(report, PlanError):
+                    progress.log(str(report))
                 else:
-                    overrides = (chosen or {}) | config.changes(run, layouts[index])
-                    found.append(
-                        record.of(runs[index], slice_, said, overrides, request.wanted)
+                    overrides = (before or {}) | config.changes(run, layouts[index])
+                    complete, wanted = runs[index], request.wanted
+                    records.append(
+                        record.of(complete, slice_, report, overrides, wanted)
                     )
                 progress.advance()
     except KeyboardInterrupt:
-        return found, True
+        return records, True
     finally:
         progress.end()
-    return found, False
+    return records, False
 
 
 def _reports(
     runs: Sequence[RunConfig], slice_: Slice
 ) -> Generator[tuple[int, Report | PlanError | None]]:
-    """Yields (index, what the compiler says, if there is one) of each run."""
+    """Yields (index, report or refusal) of each run; None without a compiler."""
     if compiler.knows(slice_):
         yield from compiler.compile_all(runs, slice_)
     else:

@@ -1,7 +1,7 @@
-"""The compilers as a function: settings and a slice in, its report out.
+"""The compilers as a function from settings and a slice to a report.
 
-Each compilation has a process of its own: the compiler keeps global state, and is
-stopped as soon as it has assigned the buffers.
+Each compilation has a process of its own, because the compiler keeps global state, and
+is stopped as soon as it has assigned the buffers.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ from scaletrain.plan import memory, schedule
 
 _TIMEOUT_S = 1800
 _POLL_S = 0.02
-_LEAST_ROOM = 2**20  # bytes on the disk; the compiler does not tell of a full one
-# The environment of a TPU's compiler on a machine that has none.
+_LEAST_ROOM = 2**20  # free bytes on the disk; the compiler does not report a full one
+# The environment of the TPU compiler on a machine without TPUs.
 WITHOUT_TPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second process dies on a lock file
     "TPU_SKIP_MDS_QUERY": "1",  # there is no machine to ask
@@ -34,7 +34,7 @@ WITHOUT_TPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_LOG_DIR": "disabled",
 }
-_COMPILERS = {  # packages, one of which it takes
+_COMPILERS = {  # by platform: packages, one of which is enough
     "tpu": ("libtpu",),
     "cuda": ("jax_cuda13_plugin", "jax_cuda12_plugin"),
 }
@@ -42,44 +42,51 @@ _COMPILERS = {  # packages, one of which it takes
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What the compiler says of one step on one device of a slice."""
+    """The memory and the time of one step on one device of a slice."""
 
-    parameters: int
-    fits: bool
+    parameters: int  # of the model, on all devices
+    fits: bool  # the compiler accepted the program
     peak_bytes: int
-    host_bytes: int  # beside it, in the host's memory
+    host_bytes: int  # offloaded to the host's memory; not in `peak_bytes`
     by_class: dict[str, int]  # bytes; they add up to `peak_bytes`
-    largest: list[tuple[int, str]]  # (bytes, what it is), of the peak
+    largest: list[tuple[int, str]]  # (bytes, shape and origin) of temporary values
     step: schedule.Step
     full: bool  # compiled to machine code
-    # By the executable's own word, if there is one: what it holds, and the most of
-    # that which is in use at once.
+    # Of the executable, if there is one: the bytes that it allocates, and the most of
+    # them that are in use at the same time.
     executable_bytes: int | None
     live_bytes: int | None
 
 
 def knows(slice_: Slice) -> bool:
-    """Returns whether there is a compiler for the slice; a GPU can do without.
+    """Returns whether a compiler for the slice is installed.
+
+    Plans for GPUs do without: `estimate` takes its place.
 
     Raises:
-      ConfigError: a TPU's is not installed.
+      ConfigError: the TPU compiler is not installed.
     """
-    found = any(map(importlib.util.find_spec, _COMPILERS[slice_.platform]))
-    if slice_.is_tpu and not found:
+    installed = any(map(importlib.util.find_spec, _COMPILERS[slice_.platform]))
+    if slice_.is_tpu and not installed:
         raise ConfigError(
             [
                 "plan; libtpu, the TPU compiler, is not installed; "
                 "pip install -e '.[plan]' in the clone."
             ]
         )
-    return found
+    return installed
 
 
 def compile(run: RunConfig, slice_: Slice, *, full: bool = False) -> Report:
-    """Returns what the compiler says of the step of a resolved `run` on `slice_`.
+    """Returns the compiler's report of the step of a run on a slice.
+
+    Args:
+      run: resolved for the devices of the slice.
+      slice_: the devices to compile for.
+      full: compile to machine code (minutes), not only up to buffer assignment.
 
     Raises:
-      PlanError: it refused the program for another reason than its memory.
+      PlanError: the compiler refused the program for another reason than its memory.
     """
     ((_, report),) = compile_all([run], slice_, full=full)
     if isinstance(report, PlanError):
@@ -90,16 +97,22 @@ def compile(run: RunConfig, slice_: Slice, *, full: bool = False) -> Report:
 def compile_all(
     runs: Sequence[RunConfig], slice_: Slice, *, full: bool = False
 ) -> Iterator[tuple[int, Report | PlanError]]:
-    """Yields (index, report or refusal) of each run as it is known, in parallel.
+    """Yields (index, report or refusal) of each run, in the order in which they end.
 
-    A consumer that stops early, interrupted or not, ends what is still under way.
+    The compilations run in parallel. A consumer that stops early, by an interrupt or
+    not, ends those still under way.
+
+    Args:
+      runs: resolved for the devices of the slice.
+      slice_: the devices to compile for.
+      full: compile to machine code, not only up to buffer assignment.
     """
     waiting = list(enumerate(runs))[::-1]
-    at_once = max(1, os.cpu_count() or 2)
+    num_processes = max(1, os.cpu_count() or 2)
     running: dict[int, _Compilation] = {}
     try:
         while waiting or running:
-            while waiting and len(running) < at_once:
+            while waiting and len(running) < num_processes:
                 index, run = waiting.pop()
                 running[index] = _Compilation(run, slice_, full)
             time.sleep(_POLL_S)
@@ -113,7 +126,7 @@ def compile_all(
 
 
 class _Compilation:
-    """One compiler process and the folder it writes to."""
+    """One compiler process, and the folder in which it writes."""
 
     def __init__(self, run: RunConfig, slice_: Slice, full: bool):
         self._run, self._slice, self._full = run, slice_, full
@@ -141,11 +154,16 @@ class _Compilation:
         environment |= {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": dump,
-            "TMPDIR": str(self._folder),  # of libtpu's logs, which nothing disables
+            "TMPDIR": str(self._folder),  # for libtpu's logs, which no flag disables
         }
         with (self._folder / "stderr").open("wb") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "scaletrain.plan.worker", str(self._folder)],
+                [
+                    sys.executable,
+                    "-m",
+                    "scaletrain.plan.compile_worker",
+                    str(self._folder),
+                ],
                 env=environment,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
@@ -153,16 +171,16 @@ class _Compilation:
             )
 
     def close(self) -> None:
-        """Ends the process, if it has not, and removes the folder."""
+        """Ends the process, if it still runs, and removes the folder."""
         self._process.kill()
         self._process.wait()
         self._temporary.cleanup()
 
     def ended(self) -> bool:
-        """Whether there is a report to read.
+        """Returns whether the process has ended, so that its report can be read.
 
         Raises:
-          PlanError: there is no room left to write one.
+          PlanError: the disk has no room for the report.
         """
         if time.monotonic() - self._began > _TIMEOUT_S:
             self._process.kill()
@@ -171,7 +189,7 @@ class _Compilation:
         return ended
 
     def report(self) -> Report | PlanError:
-        """Returns what the ended compiler says, or that it refused the step."""
+        """Returns the report of the ended process, or its refusal of the step."""
         errors = (self._folder / "stderr").read_text("utf-8", "replace").splitlines()
         for line in errors:
             if "Warning: compiler option" in line:
@@ -180,11 +198,11 @@ class _Compilation:
         if not answer.is_file():
             last = ([line for line in errors if line.strip()] or ["no word"])[-1]
             return PlanError(f"the compiler's process ended without an answer: {last}")
-        said = json.loads(answer.read_text("utf-8"))
-        error = said.get("error", "")
+        facts = json.loads(answer.read_text("utf-8"))
+        error = facts.get("error", "")
         if error and not does_not_fit(error):
             return PlanError(f"the compiler refused the step: {error.splitlines()[0]}")
-        return _report(self._folder, said, self._run, self._slice, full=self._full)
+        return _report(self._folder, facts, self._run, self._slice, full=self._full)
 
 
 def _check_room(folder: pathlib.Path) -> None:
@@ -202,14 +220,24 @@ def _no_room(why: str) -> PlanError:
 
 def _report(
     folder: pathlib.Path,
-    answer: dict[str, Any],
+    facts: dict[str, Any],
     run: RunConfig,
     slice_: Slice,
     *,
     full: bool,
 ) -> Report:
-    def dumped(what: str) -> str:
-        (path,) = folder.glob(f"*jit_train_step*after_optimizations{what}.txt")
+    """Returns the report of a compilation.
+
+    Args:
+      folder: of the compiler's dump.
+      facts: the answer of the process.
+      run: resolved for the devices of the slice.
+      slice_: the devices for which it was compiled.
+      full: asked to compile to machine code.
+    """
+
+    def dumped(suffix: str) -> str:
+        (path,) = folder.glob(f"*jit_train_step*after_optimizations{suffix}.txt")
         return path.read_text(encoding="utf-8")
 
     module = hlo.parse(dumped(""))
@@ -217,20 +245,20 @@ def _report(
         dumped("-memory-usage-report"),
         dumped("-buffer-assignment"),
         module,
-        answer["shapes"],
+        facts["shapes"],
     )
     return Report(
-        parameters=answer["parameters"],
-        fits="error" not in answer,
+        parameters=facts["parameters"],
+        fits="error" not in facts,
         peak_bytes=usage.total_bytes,
         host_bytes=usage.host_bytes,
-        by_class=memory.by_class(usage, answer["bytes"]),
+        by_class=memory.by_class(usage, facts["bytes"]),
         largest=usage.largest,
         step=schedule.account(module, axes(run), slice_),
-        # There is no stopping the GPUs' compiler on its way.
+        # The GPU compiler cannot be stopped at buffer assignment.
         full=full or not slice_.is_tpu,
-        executable_bytes=answer.get("executable_bytes"),
-        live_bytes=answer.get("live_bytes"),
+        executable_bytes=facts.get("executable_bytes"),
+        live_bytes=facts.get("live_bytes"),
     )
 
 

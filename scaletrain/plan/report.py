@@ -1,4 +1,4 @@
-"""A plan as a person reads it."""
+"""The text of a plan."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,43 +11,43 @@ from scaletrain.plan.record import Record
 _GIB = 2**30
 
 
-def in_words(found: Record) -> str:
+def in_words(plan: Record) -> str:
     """Returns the text of a plan, its candidates and its slices."""
-    lines = [*_head(found), *_memory(found), *_time(found), *_bill(found)]
+    lines = [*_head(plan), *_memory(plan), *_time(plan), *_bill(plan)]
     for title, key in (
         ("Layouts, best first", "candidates"),
         ("Changes that make it fit", "remedies"),
         ("Changes that were tried, none enough", "tried"),
         ("Slices, best first", "slices"),
     ):
-        if found.get(key):
-            lines += ["", f"{title} ({_MARKS}):", *_table(found[key])]
-    if found.get("slices") and found["fastest"]:
-        lines += ["", *(f"{each}: {found[each]}" for each in record.BEST)]
-    if found.get("tried"):
+        if plan.get(key):
+            lines += ["", f"{title} ({_MARKS}):", *_table(plan[key])]
+    if plan.get("slices") and plan["fastest"]:
+        lines += ["", *(f"{each}: {plan[each]}" for each in record.BEST)]
+    if plan.get("tried"):
         lines += [
             "",
             "Try --search, a larger slice, or a smaller batch_size or seq_len.",
         ]
-    if found["fits"]:
-        lines += ["", "Run it:", f"  {found['command']}"]
+    if plan["fits"]:
+        lines += ["", "Run it:", f"  {plan['command']}"]
     else:
-        remedy = "; take one of the changes above" if found.get("remedies") else ""
+        remedy = "; take one of the changes above" if plan.get("remedies") else ""
         lines += ["", f"It DOES NOT FIT as it is{remedy}. There is nothing to run."]
     return "\n".join(lines)
 
 
-def _head(found: Record) -> Iterator[str]:
-    verdict = "fits" if found["fits"] else "DOES NOT FIT"
-    slices = f" x {found['num_slices']} slices" if found["num_slices"] > 1 else ""
+def _head(plan: Record) -> Iterator[str]:
+    verdict = "fits" if plan["fits"] else "DOES NOT FIT"
+    slices = f" x {plan['num_slices']} slices" if plan["num_slices"] > 1 else ""
     yield (
-        f"{found['parameters']:,} parameters on {found['topology']}{slices}, "
-        f"{counted(found['num_chips'], 'chip')} ({found['source']}): {verdict}"
+        f"{plan['parameters']:,} parameters on {plan['topology']}{slices}, "
+        f"{counted(plan['num_chips'], 'chip')} ({plan['source']}): {verdict}"
     )
 
 
-def _memory(found: Record) -> Iterator[str]:
-    peak, limit = found["hbm_peak_bytes"], found["hbm_limit_bytes"]
+def _memory(plan: Record) -> Iterator[str]:
+    peak, limit = plan["hbm_peak_bytes"], plan["hbm_limit_bytes"]
     room = f"{(limit - peak) / _GIB:.2f} GiB to spare"
     if peak > limit:
         room = f"{(peak - limit) / _GIB:.2f} GiB too much"
@@ -55,51 +55,51 @@ def _memory(found: Record) -> Iterator[str]:
     yield (
         f"Memory of a device: {peak / _GIB:.2f} GiB of {limit / _GIB:.2f} GiB, {room}"
     )
-    for name, size in found["hbm_by_class"].items():
+    for name, size in plan["hbm_by_class"].items():
         yield f"  {name.replace('_', ' '):<28}{size / _GIB:9.2f} GiB"
-    if found["host_bytes"]:
-        yield f"  beside it, on the host      {found['host_bytes'] / _GIB:9.2f} GiB"
-    if not found["fits"] and found["largest_buffers"]:
+    if plan["host_bytes"]:
+        yield f"  beside it, on the host      {plan['host_bytes'] / _GIB:9.2f} GiB"
+    if not plan["fits"] and plan["largest_buffers"]:
         yield "  largest buffers:"
-        for size, what in found["largest_buffers"]:
-            yield f"  {size / _GIB:9.2f} GiB  {what}"
+        for size, description in plan["largest_buffers"]:
+            yield f"  {size / _GIB:9.2f} GiB  {description}"
 
 
-def _time(found: Record) -> Iterator[str]:
+def _time(plan: Record) -> Iterator[str]:
     yield ""
     yield (
-        f"Step: {found['step_time_s']:.3f} s, {found['error_band']}; "
-        f"{found['tokens_per_s_per_chip']:,.0f} tokens/s a chip, "
-        f"{found['tokens_per_s']:,.0f} in all; "
-        f"MFU {found['mfu']:.1%}, PaLM's {found['mfu_palm']:.1%}"
+        f"Step: {plan['step_time_s']:.3f} s, {plan['error_band']}; "
+        f"{plan['tokens_per_s_per_chip']:,.0f} tokens/s a chip, "
+        f"{plan['tokens_per_s']:,.0f} in all; "
+        f"MFU {plan['mfu']:.1%}, PaLM's {plan['mfu_palm']:.1%}"
     )
-    whole = found["step_time_s"]
-    for name, seconds in found["time_by_class"].items():
+    step_time = plan["step_time_s"]
+    for name, seconds in plan["time_by_class"].items():
         words = "communication, exposed" if name == "communication" else name
         if seconds:
             yield (
                 f"  {words.replace('_', ' '):<28}{seconds:9.3f} s "
-                f"{seconds / whole:6.1%}"
+                f"{seconds / step_time:6.1%}"
             )
-    for axis, sums in found["communication"].items():
+    for axis, sums in plan["communication"].items():
         yield (
             f"  over {axis:<23}{sums['bytes'] / _GIB:9.2f} GiB in "
             f"{sums['count']:,} collectives, {sums['wire_s']:.3f} s on the wire, "
             f"{sums['exposed_s']:.3f} s exposed"
         )
-    yield from _sources(found["rates"])
+    yield from _sources(plan["rates"])
 
 
-def _bill(found: Record) -> Iterator[str]:
-    spot = found["cost_usd_spot"]
+def _bill(plan: Record) -> Iterator[str]:
+    spot = plan["cost_usd_spot"]
     yield ""
     yield (
-        f"{found['tokens']:.4g} tokens: {found['hours']:,.1f} h, "
-        f"{found['chip_hours']:,.0f} chip-hours, ${found['cost_usd']:,.0f}"
+        f"{plan['tokens']:.4g} tokens: {plan['hours']:,.1f} h, "
+        f"{plan['chip_hours']:,.0f} chip-hours, ${plan['cost_usd']:,.0f}"
         + (f" (spot ${spot:,.0f})" if spot is not None else "")
-        + f", {found['energy_kwh']:,.0f} kWh, {found['co2e_kg']:,.0f} kg CO2e"
+        + f", {plan['energy_kwh']:,.0f} kWh, {plan['co2e_kg']:,.0f} kg CO2e"
     )
-    yield from _sources(found["constants"])
+    yield from _sources(plan["constants"])
 
 
 def _sources(rows: list[list[Any]]) -> Iterator[str]:
@@ -115,7 +115,7 @@ def _table(records: list[Record]) -> Iterator[str]:
         f"    {'step s':>8}{'GiB':>8}{'tokens/s/chip':>15}{'$':>13}{'kg CO2e':>13}"
         "  slice and overrides"
     )
-    for each, best in zip(records, record.unbeaten(records), strict=True):
+    for each, best in zip(records, record.pareto_optimal(records), strict=True):
         mark = "*" if best else " " if each["fits"] else "x"
         yield (
             f"  {mark} {each['step_time_s']:8.3f}{each['hbm_peak_bytes'] / _GIB:8.1f}"
@@ -126,6 +126,6 @@ def _table(records: list[Record]) -> Iterator[str]:
 
 
 def _changed(each: Record) -> str:
-    """Returns the overrides of a plan without the part that all have."""
+    """Returns the overrides of a plan, without the prefix that all flags have."""
     words = config.flags(each["overrides"])
     return " ".join(word.removeprefix("--config.") for word in words)

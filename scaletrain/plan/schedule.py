@@ -1,10 +1,10 @@
-"""How long a compiled step takes: a roofline over the schedule, wire and arithmetic.
+"""The predicted time of a compiled step: a roofline over its schedule.
 
 The scheduled program is walked in order. An operation takes its time in `costs`; a
-synchronous collective takes its time on the wire; an asynchronous one occupies its
-links from its start, and if it is not over at its end the walk waits for it, be it a
-transfer to another device or to the host's memory. Nothing is measured: dispatch, input
-and checkpoints are left out.
+synchronous collective takes its time on the wire; an asynchronous transfer, to another
+device or to the host's memory, occupies its link from its start instruction, and the
+walk waits at its done instruction until it has ended. Nothing is measured: dispatch,
+input and checkpoints are left out.
 """
 
 import collections
@@ -17,17 +17,21 @@ import numpy as np
 
 from scaletrain import hlo
 from scaletrain.hardware.slices import Slice
-from scaletrain.hlo import COLLECTIVES, Computation, Instruction, Module, Shape
+from scaletrain.hlo import (
+    COLLECTIVES,
+    HOST_SPACE,
+    Computation,
+    Instruction,
+    Module,
+    Shape,
+)
 from scaletrain.plan.costs import Costs
 
-_FREE = (
+_FREE = (  # opcodes that take no time
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id",
     "after-all", "iota", "broadcast", "async-update", "opt-barrier", "replica-id",
 )  # fmt: skip
-
-
-_HOST = 5  # the memory space of what is moved to the host
-# What lateness of a link counts as, if it is not between devices.
+# The class of the time waited for a link, if the link is not between devices.
 _CLASS_OF = {
     "memory": "elementwise",
     "to host": "host_offload",
@@ -38,7 +42,7 @@ _ENDS = ("async-done", "copy-done", "send-done", "recv-done")
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """Seconds of one step on one device, and what it sends."""
+    """The seconds of one step on one device, and its communication."""
 
     seconds: float
     by_class: dict[str, float]  # seconds; they add up to `seconds`
@@ -47,9 +51,9 @@ class Step:
 
 @dataclasses.dataclass
 class _Clock:
-    """Where the walk is, and what it has met."""
+    """The time at the current instruction, and the transfers under way."""
 
-    now: float = 0.0
+    now: float = 0.0  # seconds since the step began
     by_class: dict[str, float] = dataclasses.field(
         default_factory=lambda: dict.fromkeys(
             ("matmul", "attention", "elementwise", "communication", "host_offload"),
@@ -59,25 +63,56 @@ class _Clock:
     axes: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     links: dict[str, float] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(float)
-    )  # when each is free again
+    )  # the time at which each is free again
+    # Asynchronous transfers by their instruction: the time of their end, and the link.
     pending: dict[str, tuple[float, str]] = dataclasses.field(default_factory=dict)
 
-    def spend(self, what: str, seconds: float) -> None:
+    def spend(self, name: str, seconds: float) -> None:
+        """Advances the clock by an operation of a class."""
         self.now += seconds
-        self.by_class[what] += seconds
+        self.by_class[name] += seconds
 
-    def wait(self, until: float, axis: str) -> None:
+    def wait(self, until: float, link: str) -> None:
+        """Waits for a link; the seconds until then are exposed."""
         late = max(0.0, until - self.now)
-        self.spend(_CLASS_OF.get(axis, "communication"), late)
-        if axis in self.axes:
-            self.axes[axis]["exposed_s"] += late
+        self.spend(_CLASS_OF.get(link, "communication"), late)
+        if link in self.axes:
+            self.axes[link]["exposed_s"] += late
+
+    def queue(self, name: str, link: str, seconds: float) -> None:
+        """Starts an asynchronous transfer as soon as its link is free.
+
+        Args:
+          name: of the instruction that starts the transfer.
+          link: mesh axes, or a key of `_CLASS_OF`.
+          seconds: on the link.
+        """
+        self.links[link] = max(self.now, self.links[link]) + seconds
+        self.pending[name] = self.links[link], link
+
+    def count(self, axis: str, nbytes: float, seconds: float) -> None:
+        """Adds a transfer to the communication over mesh axes.
+
+        Args:
+          axis: names of the mesh axes, such as data+fsdp.
+          nbytes: that a device sends.
+          seconds: on the wire.
+        """
+        sums = self.axes.setdefault(
+            axis, {"bytes": 0.0, "wire_s": 0.0, "exposed_s": 0.0, "count": 0}
+        )
+        sums["bytes"] += nbytes
+        sums["wire_s"] += seconds
+        sums["count"] += 1
 
 
 def account(module: Module, axes: dict[str, int], slice_: Slice) -> Step:
-    """Returns the account of a program on a device of `slice_`.
+    """Returns the predicted time of a program on a device of `slice_`.
 
     Args:
+      module: the scheduled program of one device.
       axes: the mesh axes and their sizes, in the order of the devices.
+      slice_: the devices, whose rates the time rests on.
     """
     clock = _Clock()
     _Walk(module, axes, slice_, clock).computation(module.entry)
@@ -95,7 +130,7 @@ class _Walk:
         self._costs = Costs(module, slice_)
 
     def computation(self, name: str) -> None:
-        """Takes every instruction of a computation in turn."""
+        """Advances the clock by each instruction of a computation, in order."""
         computation = self._module.computations[name]
         for each in computation.instructions:
             self._instruction(each, computation)
@@ -115,7 +150,7 @@ class _Walk:
             self._reduce_scatter(each)
         elif opcode == "copy-start":
             # A prefetch: it occupies the memory, and is waited for if it is late.
-            self._queue(
+            self._clock.queue(
                 each.name,
                 "memory",
                 each.shapes[0].nbytes / self._costs.memory_bytes_per_s,
@@ -126,13 +161,15 @@ class _Walk:
             self._clock.spend(*self._costs.of(each, computation))
 
     def _inside(self, each: Instruction) -> None:
-        """Takes a loop as often as it runs; of branches the first.
+        """Walks through all iterations of a loop, or through the first branch.
 
-        Branches compute the same with other masks.
+        The other branches compute the same with other masks.
         """
         times = self._module.trips(each) if each.opcode == "while" else 1
-        for what in ("body", "to_apply", "true_computation", "branch_computations"):
-            name = each.called(what) or ""
+        for attribute in (
+            "body", "to_apply", "true_computation", "branch_computations",
+        ):  # fmt: skip
+            name = each.called(attribute) or ""
             if name in self._module.computations:
                 for _ in range(times):
                     self.computation(name)
@@ -143,7 +180,7 @@ class _Walk:
             return self._done(each)
         axis, seconds = self._wire(each, kind)
         if opcode.endswith("-start"):
-            self._queue(each.name, axis, seconds)
+            self._clock.queue(each.name, axis, seconds)
         else:
             begun = max(self._clock.now, self._clock.links[axis])
             self._clock.wait(begun + seconds, axis)
@@ -151,110 +188,104 @@ class _Walk:
         return None
 
     def _reduce_scatter(self, each: Instruction) -> None:
-        """Takes a sum of which each device keeps a part, written as one operation."""
-        for inner in self._transfers(each.called("calls") or ""):
+        """Waits for a reduce-scatter that the compiler wrote as one fusion."""
+        for inner in _collectives(self._module, each.called("calls") or ""):
+            # It sends half of the bytes of the all-reduce inside the fusion.
             axis, seconds = self._wire(inner, "all-reduce", share=0.5)
             self._clock.wait(self._clock.now + seconds, axis)
 
     def _wire(
         self, each: Instruction, kind: str, share: float = 1.0
     ) -> tuple[str, float]:
-        """Returns the axes a collective runs over and its seconds on the wire."""
+        """Returns the mesh axes of a collective, and its seconds on the wire.
+
+        Args:
+          each: the instruction of the collective.
+          kind: its opcode, without `-start`.
+          share: of the bytes that this kind sends.
+        """
         devices = math.prod(self._axes.values())
         members = hlo.group(each, devices)
         axis = self._axis(members)
         share *= (len(members) - 1) / len(members)
         size = sum(shape.nbytes for shape in _results(each))
+        # Bytes that a device of a ring sends.
         sent = {
             "all-reduce": 2 * size * share,
             "reduce-scatter": size * (len(members) - 1),
             "collective-permute": size,
         }.get(kind, size * share)
         seconds = sent / self._slice.group_bytes_per_s(members.tolist())
-        sums = self._clock.axes.setdefault(
-            axis, {"bytes": 0.0, "wire_s": 0.0, "exposed_s": 0.0, "count": 0}
-        )
-        sums["bytes"] += sent
-        sums["wire_s"] += seconds
-        sums["count"] += 1
+        self._clock.count(axis, sent, seconds)
         return axis, seconds
 
     def _axis(self, members: np.ndarray) -> str:
         """Returns the names of the mesh axes along which the members differ."""
         sizes = tuple(self._axes.values())
-        places = np.array(np.unravel_index(members % math.prod(sizes), sizes))
+        indices = np.array(np.unravel_index(members % math.prod(sizes), sizes))
         names = [
             name
-            for name, row in zip(self._axes, places, strict=True)
+            for name, row in zip(self._axes, indices, strict=True)
             if len(set(row.tolist())) > 1
         ]
         return "+".join(names) or "none"
 
     def _between_slices(self, each: Instruction) -> None:
         size = each.shapes[0].nbytes
-        sums = self._clock.axes.setdefault(
-            "dcn", {"bytes": 0.0, "wire_s": 0.0, "exposed_s": 0.0, "count": 0}
-        )
         seconds = size * self._chip.devices_per_chip / self._chip.network_bytes_per_s
-        sums["bytes"] += size
-        sums["wire_s"] += seconds
-        sums["count"] += 1
-        self._queue(each.name, "dcn", seconds)
-
-    def _queue(self, name: str, link: str, seconds: float) -> None:
-        """Starts a transfer when its link is free."""
-        links = self._clock.links
-        links[link] = max(self._clock.now, links[link]) + seconds
-        self._clock.pending[name] = links[link], link
+        self._clock.count("dcn", size, seconds)
+        self._clock.queue(each.name, "dcn", seconds)
 
     def _started(self, each: Instruction) -> None:
-        """Starts what an asynchronous computation transfers, if it does."""
-        name = each.called("calls")
-        found = self._transfers(name) if name else []
-        if name in self._module.computations and (way := self._host_way(name)):
-            link, size = way
+        """Starts the transfers of an asynchronous computation, if it has any."""
+        name = each.called("calls") or ""
+        inner = self._module.computations.get(name)
+        if inner is not None and (transfer := _host_transfer(inner)):
+            link, size = transfer
             seconds = size * self._chip.devices_per_chip / self._chip.host_bytes_per_s
-            self._queue(each.name, link, seconds)
-        for instruction in found:
-            kind = instruction.opcode.removesuffix("-start")
-            axis, seconds = self._wire(instruction, kind)
-            self._queue(each.name, axis, seconds)
-
-    def _host_way(self, name: str) -> tuple[str, int] | None:
-        """Returns to or from which memory a computation moves how many bytes."""
-        inner = self._module.computations[name]
-        for each in inner.instructions:
-            source = inner.shape(each.operands[0]) if each.operands else None
-            if source is None or source.space != _HOST:
-                continue
-            if each.opcode == "dynamic-slice":
-                return "from host", each.nbytes
-            update = inner.shape(each.operands[1]) if len(each.operands) > 1 else None
-            if each.opcode == "dynamic-update-slice" and update is not None:
-                return "to host", update.nbytes
-        return None
-
-    def _transfers(self, name: str) -> list[Instruction]:
-        found = []
-        for each in self._module.computations[name].instructions:
-            if each.opcode.removesuffix("-start") in COLLECTIVES:
-                found.append(each)
-            for what in ("calls", "called_computations"):
-                if (inner := each.called(what)) in self._module.computations:
-                    found += self._transfers(inner)
-        return found
+            self._clock.queue(each.name, link, seconds)
+        for collective in _collectives(self._module, name) if name else ():
+            kind = collective.opcode.removesuffix("-start")
+            axis, seconds = self._wire(collective, kind)
+            self._clock.queue(each.name, axis, seconds)
 
     def _done(self, each: Instruction) -> None:
-        """Waits for what was started: by its operand, or by its name's other half."""
+        """Waits for the transfer whose start is an operand or has the same number."""
         for operand in (*each.operands, each.name.replace("-done", "-start")):
-            if found := self._clock.pending.pop(operand.split("#")[0], None):
-                self._clock.wait(*found)
+            if transfer := self._clock.pending.pop(operand.split("#")[0], None):
+                self._clock.wait(*transfer)
+
+
+def _host_transfer(inner: Computation) -> tuple[str, int] | None:
+    """Returns the link and the bytes of a transfer to or from the host's memory."""
+    for each in inner.instructions:
+        source = inner.shape(each.operands[0]) if each.operands else None
+        if source is None or source.space != HOST_SPACE:
+            continue
+        if each.opcode == "dynamic-slice":
+            return "from host", each.nbytes
+        update = inner.shape(each.operands[1]) if len(each.operands) > 1 else None
+        if each.opcode == "dynamic-update-slice" and update is not None:
+            return "to host", update.nbytes
+    return None
+
+
+def _collectives(module: Module, name: str) -> list[Instruction]:
+    """Returns the collectives in a computation and in those that it calls."""
+    collectives = []
+    for each in module.computations[name].instructions:
+        if each.opcode.removesuffix("-start") in COLLECTIVES:
+            collectives.append(each)
+        for attribute in ("calls", "called_computations"):
+            if (inner := each.called(attribute)) in module.computations:
+                collectives += _collectives(module, inner)
+    return collectives
 
 
 def _results(each: Instruction) -> Sequence[Shape]:
-    """Returns the results of a collective, one for each operand.
+    """Returns the shapes of the results of a collective, one for each operand.
 
-    A start may give its operands before them, and what it needs itself after them.
+    A start may list its operands before its results, and its own buffers after them.
     """
     count = len(each.operands)
     begins = each.opcode.endswith("-start") and len(each.shapes) >= 2 * count

@@ -1,7 +1,7 @@
-"""Layouts worth compiling: every cutting of the devices and of the batch, thinned out.
+"""The layouts worth compiling, of all partitions of the devices and of the batch.
 
-A layout is a set of overrides. What no mesh can hold is dropped by the settings' own
-rules, what cannot fit or cannot be fast by `estimate`.
+A layout is a set of overrides. The rules of the settings drop the impossible ones, and
+`estimate` drops those that cannot fit or cannot be fast.
 """
 
 import itertools
@@ -15,12 +15,15 @@ from scaletrain.hardware.slices import Slice
 from scaletrain.plan.estimate import estimate, factors
 
 MOST = 22  # layouts that are compiled, with scanned layers
-_LARGEST = 8  # parts of a tensor or context axis; more has not paid in a public recipe
+_LARGEST = 8  # of a tensor or context axis; more has not paid in a public recipe
 _SLACK = 1.1  # estimates above this share of the memory are not compiled
-_TWINS = 2  # of those, the best, that are also tried with their layers unrolled,
-_ROOMY = 0.6  # if the scan needs no more than this share of the memory,
-_DEEPEST = 48  # and if there are so few: each takes the compiler half a second
-# What a backward pass finds saved: (model.remat, model.remat_save).
+_MOST_MICRO_BATCHES = 64
+# The best few layouts are also compiled with unrolled layers, if they have headroom
+# with scanned ones and the model is not too deep for the compiler.
+_UNROLLED = 2
+_HEADROOM_SHARE = 0.6  # the most of the memory that the scanned variant may need
+_DEEPEST = 48  # layers: each takes the compiler half a second
+# The residuals of a backward pass: (model.remat, model.remat_save).
 _POLICIES = (
     ("full", ()),
     ("save", ("attention",)),
@@ -30,37 +33,48 @@ _POLICIES = (
 
 
 def layouts(run: RunConfig, slice_: Slice, most: int = MOST) -> list[Overrides]:
-    """Returns the overrides of the likeliest layouts, the fastest estimate first."""
+    """Returns the overrides of the most promising layouts, the fastest estimate first.
+
+    Args:
+      run: unresolved; its mesh, accumulation and remat are replaced.
+      slice_: the devices.
+      most: the largest number of layouts.
+    """
     scored = []
     for overrides in _all(run, slice_):
         try:
             candidate = laid_out(run, overrides, slice_)
         except ConfigError:
             continue
-        guess = estimate(candidate, slice_)
-        if guess.peak_bytes <= _SLACK * slice_.chip.hbm_bytes:
-            scored.append((guess.step_time_s, guess.peak_bytes, overrides))
+        estimated = estimate(candidate, slice_)
+        if estimated.peak_bytes <= _SLACK * slice_.chip.hbm_bytes:
+            scored.append((estimated.step_time_s, estimated.peak_bytes, overrides))
     scored.sort(key=lambda entry: entry[:2])
     return _spread([overrides for _, _, overrides in scored], most)
 
 
 def unrolled(
-    run: RunConfig, found: Iterable[tuple[Overrides, float]]
+    run: RunConfig, scanned: Iterable[tuple[Overrides, float]]
 ) -> list[Overrides]:
-    """Returns layouts without a scan, worth compiling by what is known with it.
+    """Returns the unrolled variants, worth compiling, of layouts with scanned layers.
 
     Args:
-      found: overrides of those that fit, best first, and what share of the memory
-        each takes.
+      run: the settings that the layouts change.
+      scanned: (overrides, share of the memory) of those that fit, best first.
     """
     if run.model.num_layers > _DEEPEST:
         return []
-    small = [overrides for overrides, share in found if share <= _ROOMY]
-    return [each | {"model.layers": "unroll"} for each in small[:_TWINS]]
+    small = [overrides for overrides, share in scanned if share <= _HEADROOM_SHARE]
+    return [each | {"model.layers": "unroll"} for each in small[:_UNROLLED]]
 
 
 def laid_out(run: RunConfig, overrides: Overrides, slice_: Slice) -> RunConfig:
-    """Returns `run` with `overrides`, resolved for the slice.
+    """Returns `run` with the overrides of a layout, resolved for the slice.
+
+    Args:
+      run: the settings that the layout changes.
+      overrides: of the layout.
+      slice_: the devices.
 
     Raises:
       ConfigError: the settings do not go together.
@@ -69,7 +83,7 @@ def laid_out(run: RunConfig, overrides: Overrides, slice_: Slice) -> RunConfig:
 
 
 def _all(run: RunConfig, slice_: Slice) -> Iterator[Overrides]:
-    """Yields every layout, possible or not, as overrides of everything it decides.
+    """Yields every layout, possible or not, as overrides of all settings of a layout.
 
     Axes `expert` and `stage` stay at 1: the settings refuse them, since the model has
     neither experts nor stages.
@@ -78,14 +92,14 @@ def _all(run: RunConfig, slice_: Slice) -> Iterator[Overrides]:
     model = run.model
     own = (model.remat, model.remat_save, model.remat_offload)
     policies = [own, *((*each, ()) for each in _POLICIES if (*each, ()) != own)]
-    cut = [size for size in factors(inside) if size <= _LARGEST]
-    for tensor, context in itertools.product(cut, cut):
+    sizes = [size for size in factors(inside) if size <= _LARGEST]
+    for tensor, context in itertools.product(sizes, sizes):
         if inside % (tensor * context):
             continue
         for fsdp in factors(inside // tensor // context):
             data = inside // tensor // context // fsdp
-            ways = data * fsdp * slice_.num_slices
-            for parts, policy in itertools.product(_parts(run, ways), policies):
+            counts = _micro_batches(run, data * fsdp * slice_.num_slices)
+            for count, policy in itertools.product(counts, policies):
                 yield {
                     "mesh.data": data,
                     "mesh.fsdp": fsdp,
@@ -93,7 +107,7 @@ def _all(run: RunConfig, slice_: Slice) -> Iterator[Overrides]:
                     "mesh.context": context,
                     **{f"mesh.dcn.{axis}": 1 for axis in AXES},
                     "mesh.dcn.data": slice_.num_slices,
-                    "accumulate_steps": parts,
+                    "accumulate_steps": count,
                     "model.remat": policy[0],
                     "model.remat_save": policy[1],
                     "model.remat_offload": policy[2],
@@ -101,10 +115,12 @@ def _all(run: RunConfig, slice_: Slice) -> Iterator[Overrides]:
                 }
 
 
-def _parts(run: RunConfig, ways: int) -> list[int]:
-    """Returns the numbers of parts in which a batch divides over `ways` devices."""
-    whole, rest = divmod(run.batch_size, ways)
-    return [] if rest else [parts for parts in factors(whole) if parts <= 64]
+def _micro_batches(run: RunConfig, num_shards: int) -> list[int]:
+    """Returns the possible numbers of micro-batches, each split into `num_shards`."""
+    rows, rest = divmod(run.batch_size, num_shards)
+    if rest:
+        return []
+    return [count for count in factors(rows) if count <= _MOST_MICRO_BATCHES]
 
 
 def _mesh(overrides: Overrides) -> tuple[Any, ...]:
@@ -112,41 +128,45 @@ def _mesh(overrides: Overrides) -> tuple[Any, ...]:
 
 
 def _spread(ranked: list[Overrides], most: int) -> list[Overrides]:
-    """Returns the best of each of the likeliest meshes in turn, then the second best.
+    """Returns the best layout of each promising mesh in turn, then the second best.
 
-    One mesh does not crowd out the others, nor many of them the ways to use one.
+    So one mesh does not crowd out the others, and many meshes do not crowd out the
+    second layout of one.
     """
     by_mesh: dict[tuple[Any, ...], list[Overrides]] = {}
     for overrides in ranked:
         by_mesh.setdefault(_mesh(overrides), []).append(overrides)
-    likeliest = list(by_mesh.values())[: (most + 1) // 2]
-    rounds = itertools.zip_longest(*likeliest)
-    found = [each for row in rounds for each in row if each is not None]
-    return found[:most]
+    promising = list(by_mesh.values())[: (most + 1) // 2]
+    rounds = itertools.zip_longest(*promising)
+    spread = [each for row in rounds for each in row if each is not None]
+    return spread[:most]
 
 
 def remedies(run: RunConfig, slice_: Slice) -> list[Overrides]:
-    """Returns changes that make a step smaller, the cheapest first."""
-    found: list[Overrides] = []
-    ways = run.batch_shards
-    parts = [p for p in _parts(run, ways) if p > run.accumulate_steps]
-    found += [{"accumulate_steps": p} for p in (*parts[:1], *parts[-1:])]
-    again: Overrides = {}
+    """Returns changes that make a step need less memory, the cheapest first."""
+    counts = _micro_batches(run, run.batch_shards)
+    counts = [count for count in counts if count > run.accumulate_steps]
+    changes: list[Overrides] = [
+        {"accumulate_steps": count} for count in (*counts[:1], *counts[-1:])
+    ]
+    remat: Overrides = {}
     if run.model.remat != "full":
-        again = {"model.remat": "full", "model.remat_save": ()}
-    cut: Overrides = {}
+        remat = {"model.remat": "full", "model.remat_save": ()}
+    sharded: Overrides = {}
     if run.mesh.data > 1:
-        cut = {"mesh.data": 1, "mesh.fsdp": run.mesh.data * run.mesh.fsdp}
-    found += [again, cut]
+        sharded = {"mesh.data": 1, "mesh.fsdp": run.mesh.data * run.mesh.fsdp}
+    changes += [remat, sharded]
     for tensor in (2, 4, 8):
         if run.mesh.fsdp % tensor == 0 and tensor > run.mesh.tensor:
             rest = run.mesh.fsdp * run.mesh.tensor // tensor
-            found.append({"mesh.fsdp": rest, "mesh.tensor": tensor})
-    least = {"accumulate_steps": parts[-1]} if parts else {}
-    found += [least | again, least | again | cut]
-    once = [each for i, each in enumerate(found) if each and each not in found[:i]]
+            changes.append({"mesh.fsdp": rest, "mesh.tensor": tensor})
+    smallest = {"accumulate_steps": counts[-1]} if counts else {}
+    changes += [smallest | remat, smallest | remat | sharded]
+    unique = [
+        each for i, each in enumerate(changes) if each and each not in changes[:i]
+    ]
     return [
         each
-        for each in once
+        for each in unique
         if config.is_possible(config.applied(run, each), slice_.devices)
     ]

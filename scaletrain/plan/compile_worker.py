@@ -1,10 +1,11 @@
-"""Compiles the train step for a slice that is not here, in a process of its own.
+"""The process that compiles the train step for a slice this machine does not have.
 
-    python -m scaletrain.plan.worker FOLDER
+    python -m scaletrain.plan.compile_worker FOLDER
 
-FOLDER holds `request.json`, gets the compiler's dump and, last, `answer.json`. There is
-no public way to stop a compilation before machine code is generated, which is nine
-tenths of its time: the process ends itself once the buffers are assigned.
+FOLDER holds `request.json`; the process writes the compiler's dump into it and, last,
+`answer.json`. There is no public way to stop a compilation before machine code is
+generated, which is nine tenths of its time: the process ends itself once the buffers
+are assigned.
 """
 
 import json
@@ -22,7 +23,7 @@ ASSIGNED = "*jit_train_step*after_optimizations_after_buffer_assignment.txt"
 
 
 def main() -> None:
-    """Answers the request in the folder named on the command line."""
+    """Compiles the request in the folder that the command line names."""
     folder = pathlib.Path(sys.argv[1])
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     planner = request["planner"]
@@ -52,7 +53,11 @@ def main() -> None:
 
 
 def described(request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Returns the step's program for the slice, and what is known of it."""
+    """Returns the step's program for the slice, and facts about its state.
+
+    The facts are the number of parameters, the bytes of the state on a device, and the
+    names of the matrices by shape.
+    """
     import jax
     from jax.experimental import topologies
 
@@ -65,8 +70,7 @@ def described(request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         **request["kwargs"],
     )
     run = config.resolve(config.from_json(request["config"]), len(slice_.devices))
-    grid = mesh.build(run.mesh, slice_.devices)
-    program = build(run, grid)
+    program = build(run, mesh.build(run.mesh, slice_.devices))
     state = program.state
     facts = {
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.weights)),
@@ -81,39 +85,43 @@ def described(request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def shapes(weights: Any) -> dict[str, str]:
-    """Returns which matrices have a shape, such as 2048,8192, whole or on a device."""
+    """Returns the names of the matrices of each shape, such as 2048,8192.
+
+    A matrix counts under its global shape and under that of its shard on a device.
+    """
     import jax
 
-    found: dict[str, set[str]] = {}
+    names: dict[str, set[str]] = {}
     for path, leaf in jax.tree.leaves_with_path(weights):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         for shape in (leaf.shape, leaf.sharding.shard_shape(leaf.shape)):
             if len(shape) > 1:
-                found.setdefault(",".join(map(str, shape)), set()).add(name)
-    return {shape: " or ".join(sorted(names)) for shape, names in found.items()}
+                names.setdefault(",".join(map(str, shape)), set()).add(name)
+    return {shape: " or ".join(sorted(each)) for shape, each in names.items()}
 
 
 def _follow(folder: pathlib.Path, planner: int) -> None:
-    """Removes the folder and ends the process once the planner is no more."""
+    """Removes the folder and ends the process once the planner's process has ended."""
     while os.getppid() == planner:
         time.sleep(0.5)
-    # In this process's place, so that the compiler writes nothing any more.
+    # `rm` replaces this process, so that the compiler writes no more files.
     os.execlp("rm", "rm", "-rf", str(folder))
 
 
 def _stop(folder: pathlib.Path, facts: dict[str, Any]) -> None:
-    """Ends the process when the compiler has said all that is asked of it."""
+    """Ends the process as soon as the compiler has written its buffer assignment."""
     size = -1
     while True:
         time.sleep(0.05)
-        found = list(folder.glob(ASSIGNED))
-        # Written in pieces: whole when it has stopped growing.
-        if found and found[0].stat().st_size == size > 0:
+        paths = list(folder.glob(ASSIGNED))
+        # The file is written in pieces: it is complete when it has stopped growing.
+        if paths and paths[0].stat().st_size == size > 0:
             _answer(folder, facts)
-        size = found[0].stat().st_size if found else -1
+        size = paths[0].stat().st_size if paths else -1
 
 
 def _answer(folder: pathlib.Path, facts: dict[str, Any]) -> None:
+    """Writes the answer and ends the process, whichever thread calls this first."""
     atomic_write(folder / "answer.json", json.dumps(facts).encode())
     os._exit(0)
 
