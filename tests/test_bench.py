@@ -42,7 +42,7 @@ def found(tmp_path_factory):
         patch.setattr(roofline, "MESSAGE_BYTES", 2**12)
         folder = tmp_path_factory.mktemp("trace")
         request = command.Request(steps=3, data=True, profile=True, workdir=str(folder))
-        return bench.run(RUN, request)
+        return bench.benchmark(RUN, request)
 
 
 def test_keys_are_the_contract(found):
@@ -332,7 +332,7 @@ def test_a_sweep_in_which_nothing_fits_is_an_error(monkeypatch):
     for is_sweep in (True, False):
         request = command.Request(sweep=is_sweep)
         with pytest.raises(BenchError, match="batch_size=16; .* lower it") as err:
-            bench.run(RUN, request)
+            bench.benchmark(RUN, request)
         assert err.value.exit_code == 1
         # After a sweep in which nothing fits nothing is tried again.
         assert (err.value.__cause__ is None) == is_sweep
@@ -341,7 +341,7 @@ def test_a_sweep_in_which_nothing_fits_is_an_error(monkeypatch):
 def test_several_processes_do_not_sweep(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ConfigError, match="--sweep; 2 processes .*; sweep in one"):
-        bench.run(RUN, command.Request(sweep=True))
+        bench.benchmark(RUN, command.Request(sweep=True))
 
 
 def test_several_processes_make_as_many_calls(monkeypatch):
@@ -361,7 +361,7 @@ def test_other_failures_of_the_devices_are_not_hidden(monkeypatch):
     monkeypatch.setattr(measure.Steps, "__init__", lambda *args: None)
     monkeypatch.setattr(measure.Steps, "measure", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
-        bench.run(RUN, command.Request())
+        bench.benchmark(RUN, command.Request())
 
 
 def test_a_candidate_that_fails_is_told_with_its_reason():
@@ -523,7 +523,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(tmp_path):
     path.write_text("")
     request = command.Request(profile=True, workdir=str(path))
     with pytest.raises(CheckpointError, match="--workdir=.*; give a folder"):
-        bench.run(RUN, request)
+        bench.benchmark(RUN, request)
 
 
 def test_problems_come_together():

@@ -1,12 +1,12 @@
-"""How fast the step of `train` is on the devices that are here, and how near ideal.
+"""The speed of the step of `train` on the present devices, and its distance from ideal.
 
-command   the request and the run    roofline       what the hardware can do, measured
-timing    the timed steps            shapes, loops  of what it measures, and how
-profile   where the time went        sweep          settings against each other
-report    a bench in words
+command     the request and its record   shapes      matmuls and attention of a device
+measure     the timed steps              microbench  the seconds of one operation
+profile     seconds by kernel and scope  sweep       the search for the fastest settings
+roofline    the speed of the hardware    report      the record as text
 """
 
-from scaletrain.bench.command import request, run
+from scaletrain.bench.command import benchmark, request
 from scaletrain.bench.report import in_words
 
-__all__ = ["in_words", "request", "run"]
+__all__ = ["benchmark", "in_words", "request"]

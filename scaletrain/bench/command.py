@@ -1,4 +1,4 @@
-"""`scaletrain bench`: the step of `train`, timed, and what the hardware could do."""
+"""`scaletrain bench`: the time of a step of `train`, and the speed of the hardware."""
 
 import argparse
 import dataclasses
@@ -20,30 +20,30 @@ from scaletrain.program import Program, build
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked of a bench beside the settings."""
+    """The options of a bench that are not settings of the run."""
 
-    steps: int = 20  # that are timed
-    data: bool = False  # the settings' own data instead of random tokens
-    profile: bool = False  # say where the time went
-    sweep: bool = False  # try other settings, go on with the fastest
-    workdir: str = ""  # of the trace; "" = a temporary folder
+    steps: int = 20  # number of timed steps
+    data: bool = False  # read the data of the settings instead of random tokens
+    profile: bool = False  # add a profile by kernel and scope
+    sweep: bool = False  # try other settings, then measure the fastest
+    workdir: str = ""  # folder of the trace; "" = a temporary one
 
 
 def request(args: argparse.Namespace) -> Request:
-    """Returns what a command line asks for."""
+    """Returns the request of a command line."""
     names = [field.name for field in dataclasses.fields(Request)]
     return Request(**{name: getattr(args, name) for name in names})
 
 
-def run(run: RunConfig, request: Request) -> dict[str, Any]:
-    """Returns what `--json` promises of a run on the devices that are here.
+def benchmark(run: RunConfig, request: Request) -> dict[str, Any]:
+    """Returns the record of a run on the present devices, as `--json` prints it.
 
-    With a sweep it is that of the fastest settings.
+    With a sweep, the record is that of the fastest settings.
 
     Raises:
-      ConfigError: settings that the devices cannot honour.
-      CheckpointError: a folder of the trace that cannot be made.
-      BenchError: a step that does not fit into their memory.
+      ConfigError: the devices cannot run these settings.
+      CheckpointError: the folder of the trace cannot be made.
+      BenchError: a step does not fit into the memory of the devices.
     """
     run = config.resolve(run, jax.device_count())
     if request.sweep and jax.process_count() > 1:
@@ -57,14 +57,15 @@ def run(run: RunConfig, request: Request) -> dict[str, Any]:
         workdir.prepare(request.workdir)
     extra: dict[str, Any] = {}
     if request.sweep:
-        plain = dataclasses.replace(request, profile=False)
-        sweep = Sweep(run, jax.device_count(), lambda each: _timed(each, plain)[1])
+        # Only the fastest settings are profiled.
+        untraced = dataclasses.replace(request, profile=False)
+        sweep = Sweep(run, jax.device_count(), lambda each: _timed(each, untraced)[1])
         extra["candidates"] = sweep.best()
         if not any(each["fits"] for each in extra["candidates"]):
             raise _too_large(run)
         run = sweep.applied(extra["candidates"][0]["overrides"])
     try:
-        program, timed, traced = _timed(run, request)
+        program, timed, profiled = _timed(run, request)
     except jax.errors.JaxRuntimeError as err:
         if not does_not_fit(str(err)):
             raise
@@ -73,21 +74,21 @@ def run(run: RunConfig, request: Request) -> dict[str, Any]:
     record = _record(program, timed, roofline.measure(program))
     if request.data:
         record["data_wait"] = timed.data_wait
-    return record | traced | extra
+    return record | profiled | extra
 
 
 def _timed(run: RunConfig, request: Request) -> tuple[Program, Timed, dict[str, Any]]:
-    """Returns the program of a resolved run, its time, and where it went if asked."""
-    grid = mesh.build(run.mesh)
-    program = build(run, grid)
-    with jax.set_mesh(grid):
+    """Returns the program of a resolved run, its times and the requested profile."""
+    devices = mesh.build(run.mesh)
+    program = build(run, devices)
+    with jax.set_mesh(devices):
         feed = measure.from_data if request.data else measure.synthetic
         steps = measure.Steps(program, run, feed)
         timed = steps.measure(request.steps)
-        traced = {}
+        profiled = {}
         if request.profile:
-            traced = {"profile": profile.of(steps, request.workdir)}
-        return steps.program, timed, traced
+            profiled = {"profile": profile.of(steps, request.workdir)}
+        return steps.program, timed, profiled
 
 
 def _too_large(run: RunConfig) -> BenchError:

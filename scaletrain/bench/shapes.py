@@ -1,4 +1,4 @@
-"""The matmuls and the attention of a run, in the shapes that one device meets."""
+"""The matmuls and the attention of a run, in the shapes on one device."""
 
 import dataclasses
 
@@ -8,50 +8,47 @@ from scaletrain.config import RunConfig
 
 @dataclasses.dataclass(frozen=True)
 class Gemm:
-    """A matmul of the model as one device meets it: [rows, inputs] x [inputs, outputs].
+    """A matmul of the model on one device: [rows, inputs] x [inputs, outputs]."""
 
-    Rows are tokens of one part of the batch; `count` is how often a step does it.
-    """
-
-    rows: int
+    rows: int  # tokens of a micro-batch
     inputs: int
     outputs: int
-    count: int
+    count: int  # of such matmuls in a step, over layers and micro-batches
     trained: bool  # whether its weights have gradients
 
     @property
     def flops(self) -> int:
-        """Of one pass: forward, dgrad and wgrad each take as many."""
+        """FLOPs of one pass; forward, dgrad and wgrad have the same number."""
         return 2 * self.rows * self.inputs * self.outputs
 
     @property
     def passes(self) -> tuple[str, ...]:
-        """What a step computes with it."""
+        """Names of the passes that a step computes; frozen weights need no wgrad."""
         return ("forward", "dgrad", "wgrad") if self.trained else ("forward", "dgrad")
 
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """The attention of a kind of layer as one device meets it."""
+    """The attention of local or of global layers, on one device."""
 
-    rows: int  # sequences
-    queries: int  # tokens of a sequence that lie on the device
-    keys: int
+    rows: int  # sequences of a micro-batch
+    queries: int  # tokens of a sequence on the device, see mesh.context
+    keys: int  # tokens of a whole sequence
     heads: int
     kv_heads: int
     d_head: int
-    local: bool  # whether it looks through the sliding window
-    keys_seen: float  # by a query, on average
-    count: int
+    local: bool  # whether it is limited to the sliding window
+    keys_seen: float  # keys that a query attends to, on average
+    count: int  # of such attentions in a step, over layers and micro-batches
 
     @property
     def flops(self) -> float:
-        """Of the forward pass; backward takes twice as many."""
+        """FLOPs of the forward pass; the backward pass takes twice as many."""
         return 4 * self.rows * self.queries * self.heads * self.d_head * self.keys_seen
 
 
 def gemms(run: RunConfig) -> dict[str, Gemm]:
-    """Returns the matmuls of a resolved run, adapters left out, by their names."""
+    """Returns the matmuls of a resolved run by name, without those of adapters."""
     model, tensor = run.model, run.mesh.size("tensor")
     trained = run.lora.rank == 0
     rows = run.shard_rows * run.seq_len // run.mesh.size("context")
@@ -68,7 +65,7 @@ def gemms(run: RunConfig) -> dict[str, Gemm]:
 
 
 def attentions(run: RunConfig) -> dict[str, Attention]:
-    """Returns the attention of local and of global layers, as far as there are any."""
+    """Returns the attention of local and of global layers, if the model has them."""
     model, tensor = run.model, run.mesh.size("tensor")
     kinds: dict[bool, list[int]] = {}
     for layer in range(model.num_layers):

@@ -41,7 +41,7 @@ def _execute(run: RunConfig, args: argparse.Namespace) -> Result:
     process.join(run, args)
     from scaletrain import bench
 
-    record = bench.run(run, bench.request(args))
+    record = bench.benchmark(run, bench.request(args))
     return Result(record, bench.in_words(record))
 
 

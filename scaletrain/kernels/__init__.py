@@ -1,5 +1,6 @@
-"""Kernels written by hand, where a compiler reads memory more often than it has to.
+"""Hand-written kernels for operations in which XLA reads memory more often than needed.
 
-Each file has a `supports(...)`: whether the devices of the mesh in use run its kernel
-for these sizes and formats. Models ask it, and know of no platform.
+Each kernel has a test, `supports(...)` or `matmul.takes(...)`: whether the devices of
+the mesh in use can run it with given sizes and formats. Models call the test, so that
+they contain no names of platforms.
 """

@@ -1,9 +1,10 @@
-"""A matmul on Hopper GPUs whose results are used while they are in registers.
+"""A matmul on Hopper GPUs with an epilogue that uses results while in registers.
 
-The output is cut into tiles of 128 x 256. Of a block's three warpgroups two multiply
-half of a tile's rows each, and one brings what they multiply. Blocks that share inputs,
-and inputs that are given back a step later, did not make it faster on an H100; the
-latter overwrites the last input of a tile with the first of the next.
+The output is split into tiles of 128 x 256. A block has three warpgroups: two multiply,
+each half of a tile's rows, and one copies their inputs to shared memory. Two variants
+were not faster on an H100: blocks that share inputs, and inputs whose memory is
+released one step later. The latter also overwrites the last input of a tile with the
+first of the next.
 """
 
 import functools
@@ -21,7 +22,7 @@ from scaletrain.hardware.chips import by_kind
 
 
 class _Mosaic:
-    """The kernels' language, imported where one is made: it takes 0.3 s."""
+    """The kernels' language, imported at the first use: the import takes 0.3 s."""
 
     def __getattr__(self, name: str) -> Any:
         from jax.experimental.pallas import mosaic_gpu
@@ -30,28 +31,36 @@ class _Mosaic:
 
 
 plgpu = _Mosaic()
-ROWS, COLUMNS = 64, 256  # of a tile, those of one warpgroup
+ROWS, COLUMNS = 64, 256  # of a warpgroup's part of a tile
 PIECE = 64  # columns that are copied at once: 128 bytes, the widest swizzle
-_DEPTH = 64  # of what is multiplied at once
-# Of the inner dim; 2048 was timed. Multiplying alone takes 5% longer than the vendor's
-# library, and an epilogue saves as much for any: by that, both are even at 6000.
-_DEEPEST = 4096
-_BESIDE = 16  # tiles in a row of the order they are taken in, so that inputs stay near
+_DEPTH = 64  # slice of the inner dim that is multiplied at once
+# The largest inner dim; 2048 was timed. The matmul alone takes 5% longer than that of
+# the vendor's library, and an epilogue saves the same time for any inner dim: by that,
+# both are equal at 6000.
+_MAX_INNER = 4096
+_SNAKE_WIDTH = 16  # tiles in a row of their order, so that inputs stay in the cache
 
-Refs = Sequence[Any]  # of the arrays beside the two that are multiplied
+Refs = Sequence[Any]  # the arrays that an epilogue reads and those that it writes
 
 
 class Tile(NamedTuple):
-    """A warpgroup's part of a tile."""
+    """A warpgroup's part of a tile, with the shared memory of its epilogue."""
 
-    group: Array  # which of the two it is
-    row: Array  # its first in the output
-    column: Array  # of tiles, not of values
-    pieces: Any  # [2, slots, ROWS, PIECE] of shared memory; the first is the group's
-    arrived: Any  # a barrier for each of them
+    group: Array  # index of the warpgroup, 0 or 1
+    row: Array  # of the output, the first of this part
+    column: Array  # of the tile among tiles, not among values
+    pieces: Any  # [2, slots, ROWS, PIECE] of shared memory; the first dim is the group
+    arrived: Any  # one barrier for each group and slot
 
     def write(self, value: Array, to: Any, column: Array, slot: int) -> None:
-        """Starts writing ROWS x PIECE values to where the tile's rows are."""
+        """Starts writing ROWS x PIECE values to the rows of this part.
+
+        Args:
+          value: [ROWS, PIECE], in the format of `to`.
+          to: array in global memory.
+          column: the first of `to` that is written.
+          slot: of shared memory, on the way to `to`; see `wait_for_writes`.
+        """
         self.pieces[self.group, slot] = value
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(
@@ -59,18 +68,24 @@ class Tile(NamedTuple):
         )
 
     def fetch(self, source: Any, column: Array, slot: int) -> None:
-        """Starts reading ROWS x PIECE values."""
+        """Starts reading ROWS x PIECE values of the rows of this part.
+
+        Args:
+          source: array in global memory.
+          column: the first of `source` that is read.
+          slot: of shared memory, where `fetched` gets the values.
+        """
         piece, arrived = self.pieces.at[self.group, slot], self._arrived(slot)
         plgpu.copy_gmem_to_smem(self._place(source, column), piece, arrived)
 
     def fetched(self, slot: int) -> Float[Array, "ROWS PIECE"]:
-        """Returns what was read, in float32."""
+        """Returns the values that `fetch` reads, in float32; waits for them."""
         plgpu.barrier_wait(self._arrived(slot))
         return self.pieces[self.group, slot].astype(jnp.float32)
 
-    def written(self, but: int = 0) -> None:
-        """Waits until slots may be filled again, but those of the last writes."""
-        plgpu.wait_smem_to_gmem(but, wait_read_only=True)
+    def wait_for_writes(self, pending: int = 0) -> None:
+        """Waits until slots can be reused, but those of the last `pending` writes."""
+        plgpu.wait_smem_to_gmem(pending, wait_read_only=True)
 
     def _place(self, ref: Any, column: Array) -> Any:
         return ref.at[pl.ds(self.row, ROWS), pl.ds(column, PIECE)]
@@ -81,18 +96,27 @@ class Tile(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """What is done with a tile before and after it is multiplied."""
+    """The work on a tile before and after its matmul, and the memory of both."""
 
-    prefetch: Callable[[Refs, Tile], None]
-    finish: Callable[[Refs, Tile, Float[Array, "ROWS COLUMNS"]], None]
+    prefetch: Callable[[Refs, Tile], None]  # before
+    finish: Callable[
+        [Refs, Tile, Float[Array, "ROWS COLUMNS"]], None
+    ]  # with the result
     slots: int  # pieces of shared memory for each warpgroup
-    stages: int  # inputs on their way; with the pieces they fill the shared memory
+    stages: int  # inputs in flight; with the pieces they fill the shared memory
 
 
 def takes(rows: int, inner: int, columns: int, dtype: str) -> bool:
-    """Whether the devices of the mesh in use run it, with these sizes on each."""
-    whole = rows % (2 * ROWS) == inner % _DEPTH == columns % COLUMNS == 0
-    fits = whole and inner <= _DEEPEST and dtype == "bfloat16"
+    """Whether the devices of the mesh in use can run `matmul` with these sizes.
+
+    Args:
+      rows: of x on one device.
+      inner: the dim that is summed over.
+      columns: of w.
+      dtype: of x and w.
+    """
+    is_even = rows % (2 * ROWS) == inner % _DEPTH == columns % COLUMNS == 0
+    fits = is_even and inner <= _MAX_INNER and dtype == "bfloat16"
     chip = by_kind(sharding.device_kind())
     return fits and chip is not None and chip.is_hopper
 
@@ -104,11 +128,12 @@ def matmul(
     *,
     transposed: bool = False,
 ) -> list[Array]:
-    """Returns what `epilogue` writes of x @ w, or of x @ w^T.
+    """Returns the arrays that `epilogue` writes, from the tiles of x @ w or x @ w^T.
 
     Args:
-      inputs: x [R, K], w [K, N], and what else `epilogue` reads.
-      shapes: of the results.
+      epilogue: computes the results, tile by tile.
+      inputs: x [R, K], w [K, N], and the other arrays that `epilogue` reads.
+      shapes: of the results; their format is that of x.
       transposed: w is [N, K].
     """
     return plgpu.kernel(
@@ -127,6 +152,7 @@ def matmul(
 
 def _multiprocessors() -> int:
     device = jax.sharding.get_abstract_mesh().abstract_device
+    # Not known without a GPU: the interpreter runs one block.
     return (device and device.num_cores) or 1
 
 
@@ -134,35 +160,35 @@ def _body(epilogue: Epilogue, transposed: bool, x: Any, w: Any, *others: Any) ->
     R, K = x.shape
     N = w.shape[0] if transposed else w.shape[1]
     assert R % (2 * ROWS) == K % _DEPTH == N % COLUMNS == 0, "see `takes`"
-    grid = R // (2 * ROWS), N // COLUMNS
+    tiles = R // (2 * ROWS), N // COLUMNS
     pipeline = functools.partial(_pipeline, K // _DEPTH, epilogue.stages, transposed)
 
     def block(allocations, pieces, arrived):
         group = jax.lax.axis_index("group")
 
-        @plgpu.nd_loop((math.prod(grid),), collective_axes="block")
+        @plgpu.nd_loop((math.prod(tiles),), collective_axes="block")
         def _(loop):
-            down, across = plgpu.planar_snake(loop.index[0], grid, 0, _BESIDE)
+            down, across = plgpu.planar_snake(loop.index[0], tiles, 0, _SNAKE_WIDTH)
             row = down * 2 * ROWS
             tile = Tile(group, row + group * ROWS, across, pieces, arrived)
 
-            def multiply(_, x_here, w_here, sums):
-                x_mine = x_here.at[pl.ds(group * ROWS, ROWS)]
-                w_here = w_here.transpose((1, 0)) if transposed else w_here
-                plgpu.wgmma(sums, x_mine, w_here)
+            def multiply(_, x_block, w_block, sums):
+                x_group = x_block.at[pl.ds(group * ROWS, ROWS)]
+                w_block = w_block.transpose((1, 0)) if transposed else w_block
+                plgpu.wgmma(sums, x_group, w_block)
                 plgpu.wgmma_wait(0)
                 return sums
 
-            def around(run):
-                def within(sums):
+            def with_epilogue(run_pipeline):
+                def tile_body(sums):
                     epilogue.prefetch(others, tile)
-                    run(sums)
+                    run_pipeline(sums)
                     epilogue.finish(others, tile, sums[...])
 
-                pl.run_scoped(within, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
+                pl.run_scoped(tile_body, plgpu.ACC((ROWS, COLUMNS), jnp.float32))
 
             columns = pl.ds(across * COLUMNS, COLUMNS)
-            pipeline(multiply, around)(
+            pipeline(multiply, with_epilogue)(
                 x.at[pl.ds(row, 2 * ROWS), :],
                 w.at[columns, :] if transposed else w.at[:, columns],
                 allocations=allocations,
@@ -173,15 +199,25 @@ def _body(epilogue: Epilogue, transposed: bool, x: Any, w: Any, *others: Any) ->
     shape = 2, epilogue.slots, ROWS, PIECE
     pl.run_scoped(
         block,
-        pipeline(_nothing, _nothing).get_allocations(x, w),
+        pipeline(_no_op, _no_op).get_allocations(x, w),
         plgpu.SMEM(shape, x.dtype, transforms=_swizzled()),
         plgpu.Barrier(num_barriers=2 * epilogue.slots),
         collective_axes="group",
     )
 
 
-def _pipeline(steps: int, stages: int, transposed: bool, step: Any, around: Any) -> Any:
-    """Returns the loop over the inner dim of a tile."""
+def _pipeline(
+    steps: int, stages: int, transposed: bool, step: Any, compute_context: Any
+) -> Any:
+    """Returns the loop over the inner dim of a tile, with inputs copied ahead.
+
+    Args:
+      steps: slices of the inner dim.
+      stages: slices in flight.
+      transposed: see `matmul`.
+      step: multiplies one slice.
+      compute_context: runs the loop on a multiplying warpgroup, with its accumulator.
+    """
     spec = functools.partial(
         plgpu.BlockSpec,
         transforms=_swizzled(),
@@ -195,16 +231,16 @@ def _pipeline(steps: int, stages: int, transposed: bool, step: Any, around: Any)
         step,
         grid=(steps,),
         in_specs=[spec((2 * ROWS, _DEPTH), lambda k: (0, k)), w_spec],
-        memory_registers=40,
+        memory_registers=40,  # for the copying warpgroup; the rest is for the products
         wg_axis="group",
         num_compute_wgs=2,
         max_concurrent_steps=stages,
-        compute_context=around,
+        compute_context=compute_context,
     )
 
 
-def _nothing(*_: Any) -> None:
-    """Stands for what a pipeline does, which its buffers do not depend on."""
+def _no_op(*_: Any) -> None:
+    """Placeholder for the work of a pipeline; its buffers do not depend on the work."""
 
 
 def _swizzled() -> tuple[Any, ...]:
