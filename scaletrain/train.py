@@ -76,7 +76,7 @@ def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str,
             held.enter_context(contextlib.closing(checkpoints))
             with checkpoints.reserved(program.state) as reserved:
                 with phases("check"):
-                    checkpoints.sound()
+                    checkpoints.newest_undamaged()
                     back = rollbacks.Rollbacks(folder, checkpoints, say)
                     start = _agreed(checkpoints, back, corpus, program)
                     if start is not None and start > run.num_steps:

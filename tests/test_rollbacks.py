@@ -187,7 +187,7 @@ class Listed:
         self.known = known
         self.remove, self.finish = known.pop, lambda: None
         self.latest, self.steps = lambda: max(known), lambda: sorted(known)
-        self.sound = self.latest
+        self.newest_undamaged = self.latest
         self.data = lambda at: {"rollbacks": [{}] * known[at]}
 
 
