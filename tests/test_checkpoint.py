@@ -261,7 +261,7 @@ def test_a_disk_that_is_full_from_the_start_is_told_of(tmp_path):
             while filler.write(bytes(4096)):
                 pass
         with pytest.raises(CheckpointError, match="No space left on device; make room"):
-            train.run(run, str(disk))
+            train.train(run, str(disk))
         assert not (disk / "config.json").exists()
 
 

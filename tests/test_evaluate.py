@@ -42,7 +42,7 @@ def unsplit(one_device, tmp_path_factory):
             cache_dir=str(root / "cache"),
         ),
     )
-    train.run(run, str(root / "run"))
+    train.train(run, str(root / "run"))
     return run, str(root / "run")
 
 

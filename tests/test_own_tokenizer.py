@@ -55,7 +55,7 @@ def bpe(one_device, tmp_path_factory):
     """The settings and the workdir of a run that trained its tokenizer."""
     root = tmp_path_factory.mktemp("bpe")
     run = a_run(root)
-    train.run(run, str(root / "run"))
+    train.train(run, str(root / "run"))
     return run, root / "run"
 
 
@@ -82,7 +82,7 @@ def test_other_texts_are_evaluated_with_the_tokenizer_of_the_run(bpe, tmp_path):
 def test_a_run_begun_from_another_keeps_its_tokenizer(bpe, tmp_path):
     run, workdir = bpe
     begun = on_other_texts(run, tmp_path, init_from=str(workdir))
-    train.run(begun, str(tmp_path / "b"))
+    train.train(begun, str(tmp_path / "b"))
     file = pathlib.Path("tokenizer", "tokenizer.json")
     assert (tmp_path / "b" / file).read_bytes() == (workdir / file).read_bytes()
 
@@ -100,7 +100,7 @@ def test_a_tokenizer_of_other_ids_is_refused(bpe, tmp_path, tokenizer):
     with refused:
         evaluate.run(other, str(workdir), None, "validation")
     with refused:
-        train.run(begun, str(tmp_path / "b"))
+        train.train(begun, str(tmp_path / "b"))
     with refused:
         generate.run(other, str(workdir), None, ["the"], sampling, 0)
     with refused:
@@ -114,15 +114,15 @@ def test_the_copy_in_the_workdir_counts_when_the_file_is_another_or_gone(bpe, tm
     own.save(tmp_path / "t")
     file = tmp_path / "t" / "tokenizer.json"
     run, workdir = a_run(tmp_path, tokenizer=str(file)), tmp_path / "run"
-    train.run(run, str(workdir))
+    train.train(run, str(workdir))
     before = evaluate.run(run, str(workdir), None, "validation")
     data.prepare(on_other_texts(bpe[0], tmp_path), print).tokenizer.save(tmp_path / "t")
     assert evaluate.run(run, str(workdir), None, "validation") == before
     file.unlink()
     assert evaluate.run(run, str(workdir), None, "validation") == before
-    train.run(small.changed(run, num_steps=2), str(workdir))
+    train.train(small.changed(run, num_steps=2), str(workdir))
     begun = small.changed(run, init_from=str(workdir))
-    train.run(begun, str(tmp_path / "b"))
+    train.train(begun, str(tmp_path / "b"))
     for folder in (workdir, tmp_path / "b"):
         found = data.load_tokenizer(folder / "tokenizer")
         assert found.fingerprint == own.fingerprint

@@ -236,13 +236,13 @@ def test_a_run_goes_on_from_an_import(imported, tmp_path):
         data__source="synthetic",
     )
     before = checkpoint_weights(workdir)
-    train.run(run, str(workdir))
+    train.train(run, str(workdir))
     kept = {int(p.name) for p in (workdir / "checkpoints").iterdir() if p.is_dir()}
     assert kept == {0, 3, 4}
     after = checkpoint_weights(workdir)
     assert not np.array_equal(before["embedding"], after["embedding"])
     other = small.changed(run, init_from=str(workdir), num_steps=1)
-    train.run(other, str(tmp_path / "other"))
+    train.train(other, str(tmp_path / "other"))
     named = settings(tmp_path / "other").init_from
     assert named == f"{workdir}@4"
     first = json.loads(

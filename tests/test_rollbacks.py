@@ -117,7 +117,7 @@ def straight(taken):
 def test_a_run_goes_back_stops_and_goes_on(straight, taken, tmp_path, capsys):
     once = small.changed(RUN, optim__max_rollbacks=1)
     with pytest.raises(DivergedError) as caught:
-        train.run(once, str(tmp_path))
+        train.train(once, str(tmp_path))
     story = str(caught.value)
     for told in (
         "step 9: no update for 3 steps in a row",
@@ -137,7 +137,7 @@ def test_a_run_goes_back_stops_and_goes_on(straight, taken, tmp_path, capsys):
     assert (found["step"], found["skip_loss"]) == (3, None)
     assert found["skip_documents"] == sorted(sequences().numbers[2])
     assert found["skip_num_documents"] == RUN.batch_size
-    train.run(RUN, str(tmp_path))
+    train.train(RUN, str(tmp_path))
     assert_same(outcome(tmp_path, taken), straight)
     # Checkpoints that lie elsewhere alone know as much.
     (tmp_path / "rollbacks.json").unlink()
@@ -151,7 +151,7 @@ def test_killed_while_going_back_ends_as_if_it_had_not(
     straight, taken, tmp_path, monkeypatch, moment
 ):
     owner, name, after = {
-        "record": (rollbacks.Rollbacks, "_keep", 0),
+        "record": (rollbacks.Rollbacks, "_write", 0),
         "removal": (checkpoint.Store, "remove", 0),
         "half removed": (writer.shutil, "rmtree", 0),
         "save": (checkpoint.Store, "save", 3),
@@ -168,9 +168,9 @@ def test_killed_while_going_back_ends_as_if_it_had_not(
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, killed)
         with pytest.raises(Killed):
-            train.run(RUN, str(tmp_path))
+            train.train(RUN, str(tmp_path))
     assert (tmp_path / "rollbacks.json").exists() == (moment != "record")
-    train.run(RUN, str(tmp_path))
+    train.train(RUN, str(tmp_path))
     assert_same(outcome(tmp_path, taken), straight)
 
 

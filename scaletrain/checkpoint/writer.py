@@ -134,7 +134,7 @@ class Writer:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _renew(self) -> None:
-        """Replaces the Orbax objects: a failed save leaves them unable to save again."""
+        """Replaces the Orbax objects: after a failed save they cannot save again."""
         with contextlib.suppress(*FAILURES):
             self._orbax.close()
         self._handler, self._orbax = _orbax()
@@ -182,7 +182,7 @@ def _pinned(device: Any, size: int) -> jax.Array:
 
 
 def remove(folder: pathlib.Path, step: int) -> None:
-    """Removes a step, under an incomplete step's name: a kill leaves no damaged step."""
+    """Removes a step; it is renamed first, so that a kill leaves no damaged step."""
     incomplete = folder / f"{step}{UNFINISHED}"
     (folder / str(step)).rename(incomplete)
     shutil.rmtree(incomplete)
