@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import checkpoint, config, evaluate, step, train
+from scaletrain import checkpoint, config, evaluate, score, step, train
 from scaletrain.checkpoint import warm_start
 from scaletrain.config import LoraConfig
 from scaletrain.errors import CheckpointError
@@ -70,7 +70,7 @@ def logits(workdir, tmp_path, run=None):
     np.save(tmp_path / "tokens.npy", tokens)
     out = str(tmp_path / "logits.npy")
     run = run or settings(workdir)
-    evaluate.score(run, str(workdir), None, str(tmp_path / "tokens.npy"), out)
+    score.score(run, str(workdir), None, str(tmp_path / "tokens.npy"), out)
     return np.load(out)
 
 
