@@ -46,21 +46,21 @@ def batches_of(
 
 
 def documents_of(
-    program: Program, sequences: Any, now: int, left_out: Sequence[tuple[int, int]]
+    program: Program, sequences: Any, step: int, left_out: Sequence[tuple[int, int]]
 ) -> list[int]:
-    """Returns the sorted ids of the documents in the batch of step `now`.
+    """Returns the sorted ids of the documents in the batch of `step`.
 
     Args:
       program: with the settings.
       sequences: of the training split.
-      now: the step, from 1.
+      step: its number, from 1.
       left_out: as for `batches_of`.
     """
     documents = data.training_documents(
         sequences,
         seed=program.run.seed,
         batch_size=program.run.batch_size,
-        step=now - 1,
+        step=step - 1,
         left_out=left_out,
     )
     return sorted(documents)

@@ -98,22 +98,22 @@ class Loop:
         with watch, manual_collection(), jax.transfer_guard("disallow"):
             if self._owes_evaluation(start):
                 self._evaluate(start, state)
-            for now in range(start + 1, run.num_steps + 1):
-                last = now == run.num_steps
+            for step in range(start + 1, run.num_steps + 1):
+                last = step == run.num_steps
                 with self.phases(STEP):
-                    with jax.profiler.StepTraceAnnotation("train", step_num=now):
+                    with jax.profiler.StepTraceAnnotation("train", step_num=step):
                         state, numbers = self._step(state, batches)
-                    self.account.took(now)
+                    self.account.took(step)
                     # The device works on this step while the host reads the one before.
                     self._record()
-                    self._pending = now, numbers, watch.submit(_ready_at, numbers)
-                    self.checkpoints.check(together=_due(now, run.log_every_steps))
-                    self._stop_if_asked(now, state)
-                    if last or self._is_due(now):
+                    self._pending = step, numbers, watch.submit(_ready_at, numbers)
+                    self.checkpoints.check(together=_due(step, run.log_every_steps))
+                    self._stop_if_asked(step, state)
+                    if last or self._is_due(step):
                         self._record()
-                        self._save(now, state, needed=last)
-                if last or _due(now, run.eval_every_steps):
-                    evaluation = self._evaluate(now, state)
+                        self._save(step, state, needed=last)
+                if last or _due(step, run.eval_every_steps):
+                    evaluation = self._evaluate(step, state)
             return evaluation or self._evaluate(start, state)
 
     def _owes_evaluation(self, start: int) -> bool:
@@ -127,36 +127,36 @@ class Loop:
             return False
         return not cluster.decide(f"evaluated at {start}", self.recorder.evaluated)
 
-    def _stop_if_asked(self, now: int, state: TrainState) -> None:
+    def _stop_if_asked(self, step: int, state: TrainState) -> None:
         """Saves and ends the attempt, in all processes, if a signal asked one of them.
 
         Raises:
-          Interrupted: once the state after step `now` is durable.
+          Interrupted: once the state after `step` is durable.
         """
         since = cluster.stopped_since()
         if since is None:
             return
         self._record()
-        self._save(now, state, needed=True)
+        self._save(step, state, needed=True)
         seconds = time.monotonic() - since
-        self.recorder.write({"step": now, "stop_to_saved_s": seconds})
+        self.recorder.write({"step": step, "stop_to_saved_s": seconds})
         raise Interrupted(
-            f"stopped by a signal at step {now}; saved {seconds:.1f} s after it; "
+            f"stopped by a signal at step {step}; saved {seconds:.1f} s after it; "
             "the same command goes on from there."
         )
 
-    def _is_due(self, now: int) -> bool:
+    def _is_due(self, step: int) -> bool:
         """Returns whether a checkpoint is due, by step or by the clock of process 0.
 
         The clock is asked only at logged steps, since processes wait for its answer.
         """
         c, run = self.program.run.checkpoint, self.program.run
-        if _due(now, c.every_steps):
+        if _due(step, c.every_steps):
             return True
-        if not c.every_minutes or not _due(now, run.log_every_steps):
+        if not c.every_minutes or not _due(step, run.log_every_steps):
             return False
         late = time.monotonic() - self._saved >= 60 * c.every_minutes
-        return cluster.decide(f"save at {now}", late)
+        return cluster.decide(f"save at {step}", late)
 
     def _step(
         self, state: TrainState, batches: Iterator
@@ -170,19 +170,19 @@ class Loop:
         """Reads the numbers of the pending step; records, shows and judges them."""
         if self._pending is None:
             return
-        (now, numbers, ready_at), self._pending = self._pending, None
+        (step, numbers, ready_at), self._pending = self._pending, None
         numbers = jax.device_get(numbers)
         run = self.program.run
-        if now == run.num_steps or _due(now, run.log_every_steps):
+        if step == run.num_steps or _due(step, run.log_every_steps):
             clock = ready_at.result()
-            step_time_s = (clock - self._clock) / (now - self._counted)
-            self._clock, self._counted = clock, now
+            step_time_s = (clock - self._clock) / (step - self._counted)
+            self._clock, self._counted = clock, step
             record = {
-                "step": now,
+                "step": step,
                 "loss": float(numbers["loss"]),
                 "grad_norm": float(numbers["grad_norm"]),
                 "learning_rate": float(numbers["learning_rate"]),
-                "tokens": now * run.batch_size * run.seq_len,
+                "tokens": step * run.batch_size * run.seq_len,
                 "skipped": int(numbers["skipped"]),
                 "rollbacks": len(self.rollbacks.records),
                 "batch_hash": int(numbers["batch_hash"]),
@@ -192,9 +192,9 @@ class Loop:
             self.recorder.write(record)
             self.recorder.progress(record)
             gc.collect()  # every process at the same step, while the devices work
-        self._judge(now, numbers)
+        self._judge(step, numbers)
 
-    def _judge(self, now: int, numbers: dict[str, Any]) -> None:
+    def _judge(self, step: int, numbers: dict[str, Any]) -> None:
         """Records a skipped update.
 
         Raises:
@@ -207,21 +207,21 @@ class Loop:
         documents: list[int] = []
         if self.recorder.lead:
             documents = input_pipeline.documents_of(
-                self.program, self.sequences["train"], now, self.rollbacks.left_out
+                self.program, self.sequences["train"], step, self.rollbacks.left_out
             )
-        skip = skip_of(now, numbers, documents)
+        skip = skip_of(step, numbers, documents)
         self._skips.append(skip)
         record = {f"skip_{name}": value for name, value in skip.record().items()}
-        self.recorder.write(record | {"step": now})
+        self.recorder.write(record | {"step": step})
         say(str(skip))
         if in_a_row >= self.program.run.optim.max_skipped_steps:
-            raise Diverged(now - in_a_row + 1, now, self._skips)
+            raise Diverged(step - in_a_row + 1, step, self._skips)
 
-    def _save(self, now: int, state: TrainState, *, needed: bool) -> None:
-        """Saves the state after step `now`.
+    def _save(self, step: int, state: TrainState, *, needed: bool) -> None:
+        """Saves the state after `step`.
 
         Args:
-          now: the step.
+          step: its number.
           state: the state after it.
           needed: wait until the save is durable, not only until the arrays are copied.
         """
@@ -229,7 +229,7 @@ class Loop:
         # A needed save waits for the disk: its time would hide that of the usual ones.
         with self.phases("last save" if needed else "save"):
             self.checkpoints.save(
-                now,
+                step,
                 state,
                 self.corpus.fingerprint,
                 self.rollbacks.brief(),
@@ -238,11 +238,11 @@ class Loop:
             self._saved = began
             if needed:
                 self.checkpoints.finish()
-        stall = {"step": now, "save_stall_s": time.monotonic() - began}
+        stall = {"step": step, "save_stall_s": time.monotonic() - began}
         self.recorder.write(stall | {"newest_saved": self.checkpoints.latest()})
 
-    def _evaluate(self, now: int, state: TrainState) -> dict[str, Any]:
-        """Returns the validation numbers after step `now`."""
+    def _evaluate(self, step: int, state: TrainState) -> dict[str, Any]:
+        """Returns the validation numbers after `step`."""
         self._record()
         with self.phases("eval"):
             numbers = evaluate.evaluate(
@@ -250,15 +250,15 @@ class Loop:
                 state.weights,
                 self.corpus,
                 self.sequences["validation"],
-                lambda: self._stop_if_asked(now, state),
+                lambda: self._stop_if_asked(step, state),
             )
         record = {f"eval_{name}": value for name, value in numbers.items()}
-        self.recorder.write({"step": now, **record})
-        if numbers and now < self.program.run.num_steps:
-            say(f"step {now}: validation {evaluate.in_words(numbers)}")
+        self.recorder.write({"step": step, **record})
+        if numbers and step < self.program.run.num_steps:
+            say(f"step {step}: validation {evaluate.in_words(numbers)}")
         # The time of an evaluation must not count as the time of a step.
-        self._clock, self._counted = time.perf_counter(), now
-        return {"step": now, **numbers}
+        self._clock, self._counted = time.perf_counter(), step
+        return {"step": step, **numbers}
 
 
 @contextlib.contextmanager
@@ -284,5 +284,5 @@ def _ready_at(numbers: dict[str, Any]) -> float:
     return time.perf_counter()
 
 
-def _due(now: int, every: int) -> bool:
-    return bool(every) and now % every == 0
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0

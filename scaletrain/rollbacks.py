@@ -43,9 +43,9 @@ class Skip:
 
     def __str__(self) -> str:
         documents = ", ".join(map(str, self.documents[:_SHOWN]))
-        more = ", ..." if self.num_documents > _SHOWN else ""
+        dots = ", ..." if self.num_documents > _SHOWN else ""
         if self.documents:
-            documents = f"; {self.num_documents} documents: {documents}{more}"
+            documents = f"; {self.num_documents} documents: {documents}{dots}"
         return (
             f"step {self.step}: update skipped, {self.reason} (loss {self.loss:.4g}, "
             f"gradient norm {self.grad_norm:.4g}{documents})"

@@ -49,10 +49,10 @@ class Supervisor:
         """Returns the exit code of the last start, after all of them."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._forward)
-        failed, more = 0, []
+        failed, overrides = 0, []  # starts in a row without a new checkpoint
         while True:
             before = newest(self.workdir)
-            code = self._once([*self.words, *more])
+            code = self._once([*self.words, *overrides])
             if self._stopped or not worth_another(code):
                 return code
             after = newest(self.workdir)
@@ -61,16 +61,16 @@ class Supervisor:
                 starts = counted(failed, "start")
                 _say(f"{starts} without a new checkpoint; giving up")
                 return code
-            left = counted(self.retries - failed, "retry", "retries")
+            retries = counted(self.retries - failed, "retry", "retries")
             wait_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**failed)
             _say(
                 f"ended with {code} at step {max(after, 0)}; starting again in "
-                f"{wait_s:.0f} s ({left} left)"
+                f"{wait_s:.0f} s ({retries} left)"
             )
             self.sleep(wait_s)
             if self._stopped:
                 return code
-            more = self._fitted()
+            overrides = self._fitted()
 
     def _once(self, words: Sequence[str]) -> int:
         """Returns the exit code of one start; below 0 it is a signal's number."""

@@ -86,9 +86,9 @@ class Manifest:
             size = self.files[path]["bytes"]
             if not (folder / path).exists():
                 damages.append((path, "missing", 0, size))
-            elif (now := (folder / path).stat().st_size) != size:
-                message = f"{now:,} bytes instead of {size:,}"
-                damages.append((path, message, min(now, size), size))
+            elif (actual := (folder / path).stat().st_size) != size:
+                message = f"{actual:,} bytes instead of {size:,}"
+                damages.append((path, message, min(actual, size), size))
             else:
                 complete.append(path)
         for path, sums in _sums(folder, [folder / path for path in complete]).items():
@@ -147,8 +147,8 @@ def _leaves_of(
             if place.file == file and place.start < end and place.end > start
         }
     )
-    more = ", ..." if leaves[_LISTED_LEAVES:] else ""
-    return f"; of {', '.join(leaves[:_LISTED_LEAVES])}{more}" if leaves else ""
+    dots = ", ..." if leaves[_LISTED_LEAVES:] else ""
+    return f"; of {', '.join(leaves[:_LISTED_LEAVES])}{dots}" if leaves else ""
 
 
 def _name(folder: pathlib.Path, path: pathlib.Path) -> str:

@@ -145,29 +145,33 @@ def tokenizer_of(workdir: str, run: RunConfig) -> data.Tokenizer | None:
       ConfigError: `run` names a tokenizer with other ids.
       DataError: a tokenizer cannot be read.
     """
-    folder, now, then = Workdir.of(workdir), run.data, run.data
+    folder, given, stored = Workdir.of(workdir), run.data, run.data
     settings = folder.config
     if settings.is_file():
         text = settings.read_text("utf-8", "replace")
-        then = config.from_json(text, str(settings)).data
+        stored = config.from_json(text, str(settings)).data
     has_copy = (folder.tokenizer / "about.json").is_file()
-    if not has_copy and then.source == "synthetic":
-        if now.source != "synthetic" and now.tokenizer == "bpe":
+    if not has_copy and stored.source == "synthetic":
+        if given.source != "synthetic" and given.tokenizer == "bpe":
             raise _other_ids(
                 run, workdir, "give the path of the tokenizer they were made with"
             )
         return None
     own = data.load_tokenizer(folder.tokenizer)
-    same = (now.tokenizer, now.end_of_text) == (then.tokenizer, then.end_of_text)
-    if now.source == "synthetic" or same:
+    same = (given.tokenizer, given.end_of_text) == (
+        stored.tokenizer,
+        stored.end_of_text,
+    )
+    if given.source == "synthetic" or same:
         return own
-    named = data.read_tokenizer(now)
+    named = data.read_tokenizer(given)
     if named and own.vocabulary().items() <= named.vocabulary().items():
         return named
-    raise _other_ids(run, workdir, f"set it back to {then.tokenizer!r}")
+    raise _other_ids(run, workdir, f"set it back to {stored.tokenizer!r}")
 
 
 def _other_ids(run: RunConfig, workdir: str, remedy: str) -> ConfigError:
+    """Returns the error for a tokenizer with other ids."""
     return ConfigError(
         [
             f"data.tokenizer={run.data.tokenizer!r}; its ids would not be those that "
