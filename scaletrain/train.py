@@ -76,7 +76,7 @@ def train(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[st
             stack.enter_context(contextlib.closing(checkpoints))
             with checkpoints.reserved(program.state) as reserved:
                 with phases("check"):
-                    checkpoints.newest_undamaged()
+                    checkpoints.newest_undamaged()  # sets damaged steps aside
                     rollbacks = Rollbacks(folder, checkpoints, say)
                     start = _agreed_start(checkpoints, rollbacks, corpus, program)
                     if start is not None and start > run.num_steps:
