@@ -1,4 +1,4 @@
-"""Lines for the person at the terminal."""
+"""The console: lines for the user at the terminal."""
 
 import sys
 
@@ -6,6 +6,6 @@ import jax
 
 
 def say(line: str) -> None:
-    """Prints a line on standard error, once however many processes there are."""
+    """Prints a line on standard error, in process 0 alone."""
     if jax.process_index() == 0:
         print(line, file=sys.stderr, flush=True)

@@ -1,23 +1,25 @@
-"""Failures that a user can act on although the system or a library raised them."""
+"""Errors of the system and of libraries, as errors that a user can act on."""
 
 import errno
 
 from scaletrain.config import RunConfig
 from scaletrain.errors import ConfigError, MachineError, ScaletrainError, does_not_fit
 
-# Of a path that cannot be used as asked; the others come and go with a disk.
+# Errors of a path, which the user can correct.
 _PATHS = (
     errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
     errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
+# Errors of a disk, which may pass.
 _DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE)
 
 
 def explained(err: Exception, run: RunConfig | None) -> ScaletrainError | None:
-    """Returns what a user is told instead of a traceback, None for a programmer error.
+    """Returns the error to show instead of a traceback, None for a programmer error.
 
     Args:
-      run: that failed, once its settings are known.
+      err: the exception.
+      run: the settings of the failed run; None if they are not known yet.
     """
     if isinstance(err, ScaletrainError):
         return err
@@ -31,6 +33,7 @@ def explained(err: Exception, run: RunConfig | None) -> ScaletrainError | None:
 
 
 def _of_system(err: OSError) -> ScaletrainError | None:
+    """Returns the error for a path, a disk or a closed pipe."""
     reason = (err.strerror or "").lower()
     if err.errno in _PATHS and err.filename is not None:
         return ConfigError(
@@ -49,6 +52,7 @@ def _of_system(err: OSError) -> ScaletrainError | None:
 
 
 def _of_memory(err: Exception, run: RunConfig | None) -> MachineError:
+    """Returns the error for too little memory, with the sizes that need it."""
     sizes = ""
     if run is not None:
         sizes = (

@@ -1,4 +1,4 @@
-"""Files and folders that appear complete: written under another name, then renamed."""
+"""Complete files and folders: written under another name, then renamed."""
 
 import contextlib
 import os
@@ -12,17 +12,19 @@ from scaletrain.errors import CheckpointError
 
 
 def atomic_write(path: pathlib.Path, content: bytes, *, durable: bool = False) -> None:
-    """Gives a file new content: all of it or none, whenever the process is killed.
+    """Replaces the content of a file: after a kill it has the old or the new content.
 
     Args:
-      durable: return once it would survive a loss of power.
+      path: the file.
+      content: all of its new content.
+      durable: return only when the content would survive a loss of power.
     """
     with atomic_file(path) as file:
         file.write(content)
         if durable:
             file.flush()
             os.fsync(file.fileno())
-    if durable:
+    if durable:  # the new name is durable only when its folder is
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
@@ -30,9 +32,9 @@ def atomic_write(path: pathlib.Path, content: bytes, *, durable: bool = False) -
 
 @contextlib.contextmanager
 def atomic_file(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """Yields a file to write, which gets the name `path` when the block ends.
+    """Yields a file to write; it is renamed to `path` at the end of the `with` block.
 
-    After an error there is no new file, and an old one stays as it was.
+    After an error there is no new file, and an old one is unchanged.
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -45,19 +47,20 @@ def atomic_file(path: pathlib.Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def creating(setting: str, target: pathlib.Path, doing: str) -> Iterator[pathlib.Path]:
-    """Yields an empty folder, which gets the name `target` when the block ends.
+def creating(setting: str, target: pathlib.Path, verb: str) -> Iterator[pathlib.Path]:
+    """Yields an empty folder; it is renamed to `target` at the end of the `with` block.
 
     After an error there is no folder.
 
     Args:
-      setting: that named the target, for the message.
-      doing: a word for the name that the folder has until then.
+      setting: `name=value` of the user's setting, for messages.
+      target: the final path.
+      verb: the end of the temporary name, such as "exporting".
 
     Raises:
-      CheckpointError: something inside could not be written.
+      CheckpointError: a file inside could not be written.
     """
-    partial = target.parent / f".{target.name}.{doing}"
+    partial = target.parent / f".{target.name}.{verb}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
@@ -72,7 +75,7 @@ def creating(setting: str, target: pathlib.Path, doing: str) -> Iterator[pathlib
 
 
 def _remove(folder: pathlib.Path) -> None:
-    """Removes a folder that threads may still write to after one of them failed."""
+    """Removes a folder, into which threads of a failed save may still write."""
     if folder.exists():
         for pause in (0.1, 0.4, 0.0):  # seconds
             shutil.rmtree(folder, ignore_errors=True)
@@ -80,13 +83,15 @@ def _remove(folder: pathlib.Path) -> None:
 
 
 def check_room(setting: str, folder: pathlib.Path, nbytes: int) -> None:
-    """Refuses to begin what would fill the disk that `folder` is or will be on.
+    """Raises CheckpointError if a disk has too little room.
 
-    Raises:
-      CheckpointError: it has less than `nbytes`; `setting` is what the user gave.
+    Args:
+      setting: `name=value` of the user's setting, for the message.
+      folder: the folder to write to, which need not exist yet.
+      nbytes: the bytes to write.
     """
-    there = next(p for p in (folder, *folder.parents) if p.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
     if free < nbytes:
         raise CheckpointError(
             f"{setting}; {nbytes:,} bytes are to be written there and {free:,} are "

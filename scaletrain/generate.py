@@ -1,4 +1,4 @@
-"""Text from a checkpoint: a key/value cache, filled once, extended token by token."""
+"""Text from a checkpoint: decoding token by token with a key/value cache."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from scaletrain.workdir import Workdir
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn from the logits."""
+    """The settings with which tokens are drawn from the logits."""
 
     temperature: float = 0.8  # 0 = always the likeliest
     top_k: int = 0  # only the k likeliest; 0 = all
@@ -34,30 +34,32 @@ class Sampling:
     max_new_tokens: int = 128
 
     def problems(self) -> list[str]:
-        """Returns what cannot be honoured, as `setting=value; why; what to do`."""
-        found = []
+        """Returns the errors in these settings, as `setting=value; why; what to do`."""
+        problems = []
         if not 0 <= self.temperature < math.inf:
-            found.append(
+            problems.append(
                 f"--temperature={self.temperature}; below 0 or not finite; "
                 "give 0 or more."
             )
         if self.top_k < 0:
-            found.append(f"--top_k={self.top_k}; below 0; give 1 or more, 0 for all.")
+            problems.append(
+                f"--top_k={self.top_k}; below 0; give 1 or more, 0 for all."
+            )
         if not 0 < self.top_p <= 1:
-            found.append(f"--top_p={self.top_p}; outside (0, 1]; give 1 for all.")
+            problems.append(f"--top_p={self.top_p}; outside (0, 1]; give 1 for all.")
         if self.max_new_tokens < 1:
-            found.append(
+            problems.append(
                 f"--max_new_tokens={self.max_new_tokens}; below 1; give 1 or more."
             )
         if self.temperature == 0:
-            found += [
+            problems += [
                 f"--{name}={value}; no effect with --temperature=0; leave it out."
                 for name, value, off in (
                     ("top_k", self.top_k, 0), ("top_p", self.top_p, 1.0),
                 )
                 if value != off
             ]  # fmt: skip
-        return found
+        return problems
 
 
 def generate(
@@ -71,12 +73,16 @@ def generate(
 ) -> list[list[int]]:
     """Returns the new tokens of each prompt, up to and without the first of `ends`.
 
-    Prompts of different lengths share a batch: the shorter ones are padded on the
-    left with slots that nobody sees, so that every row writes the same slot.
+    Prompts of different lengths share a batch: shorter ones are padded on the left with
+    masked slots, so that a new token has the same slot in every row.
 
     Args:
-      prompts: token ids; an empty one starts a new document.
-      ends: the ids that end a text, first the one that stands between documents.
+      program: with the settings and the mesh.
+      weights: of the model, sharded like the program's.
+      prompts: token ids; an empty prompt starts a new document.
+      sampling: the settings of the draws.
+      ends: the ids that end a text, first the one between documents.
+      seed: of the draws.
     """
     prompts = [list(p) or [ends[0]] for p in prompts]
     shards = program.run.batch_shards
@@ -101,35 +107,45 @@ def generate(
 
 @functools.lru_cache(maxsize=8)
 def _jitted(program: Program, sampling: Sampling, ends: tuple[int, ...]) -> Any:
+    """Returns the jitted decoding loop; the cache spares equal calls a compilation."""
     return jax.jit(
         functools.partial(_decode, program=program, sampling=sampling, ends=ends)
     )
 
 
-def run(
+def generate_texts(
     run: RunConfig,
     workdir: str,
-    at: int | None,
+    step: int | None,
     prompts: Sequence[str | Sequence[int]],
     sampling: Sampling,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Returns what follows each prompt under the checkpoint of step `at`.
+    """Returns a record for each prompt, with its continuation under a checkpoint.
 
-    A prompt is a text or ids. Of each: `prompt`, the new `ids` and, if the run has a
-    tokenizer, their `text`.
+    A record has `prompt`, the new `ids` and, if the run has a tokenizer, their `text`.
+
+    Args:
+      run: the settings.
+      workdir: the folder of a run or an import.
+      step: the checkpoint; None for the newest.
+      prompts: texts or token ids.
+      sampling: the settings of the draws.
+      seed: of the draws, 0 to 2**32 - 1.
 
     Raises:
-      ScaletrainError: no such checkpoint, no tokenizer, or senseless sampling.
+      ScaletrainError: no such checkpoint, no tokenizer, or settings out of range.
     """
-    found = sampling.problems()
+    problems = sampling.problems()
     if not 0 <= seed < 2**32:
-        found.append(f"--seed={seed}; outside 0 to {2**32 - 1}; give a number in it.")
-    if found:
-        raise ConfigError(found)
+        problems.append(
+            f"--seed={seed}; outside 0 to {2**32 - 1}; give a number in it."
+        )
+    if problems:
+        raise ConfigError(problems)
     run = config.resolve(run.for_evaluation, jax.device_count())
-    grid = mesh.build(run.mesh)
-    program = build(run, grid)
+    devices = mesh.build(run.mesh)
+    program = build(run, devices)
     tokenizer = warm_start.tokenizer_of(workdir, run)
     if tokenizer is None and any(isinstance(prompt, str) for prompt in prompts):
         raise DataError(
@@ -143,27 +159,28 @@ def run(
         else list(map(int, prompt))
         for prompt in prompts
     ]
-    if problems := list(_problems(prompts, ids, run, sampling.max_new_tokens)):
+    if problems := list(_prompt_problems(prompts, ids, run, sampling.max_new_tokens)):
         raise ConfigError(problems)
-    with jax.set_mesh(grid):
-        _, weights = warm_start.weights_of(workdir, run, at, program.state)
+    with jax.set_mesh(devices):
+        _, weights = warm_start.weights_of(workdir, run, step, program.state)
         new = generate(program, weights, ids, sampling=sampling, ends=ends, seed=seed)
-    found = [
+    records = [
         {"prompt": prompt, "ids": row} for prompt, row in zip(prompts, new, strict=True)
     ]
     if tokenizer is not None:
-        for record, before in zip(found, ids, strict=True):
-            # Behind an empty prompt the text begins: nothing stands before it.
+        for record, prompt_ids in zip(records, ids, strict=True):
+            # The ids of an empty prompt are no text: the continuation starts the text.
             record["text"] = _continuation(
-                tokenizer, before if record["prompt"] else [], record["ids"]
+                tokenizer, prompt_ids if record["prompt"] else [], record["ids"]
             )
-    return found
+    return records
 
 
 def _ends(workdir: Workdir, tokenizer: Tokenizer | None) -> list[int]:
-    """Returns the ids that end a text, the tokenizer's own first; -1 where none does.
+    """Returns the ids that end a text, the tokenizer's own first.
 
-    A published checkpoint may name more: the end of a document and that of a turn.
+    A published checkpoint may name more: the end of a document and the end of a turn.
+    Without any, -1, which is no token's id.
     """
     path = workdir.tokenizer / "generation_config.json"
     named = (
@@ -186,10 +203,17 @@ def _continuation(
     return text[len(start) :] if text.startswith(start) else tokenizer.decode(new)
 
 
-def _problems(
+def _prompt_problems(
     prompts: Sequence[Any], ids: Sequence[Sequence[int]], run: RunConfig, new: int
 ) -> Iterator[str]:
-    """Yields what the model cannot be asked: ids or positions that it does not have."""
+    """Yields the errors in prompts: ids or positions that the model does not have.
+
+    Args:
+      prompts: as the user gave them.
+      ids: of the prompts.
+      run: the settings.
+      new: the most tokens of an answer.
+    """
     for prompt, row in zip(prompts, ids, strict=True):
         given = f"--prompt_ids={','.join(map(str, row))}"
         if isinstance(prompt, str):
@@ -208,16 +232,16 @@ def _problems(
         )
 
 
-def in_words(found: dict[str, Any]) -> str:
-    """Returns a prompt with what follows it, as text where both are."""
-    prompt, new = found["prompt"], found.get("text", found["ids"])
+def in_words(record: dict[str, Any]) -> str:
+    """Returns a prompt with its continuation, as text if both are, else as ids."""
+    prompt, new = record["prompt"], record.get("text", record["ids"])
     if isinstance(prompt, str):
         return prompt + new
-    return ",".join(map(str, (*prompt, *found["ids"])))
+    return ",".join(map(str, (*prompt, *record["ids"])))
 
 
-class _Loop(NamedTuple):
-    """What the decoding loop carries."""
+class _DecodeState(NamedTuple):
+    """The carry of the decoding loop."""
 
     new: Int[Array, ""]  # tokens drawn so far
     out_BN: Int[Array, "B N"]
@@ -239,7 +263,19 @@ def _decode(
     sampling: Sampling,
     ends: tuple[int, ...],
 ) -> Int[Array, "B N"]:
-    """Returns the drawn tokens; rows are filled with an end once they end."""
+    """Returns the drawn tokens; a row that has ended is filled with `ends[0]`.
+
+    Args:
+      weights: of the model.
+      tokens_BT: prompts, padded on the left.
+      positions_BT: of the tokens in their prompts.
+      segments_BT: 1 for tokens, 0 for padding.
+      unused_B: True for rows that only fill the batch.
+      key: of the draws.
+      program: with the settings.
+      sampling: the settings of the draws.
+      ends: the ids that end a row.
+    """
     run, model = program.run, nnx.merge(program.eval_graphdef, weights)
     B, T = tokens_BT.shape
     N = sampling.max_new_tokens
@@ -247,27 +283,27 @@ def _decode(
     logits_BV, cache = model.decode(tokens_BT, positions_BT, segments_BT, cache)
     ones_B1 = jnp.ones((B, 1), jnp.int32)
 
-    def draw(loop: _Loop, logits_BV: Float[Array, "B V"]) -> _Loop:
-        token_B = sample(logits_BV, jax.random.fold_in(key, loop.new), sampling)
-        token_B = jnp.where(loop.done_B, ends[0], token_B)
+    def draw(state: _DecodeState, logits_BV: Float[Array, "B V"]) -> _DecodeState:
+        token_B = sample(logits_BV, jax.random.fold_in(key, state.new), sampling)
+        token_B = jnp.where(state.done_B, ends[0], token_B)
         out_BN = jax.lax.dynamic_update_slice_in_dim(
-            loop.out_BN, token_B[:, None], loop.new, 1
+            state.out_BN, token_B[:, None], state.new, 1
         )
-        return loop._replace(
-            new=loop.new + 1,
+        return state._replace(
+            new=state.new + 1,
             out_BN=out_BN,
             token_B1=token_B[:, None],
-            position_B1=loop.position_B1 + 1,
-            done_B=loop.done_B | jnp.isin(token_B, jnp.array(ends)),
+            position_B1=state.position_B1 + 1,
+            done_B=state.done_B | jnp.isin(token_B, jnp.array(ends)),
         )
 
-    def body(loop: _Loop) -> _Loop:
+    def body(state: _DecodeState) -> _DecodeState:
         logits_BV, cache = model.decode(
-            loop.token_B1, loop.position_B1, ones_B1, loop.cache
+            state.token_B1, state.position_B1, ones_B1, state.cache
         )
-        return draw(loop._replace(cache=cache), logits_BV)
+        return draw(state._replace(cache=cache), logits_BV)
 
-    first = _Loop(
+    first = _DecodeState(
         new=jnp.zeros((), jnp.int32),
         out_BN=jnp.full((B, N), ends[0], jnp.int32),
         token_B1=ones_B1,
@@ -275,19 +311,25 @@ def _decode(
         done_B=unused_B,
         cache=cache,
     )
-    loop = draw(first, logits_BV)
-    loop = jax.lax.while_loop(
-        lambda loop: (loop.new < N) & ~jnp.all(loop.done_B), body, loop
+    state = draw(first, logits_BV)
+    state = jax.lax.while_loop(
+        lambda state: (state.new < N) & ~jnp.all(state.done_B), body, state
     )
-    return loop.out_BN
+    return state.out_BN
 
 
 def sample(
     logits_BV: Float[Array, "B V"], key: jax.Array, sampling: Sampling
 ) -> Int[Array, " B"]:
-    """Returns one token a row. Top-p keeps the token that crosses the mark.
+    """Returns one token per row.
 
-    Of equally likely tokens the one of the smaller id counts as the likelier.
+    Top-p keeps the token with which the sum reaches `sampling.top_p`. Among equally
+    likely tokens the one with the smaller id comes first.
+
+    Args:
+      logits_BV: of the next token.
+      key: of the draw.
+      sampling: its settings.
     """
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)

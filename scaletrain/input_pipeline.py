@@ -1,4 +1,4 @@
-"""What the steps of a run read: its corpus, and this process's part of every batch."""
+"""The input of a run: its corpus, and the rows of each batch that a process reads."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,9 +12,10 @@ from scaletrain.program import Program
 
 
 def prepare(run: RunConfig, tokenizer: data.Tokenizer | None = None) -> data.Corpus:
-    """Returns the corpus, which the first process of a host makes for the others.
+    """Returns the corpus, which one process of a host prepares for the others.
 
     Args:
+      run: the settings.
       tokenizer: see `data.prepare`.
     """
     return cluster.in_turns(lambda: data.prepare(run, say, tokenizer))
@@ -29,7 +30,10 @@ def batches_of(
     """Yields this process's rows of every batch after step `start`.
 
     Args:
-      left_out: (step, batches): the steps after that one do without these batches.
+      program: with the sharding of a batch.
+      sequences: of the training split.
+      start: the number of steps already taken.
+      left_out: pairs (step, batches): so many batches are left out after that step.
     """
     return data.training_batches(
         sequences,
@@ -42,14 +46,21 @@ def batches_of(
 
 
 def documents_of(
-    program: Program, sequences: Any, now: int, left_out: Sequence[tuple[int, int]]
+    program: Program, sequences: Any, step: int, left_out: Sequence[tuple[int, int]]
 ) -> list[int]:
-    """Returns the ids of the documents that step `now` reads, see `batches_of`."""
+    """Returns the sorted ids of the documents in the batch of `step`.
+
+    Args:
+      program: with the settings.
+      sequences: of the training split.
+      step: its number, from 1.
+      left_out: as for `batches_of`.
+    """
     documents = data.training_documents(
         sequences,
         seed=program.run.seed,
         batch_size=program.run.batch_size,
-        step=now - 1,
+        step=step - 1,
         left_out=left_out,
     )
     return sorted(documents)

@@ -1,4 +1,4 @@
-"""The lock on a workdir: one run at a time trains there."""
+"""The lock of a workdir: only one run at a time trains in it."""
 
 import contextlib
 import errno
@@ -14,23 +14,28 @@ from typing import Any
 from scaletrain.errors import CheckpointError
 from scaletrain.workdir import Workdir
 
+# Errors of file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
 @contextlib.contextmanager
 def locked(workdir: Workdir, say: Callable[[str], None]) -> Iterator[None]:
-    """Keeps other runs out of a workdir; readers do not ask.
+    """A context that keeps other runs out of a workdir; readers need no lock.
 
-    The kernel lets go when the process dies, however it does. Where a network file
-    system does not carry locks between hosts, two hosts are not kept apart; one that
-    has no locks at all is told of.
+    The kernel releases the lock when the process dies, for whatever reason. On a
+    network file system that does not share locks, runs on two hosts are not kept apart.
+    A file system without any locks gets a message.
+
+    Args:
+      workdir: the folder to lock.
+      say: shows a line to the user.
 
     Raises:
-      CheckpointError: another run is in it, or it cannot be written.
+      CheckpointError: another run trains in the workdir, or it cannot be written.
     """
     with contextlib.ExitStack() as stack:
         try:
-            # Without a buffer nothing is left to be written when it closes.
+            # Unbuffered: on a full disk a buffered write would fail again on closing.
             file = stack.enter_context(workdir.lock.open("a+b", buffering=0))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
@@ -51,18 +56,20 @@ def locked(workdir: Workdir, say: Callable[[str], None]) -> Iterator[None]:
         else:
             with contextlib.suppress(OSError):  # the lock holds on a full disk too
                 file.truncate(0)
-                file.write(json.dumps(_self()).encode())
+                file.write(json.dumps(_this_process()).encode())
         yield
 
 
-def _self() -> dict[str, Any]:
+def _this_process() -> dict[str, Any]:
+    """Returns the content of a lock file."""
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     return {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
 
 
 def _holder(lock: pathlib.Path) -> str:
+    """Returns the name of the process that has the lock, for a message."""
     try:
-        said = json.loads(lock.read_text(encoding="utf-8"))
-        return f"process {said['pid']} on {said['host']}, since {said['since']},"
+        holder = json.loads(lock.read_text(encoding="utf-8"))
+        return f"process {holder['pid']} on {holder['host']}, since {holder['since']},"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

@@ -1,4 +1,4 @@
-"""The steps of one attempt, and what happens between them."""
+"""The loop of one attempt: steps, and the records, saves and evaluations between."""
 
 import concurrent.futures
 import contextlib
@@ -16,7 +16,6 @@ from scaletrain import (
     data,
     evaluate,
     input_pipeline,
-    rollbacks,
     sharding,
 )
 from scaletrain.console import say
@@ -26,12 +25,24 @@ from scaletrain.monitor.meter import Meter, PeakMemory, Throughput
 from scaletrain.monitor.phase_clock import STEP, WAIT, Phases
 from scaletrain.monitor.recorder import Recorder
 from scaletrain.program import Program, TrainState
-from scaletrain.rollbacks import Diverged
+from scaletrain.rollbacks import Diverged, Rollbacks, Skip, skip_of
 
 
 @dataclasses.dataclass
 class Loop:
-    """The steps of one attempt, and what happens between them."""
+    """The loop of one attempt.
+
+    Args:
+      program: the train step with its shapes.
+      execute: the compiled train step: (state, batch) -> (state, numbers).
+      recorder: of metrics.jsonl.
+      checkpoints: of the run.
+      corpus: the data; evaluations count its bytes.
+      sequences: of the splits "train" and "validation".
+      rollbacks: of the run; their batches are left out.
+      phases: the clock of this attempt.
+      account: of the time that attempts take.
+    """
 
     program: Program
     execute: Callable
@@ -39,14 +50,15 @@ class Loop:
     checkpoints: checkpoint.Store
     corpus: data.Corpus
     sequences: dict[str, Any]
-    back: rollbacks.Rollbacks
+    rollbacks: Rollbacks
     phases: Phases
     account: goodput.Account
-    _pending: tuple[int, dict[str, Any], Any] | None = None  # step, numbers, when ready
-    _clock: float = 0.0  # when the step that was counted last was ready
-    _counted: int = 0
-    _skips: list[rollbacks.Skip] = dataclasses.field(default_factory=list)  # in a row
-    _saved: float = 0.0  # when the last save began, likewise
+    # The newest step, its numbers, and a future of the time they were ready.
+    _pending: tuple[int, dict[str, Any], Any] | None = None
+    _clock: float = 0.0  # `perf_counter` when the newest recorded step was ready
+    _counted: int = 0  # that step
+    _skips: list[Skip] = dataclasses.field(default_factory=list)  # in a row
+    _saved: float = 0.0  # `monotonic` when the newest save began
     _meters: tuple[Meter, ...] = ()
 
     def __post_init__(self) -> None:
@@ -56,12 +68,12 @@ class Loop:
         )
 
     def run(self, state: TrainState, start: int) -> dict[str, Any]:
-        """Takes the steps after `start`; returns the last evaluation."""
+        """Returns the last evaluation, after the steps from `start` to `num_steps`."""
         self.account.begin(start)
         try:
-            found = self._run(state, start)
+            evaluation = self._run(state, start)
             self.account.finish()
-            return found
+            return evaluation
         finally:
             total = self.account.total()
             say(goodput.in_words(total))
@@ -70,117 +82,124 @@ class Loop:
                 meter.close()
 
     def _run(self, state: TrainState, start: int) -> dict[str, Any]:
-        """Takes the steps.
+        """Takes the steps; returns as `run` does.
 
-        The order inside one matters to resuming: batch, step, records of the step
+        The order inside a step matters to resuming: batch, step, records of the step
         before, checkpoint, evaluation.
         """
-        run, left_out = self.program.run, self.back.left_out
+        run, left_out = self.program.run, self.rollbacks.left_out
         batches = input_pipeline.batches_of(
             self.program, self.sequences["train"], start, left_out
         )
         self._clock, self._counted = time.perf_counter(), start
         self._saved = time.monotonic()
         watch = concurrent.futures.ThreadPoolExecutor(1)
-        found: dict[str, Any] = {}
-        with watch, garbage_kept(), jax.transfer_guard("disallow"):
+        evaluation: dict[str, Any] = {}
+        with watch, manual_collection(), jax.transfer_guard("disallow"):
             if self._owes_evaluation(start):
                 self._evaluate(start, state)
-            for now in range(start + 1, run.num_steps + 1):
-                last = now == run.num_steps
+            for step in range(start + 1, run.num_steps + 1):
+                last = step == run.num_steps
                 with self.phases(STEP):
-                    with jax.profiler.StepTraceAnnotation("train", step_num=now):
+                    with jax.profiler.StepTraceAnnotation("train", step_num=step):
                         state, numbers = self._step(state, batches)
-                    self.account.took(now)
+                    self.account.took(step)
                     # The device works on this step while the host reads the one before.
                     self._record()
-                    self._pending = now, numbers, watch.submit(_ready_at, numbers)
-                    self.checkpoints.check(together=_due(now, run.log_every_steps))
-                    self._stop_if_asked(now, state)
-                    if last or self._is_due(now):
+                    self._pending = step, numbers, watch.submit(_ready_at, numbers)
+                    self.checkpoints.check(together=_due(step, run.log_every_steps))
+                    self._stop_if_asked(step, state)
+                    if last or self._is_due(step):
                         self._record()
-                        self._save(now, state, needed=last)
-                if last or _due(now, run.eval_every_steps):
-                    found = self._evaluate(now, state)
-            return found or self._evaluate(start, state)
+                        self._save(step, state, needed=last)
+                if last or _due(step, run.eval_every_steps):
+                    evaluation = self._evaluate(step, state)
+            return evaluation or self._evaluate(start, state)
 
     def _owes_evaluation(self, start: int) -> bool:
-        """Returns whether the attempt before ended after this step's evaluation began.
+        """Returns whether step `start` was saved but its evaluation was not recorded.
 
-        Or before it did, once its step was saved. The last one is nobody's to owe: it
-        is done anew whenever there is no step left.
+        The attempt before ended in between. This never holds for the last step: it is
+        evaluated again whenever no step is left.
         """
         run = self.program.run
         if not 0 < start < run.num_steps or not _due(start, run.eval_every_steps):
             return False
         return not cluster.decide(f"evaluated at {start}", self.recorder.evaluated)
 
-    def _stop_if_asked(self, now: int, state: TrainState) -> None:
-        """Saves and ends the attempt if a process was asked to; in all at this place.
+    def _stop_if_asked(self, step: int, state: TrainState) -> None:
+        """Saves and ends the attempt, in all processes, if a signal asked one of them.
 
         Raises:
-          Interrupted: once the state after step `now` is durable.
+          Interrupted: once the state after `step` is durable.
         """
         since = cluster.stopped_since()
         if since is None:
             return
         self._record()
-        self._save(now, state, needed=True)
+        self._save(step, state, needed=True)
         seconds = time.monotonic() - since
-        self.recorder.write({"step": now, "stop_to_saved_s": seconds})
+        self.recorder.write({"step": step, "stop_to_saved_s": seconds})
         raise Interrupted(
-            f"stopped by a signal at step {now}; saved {seconds:.1f} s after it; "
+            f"stopped by a signal at step {step}; saved {seconds:.1f} s after it; "
             "the same command goes on from there."
         )
 
-    def _is_due(self, now: int) -> bool:
-        """Returns whether a checkpoint is due, by the step or by the first clock."""
+    def _is_due(self, step: int) -> bool:
+        """Returns whether a checkpoint is due, by step or by the clock of process 0.
+
+        The clock is asked only at logged steps, since processes wait for its answer.
+        """
         c, run = self.program.run.checkpoint, self.program.run
-        if _due(now, c.every_steps):
+        if _due(step, c.every_steps):
             return True
-        if not c.every_minutes or not _due(now, run.log_every_steps):
+        if not c.every_minutes or not _due(step, run.log_every_steps):
             return False
         late = time.monotonic() - self._saved >= 60 * c.every_minutes
-        return cluster.decide(f"save at {now}", late)
+        return cluster.decide(f"save at {step}", late)
 
     def _step(
         self, state: TrainState, batches: Iterator
     ) -> tuple[TrainState, dict[str, Any]]:
-        """Takes one optimizer step."""
+        """Returns the state and the numbers of one optimizer step."""
         with self.phases(WAIT):
             rows = next(batches)
         return self.execute(state, sharding.place(rows, self.program.batch))
 
     def _record(self) -> None:
-        """Reads the pending step's numbers; logs, shows and judges them."""
+        """Reads the numbers of the pending step; records, shows and judges them."""
         if self._pending is None:
             return
-        (now, numbers, ready_at), self._pending = self._pending, None
+        (step, numbers, ready_at), self._pending = self._pending, None
         numbers = jax.device_get(numbers)
         run = self.program.run
-        if now == run.num_steps or _due(now, run.log_every_steps):
+        if step == run.num_steps or _due(step, run.log_every_steps):
             clock = ready_at.result()
-            pace = (clock - self._clock) / (now - self._counted)
-            self._clock, self._counted = clock, now
+            step_time_s = (clock - self._clock) / (step - self._counted)
+            self._clock, self._counted = clock, step
             record = {
-                "step": now,
+                "step": step,
                 "loss": float(numbers["loss"]),
                 "grad_norm": float(numbers["grad_norm"]),
                 "learning_rate": float(numbers["learning_rate"]),
-                "tokens": now * run.batch_size * run.seq_len,
+                "tokens": step * run.batch_size * run.seq_len,
                 "skipped": int(numbers["skipped"]),
-                "rollbacks": len(self.back.records),
+                "rollbacks": len(self.rollbacks.records),
                 "batch_hash": int(numbers["batch_hash"]),
             }
             for meter in self._meters:
-                record |= meter.read(pace)
+                record |= meter.read(step_time_s)
             self.recorder.write(record)
             self.recorder.progress(record)
             gc.collect()  # every process at the same step, while the devices work
-        self._judge(now, numbers)
+        self._judge(step, numbers)
 
-    def _judge(self, now: int, numbers: dict[str, Any]) -> None:
-        """Tells of an update that was skipped; enough of them end this attempt."""
+    def _judge(self, step: int, numbers: dict[str, Any]) -> None:
+        """Records a skipped update.
+
+        Raises:
+          Diverged: `optim.max_skipped_steps` in a row were skipped.
+        """
         in_a_row = int(numbers["skipped_in_a_row"])
         if not in_a_row:
             self._skips.clear()
@@ -188,53 +207,66 @@ class Loop:
         documents: list[int] = []
         if self.recorder.lead:
             documents = input_pipeline.documents_of(
-                self.program, self.sequences["train"], now, self.back.left_out
+                self.program, self.sequences["train"], step, self.rollbacks.left_out
             )
-        skip = rollbacks.skip_of(now, numbers, documents)
+        skip = skip_of(step, numbers, documents)
         self._skips.append(skip)
         record = {f"skip_{name}": value for name, value in skip.record().items()}
-        self.recorder.write(record | {"step": now})
+        self.recorder.write(record | {"step": step})
         say(str(skip))
         if in_a_row >= self.program.run.optim.max_skipped_steps:
-            raise Diverged(now - in_a_row + 1, now, self._skips)
+            raise Diverged(step - in_a_row + 1, step, self._skips)
 
-    def _save(self, now: int, state: TrainState, *, needed: bool) -> None:
-        """Saves; the loop waits for the arrays to leave the device, if not longer."""
+    def _save(self, step: int, state: TrainState, *, needed: bool) -> None:
+        """Saves the state after `step`.
+
+        Args:
+          step: its number.
+          state: the state after it.
+          needed: wait until the save is durable, not only until the arrays are copied.
+        """
         began = time.monotonic()
-        # What waits until all is written has nothing to do with the usual save.
+        # A needed save waits for the disk: its time would hide that of the usual ones.
         with self.phases("last save" if needed else "save"):
             self.checkpoints.save(
-                now, state, self.corpus.fingerprint, self.back.brief(), needed=needed
+                step,
+                state,
+                self.corpus.fingerprint,
+                self.rollbacks.brief(),
+                needed=needed,
             )
             self._saved = began
             if needed:
                 self.checkpoints.finish()
-        stall = {"step": now, "save_stall_s": time.monotonic() - began}
+        stall = {"step": step, "save_stall_s": time.monotonic() - began}
         self.recorder.write(stall | {"newest_saved": self.checkpoints.latest()})
 
-    def _evaluate(self, now: int, state: TrainState) -> dict[str, Any]:
-        """Returns the validation numbers; the time it takes is no step's."""
+    def _evaluate(self, step: int, state: TrainState) -> dict[str, Any]:
+        """Returns the validation numbers after `step`."""
         self._record()
         with self.phases("eval"):
-            found = evaluate.evaluate(
+            numbers = evaluate.evaluate(
                 self.program,
                 state.weights,
                 self.corpus,
                 self.sequences["validation"],
-                lambda: self._stop_if_asked(now, state),
+                lambda: self._stop_if_asked(step, state),
             )
-        self.recorder.write({"step": now, **{f"eval_{k}": v for k, v in found.items()}})
-        if found and now < self.program.run.num_steps:
-            say(f"step {now}: validation {evaluate.in_words(found)}")
-        self._clock, self._counted = time.perf_counter(), now
-        return {"step": now, **found}
+        record = {f"eval_{name}": value for name, value in numbers.items()}
+        self.recorder.write({"step": step, **record})
+        if numbers and step < self.program.run.num_steps:
+            say(f"step {step}: validation {evaluate.in_words(numbers)}")
+        # The time of an evaluation must not count as the time of a step.
+        self._clock, self._counted = time.perf_counter(), step
+        return {"step": step, **numbers}
 
 
 @contextlib.contextmanager
-def garbage_kept() -> Iterator[None]:
-    """Keeps Python from collecting garbage by itself, and what is here from search.
+def manual_collection() -> Iterator[None]:
+    """Turns automatic garbage collection off, and exempts the objects that exist now.
 
-    A process that stops for it keeps all others waiting, each at a time of its own.
+    A process that pauses to collect keeps all others waiting, and each would pause at
+    another time. The loop collects at logged steps, in all processes together.
     """
     gc.collect()
     gc.freeze()
@@ -247,10 +279,10 @@ def garbage_kept() -> Iterator[None]:
 
 
 def _ready_at(numbers: dict[str, Any]) -> float:
-    """Returns when the device had them; reading them may come a step later."""
+    """Returns the time when the numbers are ready; they may be read later."""
     jax.block_until_ready(numbers)
     return time.perf_counter()
 
 
-def _due(now: int, every: int) -> bool:
-    return bool(every) and now % every == 0
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0

@@ -1,7 +1,7 @@
-"""What `scaletrain` on a command line runs: flags, then settings, then a command.
+"""The entry point of `scaletrain`: flags, then settings, then a command.
 
-Process-wide state is set here and nowhere else. A command's module is imported once
-the request is known to make sense.
+Process-wide state is set in this module alone. A command's module is imported only
+after its flags and settings are checked, so that errors appear at once.
 """
 
 import contextlib
@@ -24,19 +24,19 @@ from scaletrain.record import finite
 
 
 def main() -> None:
-    """Runs the command line and exits with what became of it (see `errors`)."""
-    # Orbax warns of choices that are made on purpose here, and prints the traceback
-    # of what it then raises.
+    """Runs the command line and exits with its exit code, see `errors`."""
+    # Orbax warns of choices that scaletrain makes on purpose, and prints the tracebacks
+    # of errors that it then raises, too.
     absl_logging.set_verbosity(absl_logging.FATAL)
     _silence_failed_writes()
-    # Of a GPU's memory; by default jax leaves a quarter of it unused.
+    # The usable fraction of a GPU's memory; by default jax leaves a quarter unused.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(MEMORY_FRACTION))
-    # Of the host's, for arrays on their way to a checkpoint; by default 64, which is
-    # less than eight GPUs hold of a state that fills them.
+    # Host memory for the copies of arrays that a checkpoint saves. The default, 64 GiB,
+    # is less than the state of eight full GPUs.
     os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(_host_gib()))
     _silence_libtpu()
-    # What ends at once keeps what it knows, and removes what is half done; a command
-    # that stops in its own way sets handlers of its own.
+    # SIGTERM raises KeyboardInterrupt, so that `finally` blocks remove partial files.
+    # `train` replaces this handler: it saves a checkpoint first.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = _exit_code()
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _exit_code() -> int:
-    """Runs the command line; returns what the process ends with."""
+    """Returns the exit code of the command line, after running it."""
     run = None
     try:
         args, run = line.read(sys.argv[1:])
@@ -62,22 +62,22 @@ def _exit_code() -> int:
         failure = failures.explained(err, run)
         if failure is None:
             raise
-        words, code = str(failure), failure.exit_code
+        message, code = str(failure), failure.exit_code
     except KeyboardInterrupt:
-        words, code = "interrupted", 130
+        message, code = "interrupted", 130
     with contextlib.suppress(BrokenPipeError):
-        print(f"scaletrain: {words}", file=sys.stderr, flush=True)
+        print(f"scaletrain: {message}", file=sys.stderr, flush=True)
     return code
 
 
-def _print(words: str) -> None:
-    """Prints results; a reader that has gone has what it wants of them."""
+def _print(text: str) -> None:
+    """Prints a result; a reader that closes the pipe early (`head`) is no error."""
     with contextlib.suppress(BrokenPipeError):
-        print(words, flush=True)
+        print(text, flush=True)
 
 
 def _leave_pipes() -> None:
-    """Keeps Python from telling once more of a pipe or a disk that takes nothing."""
+    """Flushes the output; keeps Python from reporting a closed pipe again at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -86,29 +86,30 @@ def _leave_pipes() -> None:
 
 
 def _silence_libtpu() -> None:
-    """Keeps libtpu, which `plan` needs, quiet on a machine that has no chips.
+    """Silences the warnings of libtpu on a machine without chips; `plan` needs libtpu.
 
-    jax starts it wherever it is installed, and it then tells of what it misses. Every
-    chip that jax could use shows as a device file; a machine with any is left alone.
+    jax initialises it wherever it is installed, and it then prints warnings. Every chip
+    that jax can use has a device file; on a machine with any, nothing is changed.
     """
-    chips = ("accel*", "vfio/*", "nvidia*", "kfd", "dri/*", "dxg")
+    device_files = ("accel*", "vfio/*", "nvidia*", "kfd", "dri/*", "dxg")
     if (
         importlib.util.find_spec("libtpu")
         and "JAX_FORCE_TPU_INIT" not in os.environ
-        and not any(glob.glob(f"/dev/{name}") for name in chips)
+        and not any(glob.glob(f"/dev/{name}") for name in device_files)
     ):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def _host_gib() -> int:
+    """Returns the memory of this host in GiB."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**30
 
 
 def _silence_failed_writes() -> None:
-    """Silences Orbax's traceback for each write that a failed save leaves behind.
+    """Silences the tracebacks of writes that a failed save leaves behind.
 
-    Orbax waits for none of them after the first that fails; the save itself reports
-    the error.
+    After the first failed write, Orbax does not wait for the others, and each prints
+    a traceback when it ends. The save itself reports the error.
     """
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     report = sys.unraisablehook

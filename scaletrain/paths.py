@@ -1,4 +1,4 @@
-"""Paths as a user writes them: with `~`, and local where nothing else can be used."""
+"""Paths in settings: expansion of `~`, and errors for URLs."""
 
 import os
 import re
@@ -8,9 +8,9 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def expanded(path: str) -> str:
-    """Returns `path` with the home folder in the place of a leading `~` or `~NAME`.
+    """Returns `path` with the home folder in place of a leading `~` or `~NAME`.
 
-    It stays as it is where no such home is known, of which `problems` tells.
+    An unknown `~NAME` stays, and `problems` reports it.
     """
     return os.path.expanduser(path)
 
@@ -21,10 +21,12 @@ def is_url(path: str) -> bool:
 
 
 def problems(setting: str, path: str, *, local: bool) -> Iterator[str]:
-    """Yields why an expanded path cannot be used, as `setting=value; why; what to do`.
+    """Yields the errors of an expanded path, as `setting=value; why; what to do`.
 
     Args:
-      local: a URL cannot be read or written here.
+      setting: its name.
+      path: its value, from `expanded`.
+      local: whether the setting takes no URL.
     """
     if path.startswith("~"):
         yield f"{setting}={path}; no such home folder is known; give the full path."

@@ -1,10 +1,10 @@
-"""What the scripts in launch/ ask before they order machines.
+"""The checks of the scripts in launch/ before they order machines.
 
     python -m scaletrain.preflight --topology=v5p:4x4x4 [--num_slices=N] -- OPTIONS
 
-checks the options of `scaletrain train` against the slice and prints what the cloud
-calls it, a `name=value` a line. --devices=N stands for N devices of any kind. A slice
-whose chips are not the mesh's is refused here, before anything is paid for.
+checks the options of `scaletrain train` against the slice and prints the cloud's names
+for it, one `name=value` per line. --devices=N stands for N devices of any kind. A slice
+with another number of chips than the mesh is refused before it costs money.
 """
 
 import argparse
@@ -19,29 +19,30 @@ from scaletrain.hardware import clouds, slices
 from scaletrain.hardware.slices import Slice
 
 
-def check(run: RunConfig, where: str, devices: int) -> RunConfig:
-    """Returns `run` on the `devices` of `where`.
+def check(run: RunConfig, name: str, devices: int) -> RunConfig:
+    """Returns `run` resolved on a number of devices.
+
+    Args:
+      run: the settings.
+      name: of the machines, for the message.
+      devices: their number.
 
     Raises:
-      ConfigError: the mesh is larger or smaller, or cannot be split as asked.
+      ConfigError: the mesh has another number of devices, or cannot be split as set.
     """
-    asked = run.mesh.num_devices
-    if asked is not None and asked != devices:
+    mesh_devices = run.mesh.num_devices
+    if mesh_devices is not None and mesh_devices != devices:
         raise ConfigError(
             [
-                f"{where}; {counted(devices, 'device')}, and the mesh has {asked}; "
-                "take as many, or set one axis of the mesh to -1."
+                f"{name}; {counted(devices, 'device')}, and the mesh has "
+                f"{mesh_devices}; take as many, or set one axis of the mesh to -1."
             ]
         )
     return config.resolve(run, devices)
 
 
 def check_slices(run: RunConfig, num_slices: int) -> None:
-    """Refuses a mesh that crosses slices where there are none, or the reverse.
-
-    Raises:
-      ConfigError: the axes of `mesh.dcn` do not multiply to `num_slices`.
-    """
+    """Raises ConfigError if the axes of `mesh.dcn` do not multiply to `num_slices`."""
     if run.mesh.num_slices != num_slices:
         raise ConfigError(
             [
@@ -52,11 +53,11 @@ def check_slices(run: RunConfig, num_slices: int) -> None:
         )
 
 
-def facts(slice_: Slice, given: argparse.Namespace) -> dict[str, str | int]:
-    """Returns what the cloud calls a slice, and a name for the run on it.
+def facts(slice_: Slice, args: argparse.Namespace) -> dict[str, str | int]:
+    """Returns the cloud's names for a slice, and a name for the run on it.
 
     Raises:
-      ConfigError: it is not a TPU slice, or `workdir` is on no disk that outlives it.
+      ConfigError: the slice has no TPUs, or `workdir` is not on a mounted disk.
     """
     problems = []
     tpu = slice_.chip.tpu
@@ -64,17 +65,18 @@ def facts(slice_: Slice, given: argparse.Namespace) -> dict[str, str | int]:
         problems.append(
             f"--topology={slice_.name}; not a TPU slice; see launch/README.md."
         )
-    if not given.workdir.startswith("/"):
+    if not args.workdir.startswith("/"):
         problems.append(
-            f"--workdir={given.workdir}; no path that every worker sees and that "
+            f"--workdir={args.workdir}; no path that every worker sees and that "
             "outlives them; give the absolute path of a mounted file system."
         )
     if problems or tpu is None:
         raise ConfigError(problems)
-    last = given.workdir.rstrip("/").rpartition("/")[2].lower()
+    folder = args.workdir.rstrip("/").rpartition("/")[2].lower()
     return {
-        "name": "scaletrain-" + re.sub("[^a-z0-9]+", "-", last)[:30].strip("-"),
-        "config": config.file_and_argument(given.config)[0],
+        # Clouds allow lower-case letters, digits and dashes, and limit the length.
+        "name": "scaletrain-" + re.sub("[^a-z0-9]+", "-", folder)[:30].strip("-"),
+        "config": config.file_and_argument(args.config)[0],
         "accelerator_type": clouds.accelerator_type(tpu, slice_.shape),
         "runtime": tpu.cloud.runtime,
         "accelerator": tpu.cloud.accelerator,
@@ -86,7 +88,7 @@ def facts(slice_: Slice, given: argparse.Namespace) -> dict[str, str | int]:
 
 
 def read(argv: list[str]) -> tuple[Slice | None, argparse.Namespace]:
-    """Returns the slice, if one is named, and the options of `train`, all checked.
+    """Returns the slice, None for --devices, and the options of `train`, all checked.
 
     Raises:
       ConfigError: options, settings and slice do not fit together.
@@ -97,10 +99,10 @@ def read(argv: list[str]) -> tuple[Slice | None, argparse.Namespace]:
     parser.add_argument("--num_slices", type=int, default=1)
     parser.add_argument("--devices", type=int, default=0)
     args = parser.parse_args(argv[:end])
-    given, run = line.read(["train", *argv[end + 1 :]])
+    train_args, run = line.read(["train", *argv[end + 1 :]])
     if args.devices:
         check(run, "this allocation", args.devices)
-        return None, given
+        return None, train_args
     for word in argv[end + 1 :]:
         if word.startswith(("--workdir=~", "~")):
             raise ConfigError(
@@ -113,18 +115,18 @@ def read(argv: list[str]) -> tuple[Slice | None, argparse.Namespace]:
     across = f" --num_slices={args.num_slices}" if args.num_slices > 1 else ""
     run = check(run, f"--topology={args.topology}{across}", slice_.devices)
     check_slices(run, args.num_slices)
-    return slice_, given
+    return slice_, train_args
 
 
 def main() -> None:
-    """Prints the facts of the command line's slice, or why it is refused."""
+    """Prints the facts of the command line's slice, or the error that refuses it."""
     try:
-        slice_, given = read(sys.argv[1:])
-        found = facts(slice_, given) if slice_ else {}
+        slice_, train_args = read(sys.argv[1:])
+        printed = facts(slice_, train_args) if slice_ else {}
     except ScaletrainError as err:
         print(f"scaletrain: {err}", file=sys.stderr)
         sys.exit(err.exit_code)
-    for name, value in found.items():
+    for name, value in printed.items():
         print(f"{name}={value}")
 
 

@@ -1,11 +1,10 @@
-"""Going back: the updates that were skipped, and the batches a run does without.
+"""Rollbacks: returns to an earlier checkpoint after many skipped updates.
 
-Updates that are skipped leave the weights as they were, so taking the steps since a
-checkpoint again with the same batches would end where it began. Going back leaves out
-every batch since the checkpoint.
+The same steps with the same batches would skip the same updates again. So after a
+rollback the run leaves out every batch that it read since the checkpoint.
 
-`rollbacks.json` in the workdir is written before anything else changes. A run that is
-killed while it goes back goes on as if it had not been.
+`rollbacks.json` in the workdir is written before any checkpoint is removed. A run that
+is killed during a rollback completes it at the next start.
 """
 
 import dataclasses
@@ -20,13 +19,13 @@ from scaletrain.errors import DivergedError
 from scaletrain.files import atomic_write
 from scaletrain.workdir import Workdir
 
-_LISTED = 200  # documents of a skipped update that are written down
-_TOLD = 5  # and of these, that a line on the terminal names
+_RECORDED = 200  # documents of a skipped update that metrics.jsonl lists
+_SHOWN = 5  # documents of a skipped update that the terminal shows
 
 
 @dataclasses.dataclass(frozen=True)
 class Skip:
-    """A step whose update was left out."""
+    """A step whose update was skipped."""
 
     step: int
     reason: str
@@ -36,25 +35,31 @@ class Skip:
     documents: list[int]  # the first ids, see `data.Sequences`; in process 0 alone
 
     def record(self) -> dict[str, Any]:
-        """Returns the skip for JSON, which has no number for what is not finite."""
-        found = dataclasses.asdict(self)
+        """Returns the skip for JSON, with None for a number that is not finite."""
+        record = dataclasses.asdict(self)
         for name in ("loss", "grad_norm"):
-            found[name] = found[name] if math.isfinite(found[name]) else None
-        return found
+            record[name] = record[name] if math.isfinite(record[name]) else None
+        return record
 
     def __str__(self) -> str:
-        told = ", ".join(map(str, self.documents[:_TOLD]))
-        more = ", ..." if self.num_documents > _TOLD else ""
+        documents = ", ".join(map(str, self.documents[:_SHOWN]))
+        dots = ", ..." if self.num_documents > _SHOWN else ""
         if self.documents:
-            told = f"; {self.num_documents} documents: {told}{more}"
+            documents = f"; {self.num_documents} documents: {documents}{dots}"
         return (
             f"step {self.step}: update skipped, {self.reason} (loss {self.loss:.4g}, "
-            f"gradient norm {self.grad_norm:.4g}{told})"
+            f"gradient norm {self.grad_norm:.4g}{documents})"
         )
 
 
 def skip_of(step: int, numbers: Mapping[str, Any], documents: Sequence[int]) -> Skip:
-    """Returns what there is to say of a step whose update was left out."""
+    """Returns the record of a skipped update, with the reason.
+
+    Args:
+      step: the step of the update.
+      numbers: the results of the train step.
+      documents: the ids of the documents in its batch.
+    """
     loss, norm = float(numbers["loss"]), float(numbers["grad_norm"])
     if not math.isfinite(loss) or not math.isfinite(norm):
         reason = "loss or gradient not finite"
@@ -64,11 +69,17 @@ def skip_of(step: int, numbers: Mapping[str, Any], documents: Sequence[int]) -> 
         reason = f"gradient norm above {float(numbers['grad_norm_limit']):.4g}"
     else:
         reason = "a part of the batch not finite"
-    return Skip(step, reason, loss, norm, len(documents), list(documents[:_LISTED]))
+    return Skip(step, reason, loss, norm, len(documents), list(documents[:_RECORDED]))
 
 
 class Diverged(Exception):
-    """Too many updates in a row were skipped: it is time to go back, or to stop."""
+    """Too many updates in a row were skipped: the run must go back or stop.
+
+    Args:
+      first: the first step of the row.
+      last: the last step of the row.
+      skips: the skips that this process has recorded.
+    """
 
     def __init__(self, first: int, last: int, skips: Sequence[Skip]):
         self.first, self.last, self.skips = first, last, tuple(skips)
@@ -76,10 +87,15 @@ class Diverged(Exception):
 
 
 class Rollbacks:
-    """How often a run went back, where to, and what it left out for good."""
+    """The rollbacks of a run: their checkpoints and the batches they left out."""
 
     def __init__(self, workdir: Workdir, checkpoints: Store, say: Callable[[str], Any]):
-        """Reads what the workdir says.
+        """Reads the rollbacks so far.
+
+        Args:
+          workdir: the folder of the run.
+          checkpoints: of the run.
+          say: shows a line to the user.
 
         Raises:
           CheckpointError: `rollbacks.json` is damaged.
@@ -89,109 +105,111 @@ class Rollbacks:
         self.records = workdir.rollback_records()
         newest = checkpoints.latest()
         data = None if newest is None else checkpoints.data(newest)
-        # A checkpoint that was moved elsewhere alone knows what came before it.
+        # A checkpoint may have been copied to another workdir, without rollbacks.json.
         stored = data["rollbacks"] if data else []
         self.records = max(self.records, stored, key=len)
 
     @property
     def left_out(self) -> list[tuple[int, int]]:
-        """The (step, batches): the steps after that one do without these batches."""
-        found: list[tuple[int, int]] = []
+        """Pairs (step, batches): so many batches are left out after that step."""
+        pairs: list[tuple[int, int]] = []
         for record in self.records:
-            # What was left out further on is counted in when a run goes further back.
-            found = [pair for pair in found if pair[0] <= record["step"]]
-            found.append((record["step"], record["left_out"]))
-        return found
+            # The count of a rollback includes batches left out earlier at later steps.
+            pairs = [pair for pair in pairs if pair[0] <= record["step"]]
+            pairs.append((record["step"], record["left_out"]))
+        return pairs
 
     def brief(self) -> list[dict[str, Any]]:
-        """Returns what a checkpoint has to know of it."""
+        """Returns the records that a checkpoint stores: steps and counts alone."""
         return [{"step": r["step"], "left_out": r["left_out"]} for r in self.records]
 
-    def go_back(self, why: Diverged) -> int | None:
-        """Goes back to the newest checkpoint from before the first skip.
+    def go_back(self, diverged: Diverged) -> int | None:
+        """Returns the step of the checkpoint to go on from, which is now the newest.
 
-        One that the run went back to already has not helped: the one before it is
-        taken, if there is any. An import is the last resort.
-
-        Returns:
-          Its step, which is the newest there is now.
+        It is the newest one before the first skip. A checkpoint that the run already
+        went back to did not help, so an older one is preferred. An import (step 0) is
+        the last resort.
 
         Raises:
           DivergedError: there is no such checkpoint, or the run went back too often.
         """
         self._checkpoints.finish()
-        before = [step for step in self._checkpoints.steps() if step < why.first]
+        before = [step for step in self._checkpoints.steps() if step < diverged.first]
         most = self._checkpoints.run.optim.max_rollbacks
         if not before or len(self.records) >= most:
-            raise DivergedError(self._story(why, bool(before)))
+            raise DivergedError(self._story(diverged, bool(before)))
         tried = {0} | {record["step"] for record in self.records}
         step = ([s for s in before if s not in tried] or before)[-1]
-        further_on = sum(batches for at, batches in self.left_out if at > step)
-        left_out = why.last - step + further_on
+        # Batches left out at later steps were passed over too, besides those read.
+        passed_over = sum(count for after, count in self.left_out if after > step)
+        left_out = diverged.last - step + passed_over
         record = {
             "step": step,
             "left_out": left_out,
-            "first_skip": why.first,
-            "last_skip": why.last,
-            "skips": [skip.record() for skip in why.skips],
+            "first_skip": diverged.first,
+            "last_skip": diverged.last,
+            "skips": [skip.record() for skip in diverged.skips],
         }
-        self._keep([*self.records, record])
+        self._write([*self.records, record])
         self._say(
             f"going back to step {step}; the {left_out} batches since are left out "
             f"({len(self.records)} of optim.max_rollbacks={most})"
         )
-        return self.clear()
+        return self.remove_abandoned()
 
-    def _keep(self, records: list[dict[str, Any]]) -> None:
-        """Makes the records durable before any process relies on them."""
+    def _write(self, records: list[dict[str, Any]]) -> None:
+        """Writes the records durably, before any process acts on them."""
         self.records = records
         if cluster.lead():
             content = json.dumps(records, indent=1).encode()
             atomic_write(self._path, content, durable=True)
         cluster.wait("rollback")
 
-    def clear(self) -> int | None:
-        """Removes the checkpoints of what was gone back on, also before a kill.
+    def remove_abandoned(self) -> int | None:
+        """Returns the newest step, after the removal of abandoned checkpoints.
 
-        Returns:
-          The newest step there is then, its files compared if it was not the newest.
+        Those are the later steps that a rollback has abandoned, also one that was
+        interrupted by a kill. If any was removed, the newest step is verified.
 
         Raises:
-          CheckpointError: it is damaged, see `Checkpoints.sound`.
+          CheckpointError: it is damaged, see `Store.newest_undamaged`.
         """
         removed = False
         for step in self._checkpoints.steps():
-            since = [i for i, r in enumerate(self.records) if r["step"] < step]
-            if since and self._known(step) <= since[-1]:
+            below = [i for i, r in enumerate(self.records) if r["step"] < step]
+            if below and self._rollbacks_before(step) <= below[-1]:
                 self._say(f"removing checkpoint {step}: the run went back on it")
                 self._checkpoints.remove(step)
                 removed = True
-        return self._checkpoints.sound() if removed else self._checkpoints.latest()
+        if removed:
+            return self._checkpoints.newest_undamaged()
+        return self._checkpoints.latest()
 
-    def _known(self, step: int) -> int:
-        """Returns how often the run had gone back when it saved `step`."""
+    def _rollbacks_before(self, step: int) -> int:
+        """Returns the number of rollbacks before `step` was saved."""
         data = self._checkpoints.data(step)
         assert data is not None, "an import is older than any rollback"
         return len(data["rollbacks"])
 
-    def _story(self, why: Diverged, has_checkpoint: bool) -> str:
-        """Returns all that a person needs to decide what to do now."""
+    def _story(self, diverged: Diverged, has_checkpoint: bool) -> str:
+        """Returns the error text: the reason, the rollbacks so far, and remedies."""
         optim, newest = self._checkpoints.run.optim, self._checkpoints.latest()
         if not has_checkpoint:
-            end = f"no checkpoint from before step {why.first} to go back to"
+            end = f"no checkpoint from before step {diverged.first} to go back to"
         elif optim.max_rollbacks:
             end = f"the run went back optim.max_rollbacks={optim.max_rollbacks} times"
         else:
             end = "optim.max_rollbacks=0, so the run does not go back"
         gone_back = [
-            # What a checkpoint knows of it does not say which steps.
+            # Records restored from a checkpoint lack the skipped steps, see `brief`.
             f"  steps {r.get('first_skip', '?')} to {r.get('last_skip', '?')} "
             f"skipped; back to step {r['step']} without {r['left_out']} batches"
             for r in self.records
             if "skips" in r
         ]
         lines = [
-            f"step {why.last}: no update for {why.last - why.first + 1} steps in a row "
+            f"step {diverged.last}: no update for "
+            f"{diverged.last - diverged.first + 1} steps in a row "
             "(optim.max_skipped_steps), each with its line above and its record in "
             f"metrics.jsonl; {end}{':' if gone_back else '.'}",
             *gone_back,

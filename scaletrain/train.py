@@ -1,4 +1,4 @@
-"""A training run, told from top to bottom."""
+"""A training run from top to bottom."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,6 @@ from scaletrain import (
     data,
     input_pipeline,
     mesh,
-    rollbacks,
     sharding,
 )
 from scaletrain import workdir as workdirs
@@ -32,85 +31,87 @@ from scaletrain.monitor.phase_clock import Phases
 from scaletrain.monitor.recorder import Recorder
 from scaletrain.monitor.watchdog import Watchdog
 from scaletrain.program import Program, TrainState, build, initial
-from scaletrain.rollbacks import Diverged
+from scaletrain.rollbacks import Diverged, Rollbacks
 from scaletrain.workdir import Workdir
 
 
-def run(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str, Any]:
-    """Trains to `num_steps`, going on from the newest checkpoint of `workdir`.
+def train(run: RunConfig, workdir: str, phases: Phases | None = None) -> dict[str, Any]:
+    """Returns the last evaluation of a run that is trained to `num_steps`.
+
+    Training goes on from the newest checkpoint of `workdir`. The evaluation is as in
+    `evaluate.evaluate`; a run that is already past `num_steps` has an earlier one.
 
     Args:
-      phases: the clock of this attempt; by default it starts here.
-
-    Returns:
-      What the last evaluation found, see `evaluate.evaluate`: one of before where
-        the run has already gone further than `num_steps`.
+      run: the settings, not yet resolved to a number of devices.
+      workdir: the folder of the run, made if missing.
+      phases: the clock of this attempt; by default it starts now.
 
     Raises:
       ScaletrainError: see `errors`; the workdir stays empty until settings, mesh and
         data are known to fit together.
     """
     phases = phases or Phases()
-    # 1. Where: the devices that are here.
+    # 1. The settings on the present devices.
     run = config.resolve(run, jax.device_count())
-    grid = mesh.build(run.mesh)
-    folder = workdirs.prepare(workdir)
+    devices = mesh.build(run.mesh)
+    folder = workdirs.make_workdir(workdir)
     run = warm_start.pinned(_as_begun(run, folder))
-    # 2. What: the corpus as tokens, the step as a program.
+    # 2. The corpus as tokens, the step as a program.
     with signals.at_once(), phases("data"):
         corpus = input_pipeline.prepare(
             run, warm_start.tokenizer_begun_with(run, folder)
         )
         sequences = {s: data.sequences(corpus, s, run) for s in ("train", "validation")}
-    program = build(run, grid)
-    with contextlib.ExitStack() as held:
-        held.enter_context(jax.set_mesh(grid))
+    program = build(run, devices)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(devices))
         if jax.process_index() == 0:
-            held.enter_context(locked(folder, say))
+            stack.enter_context(locked(folder, say))
             phases.tell(folder)
-        held.enter_context(Watchdog(phases, folder, run.watchdog_s))
-        # 3. From where: the newest checkpoint, other weights, or the seed.
+        stack.enter_context(Watchdog(phases, folder, run.watchdog_s))
+        # 3. The first state: the newest checkpoint, other weights, or the seed.
         with signals.at_once():
-            _not_anew(folder)
+            _refuse_lost_checkpoints(folder)
             checkpoints = checkpoint.Store(folder, run, say=say)
-            held.enter_context(contextlib.closing(checkpoints))
+            stack.enter_context(contextlib.closing(checkpoints))
             with checkpoints.reserved(program.state) as reserved:
                 with phases("check"):
-                    checkpoints.sound()
-                    back = rollbacks.Rollbacks(folder, checkpoints, say)
-                    start = _agreed(checkpoints, back, corpus, program)
+                    checkpoints.newest_undamaged()  # sets damaged steps aside
+                    rollbacks = Rollbacks(folder, checkpoints, say)
+                    start = _agreed_start(checkpoints, rollbacks, corpus, program)
                     if start is not None and start > run.num_steps:
                         return _nothing_to_do(folder, run, start)
                     _leave_settings(folder, run, corpus)
-                    account = held.enter_context(goodput.Account(folder, phases))
+                    account = stack.enter_context(goodput.Account(folder, phases))
                     say(sharding.table(program.state.params))
                 with phases("compile"):
                     program, execute = compilation.decided(program, run, reserved)
             with phases("init" if start is None else "restore"):
-                state = _first(program, checkpoints, start)
-        # 4. The loop, begun again where it goes back.
+                state = _first_state(program, checkpoints, start)
+        # 4. The loop, again after each rollback.
         while True:
-            with workdirs.writing(folder):
+            with workdirs.as_checkpoint_error(folder):
                 recorder = Recorder(folder, run, start or 0)
             with contextlib.closing(recorder):
                 loop = Loop(
-                    program, execute, recorder, checkpoints, corpus, sequences, back,
-                    phases, account,
+                    program, execute, recorder, checkpoints, corpus, sequences,
+                    rollbacks, phases, account,
                 )  # fmt: skip
                 try:
                     return loop.run(state, start or 0)
                 except Diverged as err:
-                    # Its frames hold the arrays of the state that is given up.
-                    why = err.with_traceback(None)
+                    # The frames of the traceback keep the abandoned state in memory.
+                    diverged = err.with_traceback(None)
             with phases("restore"):
-                start = back.go_back(why)
-                state = _first(program, checkpoints, start)
+                start = rollbacks.go_back(diverged)
+                state = _first_state(program, checkpoints, start)
 
 
-def _not_anew(folder: Workdir) -> None:
-    """Refuses a workdir whose checkpoints are gone, before there is a folder for them.
+def _refuse_lost_checkpoints(folder: Workdir) -> None:
+    """Raises ConfigError if the checkpoints that metrics.jsonl records are gone.
 
-    One that was moved back would else end up inside it.
+    This comes before `checkpoints/` is made: a folder of that name that the user moves
+    back would otherwise end up inside the new one.
     """
     saved = folder.newest_saved()
     if saved is not None and not folder.steps():
@@ -123,21 +124,24 @@ def _not_anew(folder: Workdir) -> None:
         )
 
 
-def _agreed(
+def _agreed_start(
     checkpoints: checkpoint.Store,
-    back: rollbacks.Rollbacks,
+    rollbacks: Rollbacks,
     corpus: data.Corpus,
     program: Program,
 ) -> int | None:
-    """Returns the step to go on from, which all processes and settings agree on."""
+    """Returns the step to go on from, the same in all processes.
+
+    Its settings agree with those of the run. None where there is no checkpoint.
+    """
     cluster.agree(
         {
             "the newest checkpoint": checkpoints.latest(),
             "the data": corpus.fingerprint,
-            "what was left out": back.left_out,
+            "what was left out": rollbacks.left_out,
         }
     )
-    start = back.clear()
+    start = rollbacks.remove_abandoned()
     if start is not None:
         for line in checkpoints.agree(start, program.state, corpus.fingerprint):
             say(f"changed since step {start}: {line}")
@@ -145,7 +149,7 @@ def _agreed(
 
 
 def _nothing_to_do(folder: Workdir, run: RunConfig, step: int) -> dict[str, Any]:
-    """Returns the newest evaluation of a run that is further on than `num_steps`."""
+    """Returns the newest evaluation of a run that is already past `num_steps`."""
     say(
         f"num_steps={run.num_steps}; nothing to do: {folder} is at step {step} and "
         "keeps its settings; to train on, give more steps than that."
@@ -154,41 +158,47 @@ def _nothing_to_do(folder: Workdir, run: RunConfig, step: int) -> dict[str, Any]
 
 
 def _leave_settings(folder: Workdir, run: RunConfig, corpus: data.Corpus) -> None:
-    """Writes what `eval` and `generate` need to know of the run."""
+    """Writes the settings and the tokenizer, which other commands read."""
     if jax.process_index() == 0:
-        with workdirs.writing(folder):
+        with workdirs.as_checkpoint_error(folder):
             atomic_write(folder.config, config.to_json(run).encode())
             if corpus.tokenizer is not None:
                 corpus.tokenizer.save(folder.tokenizer)
 
 
 def _as_begun(run: RunConfig, folder: Workdir) -> RunConfig:
-    """Returns `run` with the step that `init_from` meant when the run began."""
+    """Returns `run` with the step of `init_from` that its first start has chosen."""
     path = folder.config
     if not run.init_from or not path.is_file():
         return run
-    then = config.from_json(path.read_text("utf-8", "replace"), str(path)).init_from
+    stored = config.from_json(path.read_text("utf-8", "replace"), str(path)).init_from
     workdir = os.path.abspath(run.init_from)
-    same = warm_start.parsed(then)[0] == workdir
-    return dataclasses.replace(run, init_from=then) if same else run
+    same = warm_start.parsed(stored)[0] == workdir
+    return dataclasses.replace(run, init_from=stored) if same else run
 
 
-def _first(
+def _first_state(
     program: Program, checkpoints: checkpoint.Store, start: int | None
 ) -> TrainState:
-    """Returns the state that the first step of this attempt takes."""
-    run, wanted = program.run, program.state
-    frozen = warm_start.initial_weights(run, wanted.frozen) if wanted.frozen else {}
+    """Returns the state before the first step of an attempt.
+
+    Args:
+      program: with the shapes and shardings of the state.
+      checkpoints: of the run.
+      start: the checkpoint to restore; None for `init_from`, or random weights.
+    """
+    run, shapes = program.run, program.state
+    frozen = warm_start.initial_weights(run, shapes.frozen) if shapes.frozen else {}
     if start is not None and not checkpoints.is_import(start):
         say(f"resuming from step {start} of {checkpoints.folder}")
-        return checkpoints.restore(start, dataclasses.replace(wanted, frozen=frozen))
+        return checkpoints.restore(start, dataclasses.replace(shapes, frozen=frozen))
     state = dataclasses.replace(initial(program, with_frozen=False), frozen=frozen)
     if start is not None:
         say(f"starting from the import in {checkpoints.folder}")
-        params = checkpoints.restore_params(start, wanted.params)
-    elif run.init_from and not wanted.frozen:
+        params = checkpoints.restore_params(start, shapes.params)
+    elif run.init_from and not shapes.frozen:
         say(f"starting from the weights of {run.init_from}")
-        params = warm_start.initial_weights(run, wanted.params)
+        params = warm_start.initial_weights(run, shapes.params)
     else:
         return state
     return dataclasses.replace(state, params=params)

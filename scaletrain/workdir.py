@@ -1,4 +1,4 @@
-"""The folder of a run: the files in it, and readers that need no jax."""
+"""The folder of a run: the names of its files, and readers that need no jax."""
 
 import contextlib
 import dataclasses
@@ -14,16 +14,16 @@ from scaletrain.errors import CheckpointError
 
 @dataclasses.dataclass(frozen=True)
 class Workdir:
-    """The folder of a run: the name of each file in it, and readers of what they say.
+    """The folder of a run: the path of each file, and readers of some of them.
 
-    Besides these it holds `events.out.tfevents.*`, see `monitor.tensorboard`.
+    It also contains `events.out.tfevents.*`, see `monitor.tensorboard`.
     """
 
     path: pathlib.Path
 
     @classmethod
     def of(cls, workdir: str) -> "Workdir":
-        """Returns the folder that a command line calls `workdir`."""
+        """Returns the folder at a path from a command line."""
         return cls(pathlib.Path(workdir))
 
     def __str__(self) -> str:
@@ -31,51 +31,56 @@ class Workdir:
 
     @property
     def config(self) -> pathlib.Path:
-        """The run's settings."""
+        """The file of the run's settings."""
         return self.path / "config.json"
 
     @property
     def metrics(self) -> pathlib.Path:
-        """The records of its steps, a line each."""
+        """The file of the records of steps, a line each."""
         return self.path / "metrics.jsonl"
 
     @property
     def attempts(self) -> pathlib.Path:
-        """The time of each attempt, see `monitor.goodput`."""
+        """The file of the time of each attempt, see `monitor.goodput`."""
         return self.path / "attempts.json"
 
     @property
     def status(self) -> pathlib.Path:
-        """The phase that the run is in now, see `monitor.phase_clock`."""
+        """The file of the present phase, see `monitor.phase_clock`."""
         return self.path / "status.json"
 
     @property
     def rollbacks(self) -> pathlib.Path:
-        """The checkpoints that the run went back to, see `rollbacks`."""
+        """The file of the rollbacks, see `rollbacks`."""
         return self.path / "rollbacks.json"
 
     @property
     def checkpoints(self) -> pathlib.Path:
-        """A folder for each saved step."""
+        """The folder of the saved steps, with a folder for each."""
         return self.path / "checkpoints"
 
     @property
     def tokenizer(self) -> pathlib.Path:
-        """The files of the run's tokenizer, see `data.tokenizers`."""
+        """The folder of the run's tokenizer, see `data.tokenizers`."""
         return self.path / "tokenizer"
 
     @property
     def compiled(self) -> pathlib.Path:
-        """Executables, so that the next attempt need not compile."""
+        """The folder of executables, so that the next attempt need not compile."""
         return self.path / "compiled"
 
     @property
     def lock(self) -> pathlib.Path:
-        """The file that the run holds while it trains."""
+        """The file that a run locks while it trains."""
         return self.path / "lock"
 
     def stacks(self, process: int, stamp: str) -> pathlib.Path:
-        """The stacks of a process that hung at the time `stamp`."""
+        """Returns the file of the stacks of a process that hung.
+
+        Args:
+          process: its number.
+          stamp: the time.
+        """
         return self.path / f"stacks-{process}-{stamp}.txt"
 
     def steps(self) -> list[int]:
@@ -84,7 +89,7 @@ class Workdir:
         return sorted(int(name) for name in names if name.isdigit())
 
     def records(self) -> list[dict[str, Any]]:
-        """Returns the records in `metrics`, but a line that is cut off."""
+        """Returns the records in `metrics`, without incomplete lines."""
         return [record for _, record in self.lines()]
 
     def lines(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
@@ -99,9 +104,9 @@ class Workdir:
                     yield line, record
 
     def newest_evaluation(self, step: int) -> dict[str, Any]:
-        """Returns the numbers of the newest evaluation up to `step`, and its own step.
+        """Returns the numbers of the newest evaluation up to `step`, with its step.
 
-        Where nothing was evaluated there is `step` and "evaluated", which is False.
+        Without an evaluation: `step`, and "evaluated" as False.
         """
         for record in reversed(self.records()):
             if record["step"] <= step and "eval_loss" in record:
@@ -114,7 +119,7 @@ class Workdir:
         return {"step": step, "evaluated": False}
 
     def newest_saved(self) -> int | None:
-        """Returns the newest step that a record tells was saved."""
+        """Returns the newest saved step by the records, None if they have none."""
         steps = [record.get("newest_saved") for record in self.records()]
         return max((step for step in steps if isinstance(step, int)), default=None)
 
@@ -145,11 +150,11 @@ def _is_rollback(record: Any) -> bool:
     )
 
 
-def prepare(workdir: str) -> Workdir:
-    """Returns the workdir, made if missing.
+def make_workdir(workdir: str) -> Workdir:
+    """Returns the workdir at a path, made if missing.
 
     Raises:
-      CheckpointError: it cannot be made or written.
+      CheckpointError: the folder cannot be made or written.
     """
     path = Workdir.of(workdir).path
     try:
@@ -166,11 +171,11 @@ def prepare(workdir: str) -> Workdir:
 
 
 @contextlib.contextmanager
-def writing(workdir: Workdir) -> Iterator[None]:
-    """Tells of a disk that refuses what a run cannot begin without.
+def as_checkpoint_error(workdir: Workdir) -> Iterator[None]:
+    """A context in which an error of the disk names the workdir and a remedy.
 
     Raises:
-      CheckpointError: something inside could not be written.
+      CheckpointError: for an OSError inside the `with` block.
     """
     try:
         yield

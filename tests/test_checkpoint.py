@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding
 from scaletrain import config, lock, main, train
 from scaletrain.checkpoint import Store, manifest, writer
 from scaletrain.checkpoint.manifest import UNFINISHED, Manifest
-from scaletrain.checkpoint.retention import kept
+from scaletrain.checkpoint.retention import retained_steps
 from scaletrain.errors import CheckpointError
 from scaletrain.program import TrainState
 from scaletrain.workdir import Workdir
@@ -111,7 +111,7 @@ def test_damage_is_found_and_named(tmp_path, told, harm, words):
         opened(tmp_path, told) as checkpoints,
         pytest.raises(CheckpointError, match="2 is damaged") as raised,
     ):
-        checkpoints.sound()
+        checkpoints.newest_undamaged()
     assert words in str(raised.value)
     assert "manifest.json" in str(raised.value) or name in str(raised.value)
     assert "checkpoint.on_damage=previous" in str(raised.value)
@@ -184,12 +184,12 @@ def test_the_previous_step_is_used_where_that_is_asked_for(tmp_path, told):
     flip(largest(folder / "3"))
     cut(largest(folder / "2"))
     with opened(tmp_path, told, checkpoint__on_damage="previous") as checkpoints:
-        assert checkpoints.sound() == 1
+        assert checkpoints.newest_undamaged() == 1
         found = checkpoints.restore(1, state(0))
         assert float(found.params["one"][0]) == 1
         checkpoints.save(2, state(2), "text", [])
         checkpoints.finish()
-        assert checkpoints.sound() == 2
+        assert checkpoints.newest_undamaged() == 2
     assert len(told) == 2
     assert "3 is damaged" in told[0]
     assert (folder / "3.damaged").is_dir()
@@ -203,7 +203,7 @@ def test_a_run_does_not_start_over_when_all_is_damaged(tmp_path, told):
         opened(tmp_path, told, checkpoint__on_damage="previous") as checkpoints,
         pytest.raises(CheckpointError, match="every checkpoint is damaged"),
     ):
-        checkpoints.sound()
+        checkpoints.newest_undamaged()
 
 
 def test_a_missing_leaf_is_named(tmp_path, told):
@@ -261,7 +261,7 @@ def test_a_disk_that_is_full_from_the_start_is_told_of(tmp_path):
             while filler.write(bytes(4096)):
                 pass
         with pytest.raises(CheckpointError, match="No space left on device; make room"):
-            train.run(run, str(disk))
+            train.train(run, str(disk))
         assert not (disk / "config.json").exists()
 
 
@@ -297,7 +297,7 @@ def test_too_many_failed_saves_end_a_run(tmp_path, told):
         kinds = {type(thread).__name__ for thread in threading.enumerate()}
         assert "_SignalingThread" not in kinds
         with opened(disk, told) as checkpoints:
-            assert checkpoints.sound() == 1
+            assert checkpoints.newest_undamaged() == 1
 
 
 def test_a_failed_save_removes_no_step(tmp_path, told, monkeypatch):
@@ -329,7 +329,7 @@ def test_a_needed_save_must_not_fail(tmp_path, told):
         # still come after the folder was cleared.
         for _ in range(50):
             with opened(disk, told) as checkpoints:
-                assert checkpoints.sound() == 1
+                assert checkpoints.newest_undamaged() == 1
             names = [p.name for p in (disk / "checkpoints").iterdir()]
             if names == ["1"]:
                 break
@@ -408,7 +408,7 @@ def test_killed_at_any_moment_the_newest_whole_step_is_found(tmp_path, monkeypat
     newest = []
     for _, copy in moments:
         with opened(copy, []) as checkpoints:
-            newest.append(checkpoints.sound())
+            newest.append(checkpoints.newest_undamaged())
             found = checkpoints.restore(newest[-1], state(0))
             assert float(found.params["one"][0]) == newest[-1]
             assert checkpoints.steps() in ([1, 2], [1, 2, 3], [2, 3])
@@ -467,7 +467,7 @@ try:
             checkpoints.check(together=True)
             time.sleep(0.01)
         setattr(owner, name, works)
-        print("whole:", checkpoints.steps(), checkpoints.sound())
+        print("whole:", checkpoints.steps(), checkpoints.newest_undamaged())
 except CheckpointError as err:
     print(err, flush=True)
     cluster.leave(err.exit_code)
@@ -513,7 +513,7 @@ def test_what_fails_in_one_process_fails_in_all_at_once(tmp_path, told):
     assert f"process 1 could not begin a checkpoint ({FULL}); start all" in said[1]
     assert [process.returncode for process in processes] == [75, 75]
     with opened(tmp_path, told) as checkpoints:
-        assert checkpoints.sound() == 5
+        assert checkpoints.newest_undamaged() == 5
         files = Manifest.read(tmp_path / "checkpoints" / "5").files
         wrote = {path.split("/")[1] for path in files if "ocdbt.process" in path}
         assert wrote == {"ocdbt.process_0", "ocdbt.process_1"}
@@ -550,12 +550,12 @@ def test_temporary_steps_go_when_a_newer_one_is_whole():
     run = small.changed(
         RUN, checkpoint__every_steps=10, checkpoint__keep=2, num_steps=35
     )
-    assert kept(run, [0, 10, 13]) == [0, 10, 13]
-    assert kept(run, [0, 10, 13, 17, 20]) == [0, 10, 20]
-    assert kept(run, [10, 20, 30, 33]) == [20, 30, 33]
-    assert kept(run, [20, 30, 33, 35]) == [30, 35]
+    assert retained_steps(run, [0, 10, 13]) == [0, 10, 13]
+    assert retained_steps(run, [0, 10, 13, 17, 20]) == [0, 10, 20]
+    assert retained_steps(run, [10, 20, 30, 33]) == [20, 30, 33]
+    assert retained_steps(run, [20, 30, 33, 35]) == [30, 35]
     all_alike = small.changed(run, checkpoint__every_steps=0)
-    assert kept(all_alike, [3, 5, 8]) == [5, 8]
+    assert retained_steps(all_alike, [3, 5, 8]) == [5, 8]
 
 
 def test_a_workdir_holds_one_run(tmp_path):
@@ -582,7 +582,7 @@ def test_a_workdir_holds_one_run(tmp_path):
 def test_imports_have_manifests(tmp_path):
     with opened(tmp_path, []) as checkpoints:
         checkpoints.save_weights({"a/b": jnp.arange(5, dtype=jnp.bfloat16)})
-        assert checkpoints.sound() == 0
+        assert checkpoints.newest_undamaged() == 0
         assert checkpoints.dtypes(0) == {"a/b": jnp.bfloat16}
     assert jax.process_count() == 1
     assert pathlib.Path(tmp_path / "checkpoints" / "0" / "manifest.json").is_file()

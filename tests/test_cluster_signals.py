@@ -100,13 +100,13 @@ MOMENTS = [
 
 def test_signals_at_every_moment_change_nothing(taken, tmp_path, monkeypatch, handlers):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    train.run(RUN, str(straight))
+    train.train(RUN, str(straight))
     for moment, owner, name, how, at, saved in MOMENTS:
         signals.catch()
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, how(getattr(owner, name), at))
             with pytest.raises(Interrupted) as caught:
-                train.run(RUN, str(stopped))
+                train.train(RUN, str(stopped))
         steps = [int(p.name) for p in (stopped / "checkpoints").glob("?")]
         assert max(steps, default=None) == saved, moment
         if moment in ("tokenisation", "compile", "restore"):
@@ -115,7 +115,7 @@ def test_signals_at_every_moment_change_nothing(taken, tmp_path, monkeypatch, ha
             assert f"stopped by a signal at step {saved}; saved " in str(caught.value)
             assert records(stopped, "stop_to_saved_s")[-1][0] == saved
     signals.catch()
-    train.run(RUN, str(stopped))
+    train.train(RUN, str(stopped))
     (told, params), (wanted, same) = outcome(stopped, taken), outcome(straight, taken)
     assert [step for step, _ in wanted[2]] == [2, 4, 6]
     assert told == wanted

@@ -42,13 +42,13 @@ def unsplit(one_device, tmp_path_factory):
             cache_dir=str(root / "cache"),
         ),
     )
-    train.run(run, str(root / "run"))
+    train.train(run, str(root / "run"))
     return run, str(root / "run")
 
 
 def test_the_training_split_is_told_of_without_a_validation_split(unsplit):
     run, workdir = unsplit
-    found = evaluate.run(run, workdir, None, "train")
+    found = evaluate.evaluate_checkpoint(run, workdir, None, "train")
     text = "Some made-up text, and more. " * 60
     bits = found["loss"] * (len(text) + 1) / len(text) / math.log(2)
     assert found["bits_per_byte"] == pytest.approx(bits)
@@ -72,7 +72,10 @@ def test_batches_of_an_evaluation_are_batches_however_they_are_computed(
         data__path=str(tmp_path / "*.txt"),
         data__validation_fraction=0.3,
     )
-    assert evaluate.run(run, workdir, None, "train")["tokens"] == 2 * 4 * 32
+    assert (
+        evaluate.evaluate_checkpoint(run, workdir, None, "train")["tokens"]
+        == 2 * 4 * 32
+    )
 
 
 def test_what_is_not_finite_is_null_in_any_record():

@@ -153,9 +153,9 @@ def test_a_run_whose_clock_jumps_tells_the_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(time, "time", lambda: clock() + ahead[0])
     monkeypatch.setattr(goodput.Account, "took", jumps)
-    train.run(run, str(tmp_path))
+    train.train(run, str(tmp_path))
     ahead[0] = 86_400
-    train.run(run, str(tmp_path))
+    train.train(run, str(tmp_path))
     spent = time.monotonic() - began
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     records = list(map(json.loads, lines))

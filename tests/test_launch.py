@@ -97,7 +97,7 @@ def test_two_processes_and_then_one_train_like_one(tmp_path, monkeypatch):
     assert json.loads(done.stdout[done.stdout.index("{") :])["step"] == steps
     run = small.changed(run, num_steps=steps, mesh=MeshConfig(data=1))
     small.Taken(run).stand_in(monkeypatch)
-    train.run(run, str(one))
+    train.train(run, str(one))
     assert records(two, "batch_hash") == records(one, "batch_hash")
     for name in ("loss", "eval_loss"):
         found, straight = records(two, name), records(one, name)

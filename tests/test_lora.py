@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import checkpoint, config, evaluate, step, train
+from scaletrain import checkpoint, config, evaluate, score, step, train
 from scaletrain.checkpoint import warm_start
 from scaletrain.config import LoraConfig
 from scaletrain.errors import CheckpointError
@@ -57,7 +57,7 @@ def trained(base, tmp_path_factory):
     """The workdir of four steps of training adapters."""
     workdir = tmp_path_factory.mktemp("trained") / "w"
     run = adapted(base, precision__compute="float32")
-    train.run(run, str(workdir))
+    train.train(run, str(workdir))
     return workdir
 
 
@@ -70,7 +70,7 @@ def logits(workdir, tmp_path, run=None):
     np.save(tmp_path / "tokens.npy", tokens)
     out = str(tmp_path / "logits.npy")
     run = run or settings(workdir)
-    evaluate.score(run, str(workdir), None, str(tmp_path / "tokens.npy"), out)
+    score.score(run, str(workdir), None, str(tmp_path / "tokens.npy"), out)
     return np.load(out)
 
 
@@ -175,9 +175,9 @@ def test_a_resumed_run_keeps_what_it_adapts(base, trained, tmp_path, unjudged):
     """Two steps and two more are four steps; the base's step is held."""
     workdir = tmp_path / "w"
     run = adapted(base, precision__compute="float32")
-    train.run(small.changed(run, num_steps=2), str(workdir))
+    train.train(small.changed(run, num_steps=2), str(workdir))
     assert settings(workdir).init_from == f"{base}@0"
-    train.run(run, str(workdir))
+    train.train(run, str(workdir))
     kept = {p.name for p in (workdir / "checkpoints").iterdir() if p.is_dir()}
     assert kept == {"2", "4"}
     one, two = (logits(w, tmp_path) for w in (workdir, trained))
@@ -185,7 +185,7 @@ def test_a_resumed_run_keeps_what_it_adapts(base, trained, tmp_path, unjudged):
     shutil.copytree(base, tmp_path / "copy")
     other = dataclasses.replace(run, init_from=str(tmp_path / "copy"), num_steps=6)
     with pytest.raises(CheckpointError, match=r"other settings:\n  init_from: "):
-        train.run(other, str(workdir))
+        train.train(other, str(workdir))
 
 
 def test_adapters_without_a_base_are_refused(base, trained, tmp_path):
@@ -203,7 +203,7 @@ def test_adapters_without_a_base_are_refused(base, trained, tmp_path):
     ):
         other = dataclasses.replace(run, init_from=str(place))
         with pytest.raises(CheckpointError, match=words):
-            train.run(other, str(tmp_path / "w"))
+            train.train(other, str(tmp_path / "w"))
         assert not list((tmp_path / "w").iterdir())
 
 
@@ -241,7 +241,7 @@ def test_joined_matrices_need_merging(tmp_path, unjudged):
         run, lora=LORA, init_from=str(tmp_path / "base"), num_steps=1, batch_size=8,
         seq_len=16, optim__warmup_steps=0,
     )  # fmt: skip
-    train.run(run, str(tmp_path / "w"))
+    train.train(run, str(tmp_path / "w"))
     run = settings(tmp_path / "w")
     with pytest.raises(CheckpointError, match="qkv_proj.*; use --merge"):
         exporter.run(

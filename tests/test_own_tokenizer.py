@@ -55,7 +55,7 @@ def bpe(one_device, tmp_path_factory):
     """The settings and the workdir of a run that trained its tokenizer."""
     root = tmp_path_factory.mktemp("bpe")
     run = a_run(root)
-    train.run(run, str(root / "run"))
+    train.train(run, str(root / "run"))
     return run, root / "run"
 
 
@@ -69,8 +69,8 @@ def test_other_texts_are_evaluated_with_the_tokenizer_of_the_run(bpe, tmp_path):
     run, workdir = bpe
     file = str(workdir / "tokenizer" / "tokenizer.json")
     named = on_other_texts(run, tmp_path, data__tokenizer=file)
-    wanted = evaluate.run(named, str(workdir), None, "validation")
-    found = evaluate.run(
+    wanted = evaluate.evaluate_checkpoint(named, str(workdir), None, "validation")
+    found = evaluate.evaluate_checkpoint(
         on_other_texts(run, tmp_path), str(workdir), None, "validation"
     )
     assert found == wanted
@@ -82,7 +82,7 @@ def test_other_texts_are_evaluated_with_the_tokenizer_of_the_run(bpe, tmp_path):
 def test_a_run_begun_from_another_keeps_its_tokenizer(bpe, tmp_path):
     run, workdir = bpe
     begun = on_other_texts(run, tmp_path, init_from=str(workdir))
-    train.run(begun, str(tmp_path / "b"))
+    train.train(begun, str(tmp_path / "b"))
     file = pathlib.Path("tokenizer", "tokenizer.json")
     assert (tmp_path / "b" / file).read_bytes() == (workdir / file).read_bytes()
 
@@ -98,11 +98,11 @@ def test_a_tokenizer_of_other_ids_is_refused(bpe, tmp_path, tokenizer):
     begun = small.changed(other, init_from=str(workdir))
     sampling, to = generate.Sampling(temperature=0.0), tmp_path / "out"
     with refused:
-        evaluate.run(other, str(workdir), None, "validation")
+        evaluate.evaluate_checkpoint(other, str(workdir), None, "validation")
     with refused:
-        train.run(begun, str(tmp_path / "b"))
+        train.train(begun, str(tmp_path / "b"))
     with refused:
-        generate.run(other, str(workdir), None, ["the"], sampling, 0)
+        generate.generate_texts(other, str(workdir), None, ["the"], sampling, 0)
     with refused:
         exporter.run(other, str(workdir), str(to), None, "", merge=False)
     assert not to.exists()
@@ -114,15 +114,15 @@ def test_the_copy_in_the_workdir_counts_when_the_file_is_another_or_gone(bpe, tm
     own.save(tmp_path / "t")
     file = tmp_path / "t" / "tokenizer.json"
     run, workdir = a_run(tmp_path, tokenizer=str(file)), tmp_path / "run"
-    train.run(run, str(workdir))
-    before = evaluate.run(run, str(workdir), None, "validation")
+    train.train(run, str(workdir))
+    before = evaluate.evaluate_checkpoint(run, str(workdir), None, "validation")
     data.prepare(on_other_texts(bpe[0], tmp_path), print).tokenizer.save(tmp_path / "t")
-    assert evaluate.run(run, str(workdir), None, "validation") == before
+    assert evaluate.evaluate_checkpoint(run, str(workdir), None, "validation") == before
     file.unlink()
-    assert evaluate.run(run, str(workdir), None, "validation") == before
-    train.run(small.changed(run, num_steps=2), str(workdir))
+    assert evaluate.evaluate_checkpoint(run, str(workdir), None, "validation") == before
+    train.train(small.changed(run, num_steps=2), str(workdir))
     begun = small.changed(run, init_from=str(workdir))
-    train.run(begun, str(tmp_path / "b"))
+    train.train(begun, str(tmp_path / "b"))
     for folder in (workdir, tmp_path / "b"):
         found = data.load_tokenizer(folder / "tokenizer")
         assert found.fingerprint == own.fingerprint

@@ -22,7 +22,16 @@ import small
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from scaletrain import checkpoint, config, data, evaluate, generate, mesh, step, train
+from scaletrain import (
+    checkpoint,
+    config,
+    data,
+    generate,
+    mesh,
+    score,
+    step,
+    train,
+)
 from scaletrain.checkpoint import warm_start
 from scaletrain.data.tokenizers import JsonTokenizer
 from scaletrain.errors import CheckpointError, ConfigError, DataError
@@ -63,7 +72,7 @@ def logits(workdir, tokens, tmp_path, **changes):
     np.save(tmp_path / "tokens.npy", tokens)
     out = str(tmp_path / "logits.npy")
     run = settings(workdir, **changes)
-    evaluate.score(run, workdir, None, str(tmp_path / "tokens.npy"), out)
+    score.score(run, workdir, None, str(tmp_path / "tokens.npy"), out)
     return np.load(out)
 
 
@@ -92,7 +101,7 @@ def test_continues_as_transformers_continues(name, imported):
     run = settings(imported(name), precision__compute="float32")
     sampling = generate.Sampling(temperature=0.0, max_new_tokens=32)
     prompts = [wanted["prompt"].tolist()]
-    found = generate.run(run, imported(name), None, prompts, sampling, 0)
+    found = generate.generate_texts(run, imported(name), None, prompts, sampling, 0)
     assert found[0]["ids"] == wanted["greedy"].tolist()
 
 
@@ -236,13 +245,13 @@ def test_a_run_goes_on_from_an_import(imported, tmp_path):
         data__source="synthetic",
     )
     before = checkpoint_weights(workdir)
-    train.run(run, str(workdir))
+    train.train(run, str(workdir))
     kept = {int(p.name) for p in (workdir / "checkpoints").iterdir() if p.is_dir()}
     assert kept == {0, 3, 4}
     after = checkpoint_weights(workdir)
     assert not np.array_equal(before["embedding"], after["embedding"])
     other = small.changed(run, init_from=str(workdir), num_steps=1)
-    train.run(other, str(tmp_path / "other"))
+    train.train(other, str(tmp_path / "other"))
     named = settings(tmp_path / "other").init_from
     assert named == f"{workdir}@4"
     first = json.loads(
@@ -567,7 +576,7 @@ def test_each_end_that_a_checkpoint_names_ends_a_text(imported, tmp_path):
     run = settings(workdir, precision__compute="float32")
     sampling = generate.Sampling(temperature=0.0, max_new_tokens=32)
     prompts = [wanted["prompt"].tolist()]
-    found = generate.run(run, str(workdir), None, prompts, sampling, 0)
+    found = generate.generate_texts(run, str(workdir), None, prompts, sampling, 0)
     assert found[0]["ids"] == greedy[: greedy.index(greedy[5])]
 
 
@@ -586,7 +595,7 @@ def test_the_space_between_prompt_and_answer_is_printed(
     shutil.copytree(imported("llama"), workdir)
     JsonTokenizer(library.to_str()).save(workdir / "tokenizer")
     monkeypatch.setattr(generate, "generate", lambda *args, **kwargs: [[2]])
-    found = generate.run(
+    found = generate.generate_texts(
         settings(workdir), str(workdir), None, [prompt], generate.Sampling(), 0
     )
     assert generate.in_words(found[0]) == (words or f"{prompt} brown")
@@ -696,7 +705,7 @@ def test_ids_that_cannot_be_scored_are_told(content, words, imported, tmp_path):
     else:
         np.save(path, content)
     with pytest.raises(DataError, match=f"--tokens={path}; .*{words}"):
-        evaluate.score(settings(workdir), workdir, None, str(path), None)
+        score.score(settings(workdir), workdir, None, str(path), None)
 
 
 def test_logits_appear_whole_or_not_at_all(imported, tmp_path):
@@ -704,12 +713,12 @@ def test_logits_appear_whole_or_not_at_all(imported, tmp_path):
     workdir = imported("gpt2")
     run = settings(workdir)
     with pytest.raises(DataError, match="two.npz; an archive of arrays"):
-        evaluate.score(run, workdir, None, str(tmp_path / "two.npz"), None)
+        score.score(run, workdir, None, str(tmp_path / "two.npz"), None)
     (tmp_path / "taken").mkdir()
     np.save(tmp_path / "tokens.npy", np.zeros((1, 128), np.int32))
     given = str(tmp_path / "tokens.npy"), str(tmp_path / "taken")
     with pytest.raises(DataError, match="--save_logits=.*taken; Is a directory"):
-        evaluate.score(run, workdir, None, *given)
+        score.score(run, workdir, None, *given)
     there = sorted(p.name for p in tmp_path.iterdir())
     assert there == ["taken", "tokens.npy", "two.npz"]
 
@@ -719,7 +728,7 @@ def test_text_beyond_the_learned_positions_is_refused(imported):
 
     def ask(prompts, new, seed=0):
         sampling = generate.Sampling(temperature=0.0, max_new_tokens=new)
-        return generate.run(run, workdir, None, prompts, sampling, seed)
+        return generate.generate_texts(run, workdir, None, prompts, sampling, seed)
 
     words = "(?s)prompt_ids=-1; not ids.*--max_new_tokens=126; .*; give 125 or fewer"
     with pytest.raises(ConfigError, match=words):

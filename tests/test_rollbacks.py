@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import small
 
-from scaletrain import checkpoint, data, evaluate, rollbacks, train
+from scaletrain import checkpoint, data, evaluate, train
 from scaletrain.checkpoint import writer
 from scaletrain.config import MeshConfig
 from scaletrain.data.sequences import RandomSequences
 from scaletrain.errors import CheckpointError, DivergedError
+from scaletrain.rollbacks import Diverged, Rollbacks
 from scaletrain.workdir import Workdir
 
 # Steps 1 to 4 read batches 0 to 3, of which one is skipped. Steps 6 to 8 read three bad
@@ -117,7 +118,7 @@ def straight(taken):
 def test_a_run_goes_back_stops_and_goes_on(straight, taken, tmp_path, capsys):
     once = small.changed(RUN, optim__max_rollbacks=1)
     with pytest.raises(DivergedError) as caught:
-        train.run(once, str(tmp_path))
+        train.train(once, str(tmp_path))
     story = str(caught.value)
     for told in (
         "step 9: no update for 3 steps in a row",
@@ -137,12 +138,12 @@ def test_a_run_goes_back_stops_and_goes_on(straight, taken, tmp_path, capsys):
     assert (found["step"], found["skip_loss"]) == (3, None)
     assert found["skip_documents"] == sorted(sequences().numbers[2])
     assert found["skip_num_documents"] == RUN.batch_size
-    train.run(RUN, str(tmp_path))
+    train.train(RUN, str(tmp_path))
     assert_same(outcome(tmp_path, taken), straight)
     # Checkpoints that lie elsewhere alone know as much.
     (tmp_path / "rollbacks.json").unlink()
     checkpoints, _ = checkpoint.reading(str(tmp_path), RUN, None)
-    found = rollbacks.Rollbacks(Workdir(tmp_path), checkpoints, print)
+    found = Rollbacks(Workdir(tmp_path), checkpoints, print)
     assert found.left_out == [(4, 4), (6, 3)]
 
 
@@ -152,7 +153,7 @@ def test_killed_while_going_back_ends_as_if_it_had_not(
     straight, taken, tmp_path, monkeypatch, moment
 ):
     owner, name, after = {
-        "record": (rollbacks.Rollbacks, "_keep", 0),
+        "record": (Rollbacks, "_write", 0),
         "removal": (checkpoint.Store, "remove", 0),
         "half removed": (writer.shutil, "rmtree", 0),
         "save": (checkpoint.Store, "save", 3),
@@ -169,9 +170,9 @@ def test_killed_while_going_back_ends_as_if_it_had_not(
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, killed)
         with pytest.raises(Killed):
-            train.run(RUN, str(tmp_path))
+            train.train(RUN, str(tmp_path))
     assert (tmp_path / "rollbacks.json").exists() == (moment != "record")
-    train.run(RUN, str(tmp_path))
+    train.train(RUN, str(tmp_path))
     assert_same(outcome(tmp_path, taken), straight)
 
 
@@ -188,7 +189,7 @@ class Listed:
         self.known = known
         self.remove, self.finish = known.pop, lambda: None
         self.latest, self.steps = lambda: max(known), lambda: sorted(known)
-        self.sound = self.latest
+        self.newest_undamaged = self.latest
         self.data = lambda at: {"rollbacks": [{}] * known[at]}
 
 
@@ -202,12 +203,12 @@ class Listed:
 def test_a_damaged_account_of_what_was_left_out_is_refused(text, tmp_path):
     (tmp_path / "rollbacks.json").write_text(text)
     with pytest.raises(CheckpointError, match="rollbacks.json; damaged .*remove it"):
-        rollbacks.Rollbacks(Workdir(tmp_path), Listed({0: 0}), print)
+        Rollbacks(Workdir(tmp_path), Listed({0: 0}), print)
 
 
 def test_what_did_not_help_once_is_not_gone_back_to_again(tmp_path):
     listed = Listed({0: 0, 4: 0, 8: 0, 10: 0})
-    back = rollbacks.Rollbacks(Workdir(tmp_path), listed, print)
+    rollbacks = Rollbacks(Workdir(tmp_path), listed, print)
     read = set()
     for skipped, saved, target, left_out in (
         ((9, 11), 10, 8, [(8, 3)]),  # 10 was saved in between
@@ -215,16 +216,14 @@ def test_what_did_not_help_once_is_not_gone_back_to_again(tmp_path):
         ((13, 14), 12, 12, [(4, 9), (12, 2)]),  # 12 is new
         ((13, 14), 12, 12, [(4, 9), (12, 2), (12, 2)]),  # before it is nothing untried
     ):
-        listed.known.setdefault(saved, len(back.records))
+        listed.known.setdefault(saved, len(rollbacks.records))
         steps = range(1, skipped[1] + 1)
-        read |= {now - 1 + left_out_before(back.left_out, now) for now in steps}
-        assert back.go_back(rollbacks.Diverged(*skipped, [])) == target
-        assert back.left_out == left_out
+        read |= {now - 1 + left_out_before(rollbacks.left_out, now) for now in steps}
+        assert rollbacks.go_back(Diverged(*skipped, [])) == target
+        assert rollbacks.left_out == left_out
         assert listed.latest() == target
         # The first batch that is read then is the first that never was.
         assert target + left_out_before(left_out, target + 1) == max(read) + 1
     with pytest.raises(DivergedError, match="went back optim.max_rollbacks=4 times"):
-        back.go_back(rollbacks.Diverged(13, 14, []))
-    assert (
-        rollbacks.Rollbacks(Workdir(tmp_path), listed, print).left_out == back.left_out
-    )
+        rollbacks.go_back(Diverged(13, 14, []))
+    assert Rollbacks(Workdir(tmp_path), listed, print).left_out == rollbacks.left_out

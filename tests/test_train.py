@@ -88,7 +88,7 @@ def straight(text_run, tmp_path_factory):
 
 def test_a_run_without_validation_says_so(brief, tmp_path):
     run = small.changed(brief, data__validation_fraction=0.0, eval__num_batches=0)
-    found = train.run(run, str(tmp_path))
+    found = train.train(run, str(tmp_path))
     assert evaluate.in_words(found) == "has no sequence"
 
 
@@ -122,7 +122,7 @@ def test_checkpoints_that_are_gone_are_no_reason_to_begin_anew(
     (workdir / "checkpoints").rename(tmp_path / "elsewhere")
     before = (workdir / "metrics.jsonl").read_bytes()
     with pytest.raises(ConfigError, match="of step 30 saved.*is it mounted"):
-        train.run(text_run, str(workdir))
+        train.train(text_run, str(workdir))
     assert (workdir / "metrics.jsonl").read_bytes() == before
     assert not (workdir / "checkpoints").exists()  # one moved back would end up inside
 
@@ -220,7 +220,7 @@ def test_sigterm_saves_and_says_start_again(straight, text_run, tmp_path):
 
 def test_finished_runs_only_evaluate(straight, text_run):
     before = steps(straight, "loss")
-    found = train.run(text_run, str(straight))
+    found = train.train(text_run, str(straight))
     assert found["step"] == 30
     assert steps(straight, "loss") == before
 
@@ -235,7 +235,7 @@ def test_finished_runs_only_evaluate(straight, text_run):
 )
 def test_another_model_is_refused(straight, text_run, settings, words):
     with pytest.raises(CheckpointError, match=words):
-        train.run(small.changed(text_run, num_steps=31, **settings), str(straight))
+        train.train(small.changed(text_run, num_steps=31, **settings), str(straight))
 
 
 def attempts(workdir):
@@ -245,11 +245,11 @@ def attempts(workdir):
 def test_a_refused_start_is_no_attempt_and_a_run_that_is_over_is_not_down(
     brief, tmp_path
 ):
-    train.run(brief, str(tmp_path))
+    train.train(brief, str(tmp_path))
     with pytest.raises(CheckpointError, match="seed: 0 then, 5 now"):
-        train.run(small.changed(brief, num_steps=2, seed=5), str(tmp_path))
+        train.train(small.changed(brief, num_steps=2, seed=5), str(tmp_path))
     assert len(attempts(tmp_path)) == 1
-    train.run(small.changed(brief, num_steps=2), str(tmp_path))
+    train.train(small.changed(brief, num_steps=2), str(tmp_path))
     first, second = attempts(tmp_path)
     assert "init" in first["phases"]
     assert "restore" not in first["phases"]
@@ -264,18 +264,18 @@ def test_fewer_steps_than_were_taken_are_nothing_to_do(
     brief, tmp_path, monkeypatch, capsys
 ):
     """Nothing is compiled or written, and the numbers are those known already."""
-    found = train.run(small.changed(brief, num_steps=3), str(tmp_path))
+    found = train.train(small.changed(brief, num_steps=3), str(tmp_path))
     names = ("config.json", "metrics.jsonl", "attempts.json")
     before = {name: (tmp_path / name).read_bytes() for name in names}
     monkeypatch.delattr(compilation, "compiled")
     fewer = small.changed(brief, num_steps=2, eval__num_batches=1)
-    assert train.run(fewer, str(tmp_path)) == found
+    assert train.train(fewer, str(tmp_path)) == found
     assert "num_steps=2; nothing to do: " in capsys.readouterr().err
     assert {name: (tmp_path / name).read_bytes() for name in names} == before
     lines = before["metrics.jsonl"].splitlines(keepends=True)
     rest = b"".join(line for line in lines if b"eval_loss" not in line)
     (tmp_path / "metrics.jsonl").write_bytes(rest)
-    found = train.run(fewer, str(tmp_path))
+    found = train.train(fewer, str(tmp_path))
     assert found == {"step": 3, "evaluated": False}
     assert evaluate.in_words(found) == "was not evaluated"
 
@@ -286,10 +286,10 @@ def test_another_corpus_is_refused(brief, tmp_path):
     for i in range(20):
         (corpus / f"{i}.txt").write_text(f"document {i} " * 50)
     run = small.changed(brief, data__path=str(corpus / "*.txt"))
-    train.run(run, str(tmp_path / "run"))
+    train.train(run, str(tmp_path / "run"))
     (corpus / "3.txt").write_text("something else")
     with pytest.raises(CheckpointError, match="the corpus or its tokenizer is not"):
-        train.run(dataclasses.replace(run, num_steps=2), str(tmp_path / "run"))
+        train.train(dataclasses.replace(run, num_steps=2), str(tmp_path / "run"))
 
 
 def test_a_run_goes_on_where_its_corpus_was_moved_to(brief, tmp_path, capfd):
@@ -298,10 +298,10 @@ def test_a_run_goes_on_where_its_corpus_was_moved_to(brief, tmp_path, capfd):
     for i in range(20):
         (corpus / f"{i}.txt").write_text(f"document {i} " * 50)
     run = small.changed(brief, data__path=f"{corpus}/*.txt")
-    train.run(run, str(tmp_path / "run"))
+    train.train(run, str(tmp_path / "run"))
     corpus.rename(moved)
     run = small.changed(run, data__path=f"{moved}/*.txt", num_steps=2)
-    train.run(run, str(tmp_path / "run"))
+    train.train(run, str(tmp_path / "run"))
     told = capfd.readouterr().err
     change = f"data.path: '{corpus}/*.txt' then, '{moved}/*.txt' now"
     assert f"changed since step 1: {change}" in told
@@ -309,7 +309,7 @@ def test_a_run_goes_on_where_its_corpus_was_moved_to(brief, tmp_path, capfd):
     (moved / "3.txt").write_text("something else")
     run = small.changed(run, data__path=f"{tmp_path}/m*/*.txt", num_steps=3)
     with pytest.raises(CheckpointError, match=r"(?s)data.path: .* the corpus or its"):
-        train.run(run, str(tmp_path / "run"))
+        train.train(run, str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])
@@ -333,7 +333,7 @@ def test_a_checkpoint_must_match_leaf_by_leaf(brief, tmp_path, monkeypatch, chan
 
     with monkeypatch.context() as patch:
         patch.setattr(reader, "flat", altered)
-        train.run(brief, str(tmp_path))
+        train.train(brief, str(tmp_path))
     words = {
         "missing": "norm/scale: missing",
         "extra": "surplus: not in this model",
@@ -341,17 +341,17 @@ def test_a_checkpoint_must_match_leaf_by_leaf(brief, tmp_path, monkeypatch, chan
     }
     monkeypatch.delattr(compilation, "compiled")
     with pytest.raises(CheckpointError, match=words[change]):
-        train.run(dataclasses.replace(brief, num_steps=2), str(tmp_path))
+        train.train(dataclasses.replace(brief, num_steps=2), str(tmp_path))
 
 
 def test_a_half_written_step_is_not_there(brief, tmp_path):
     """A step directory without its final name is ignored and cleared away."""
     run = dataclasses.replace(brief, num_steps=7)
-    train.run(run, str(tmp_path))
+    train.train(run, str(tmp_path))
     folder = tmp_path / "checkpoints"
     (folder / "7").rename(folder / "9.orbax-checkpoint-tmp")
     (tmp_path / "metrics.jsonl").unlink()  # it tells that the save ended
-    train.run(run, str(tmp_path))
+    train.train(run, str(tmp_path))
     assert [p.name for p in folder.iterdir()] == ["7"]
 
 
@@ -364,7 +364,7 @@ def test_a_failed_save_fails_the_run(brief, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.Store, "check", fail)
     run = small.changed(brief, num_steps=30, checkpoint__max_failed_saves=2)
     with pytest.raises(CheckpointError, match="no space left on device") as caught:
-        train.run(run, str(tmp_path))
+        train.train(run, str(tmp_path))
     assert caught.value.exit_code == 1
     assert max(steps(tmp_path, "loss")) == 2
 
@@ -378,7 +378,7 @@ def test_numbers_that_stay_broken_end_the_run(text_run, tmp_path):
         DivergedError,
         match="no update for 3 steps in a row.*; no checkpoint from before",
     ):
-        train.run(run, str(tmp_path))
+        train.train(run, str(tmp_path))
     assert steps(tmp_path, "loss")[4] is None
     assert list(steps(tmp_path, "skip_step")) == [2, 3, 4]
     assert steps(tmp_path, "skipped")[max(steps(tmp_path, "skipped"))] >= 2
@@ -388,7 +388,7 @@ def test_multi_steps_reads_the_same_batches(straight, text_run, tmp_path):
     run = small.changed(
         text_run, num_steps=4, accumulate_steps=4, optim__accumulate="multi_steps"
     )
-    train.run(run, str(tmp_path))
+    train.train(run, str(tmp_path))
     whole = steps(straight, "batch_hash")
     assert steps(tmp_path, "batch_hash") == {s: whole[s] for s in range(1, 5)}
 

@@ -54,7 +54,7 @@ def benchmark(run: RunConfig, request: Request) -> dict[str, Any]:
             ]
         )
     if request.workdir:
-        workdir.prepare(request.workdir)
+        workdir.make_workdir(request.workdir)
     extra: dict[str, Any] = {}
     if request.sweep:
         # Only the fastest settings are profiled.

@@ -78,7 +78,7 @@ class Steps:
         began = time.perf_counter()
         with (
             concurrent.futures.ThreadPoolExecutor(1) as watch,
-            loop.garbage_kept(),
+            loop.manual_collection(),
             jax.transfer_guard("disallow"),
         ):
             for _ in range(count):

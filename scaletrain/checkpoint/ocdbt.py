@@ -1,7 +1,8 @@
-"""Which leaf lies where in the files of a checkpoint, by the index that Orbax writes.
+"""The byte ranges of leaves in the files of a checkpoint, from the index Orbax writes.
 
-OCDBT is TensorStore's format of one tree of keys over many files. Values too small to
-have a place of their own lie in the nodes of the tree and are not told of here.
+OCDBT is TensorStore's format: one B-tree of keys over many files. Small values are
+stored inside the nodes of the tree; they have no byte range and are not listed.
+Source: https://google.github.io/tensorstore/kvstore/ocdbt/index.html
 """
 
 import dataclasses
@@ -13,36 +14,36 @@ import tensorstore
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """The bytes from `start` to before `end` of a file, which a leaf has."""
+    """The bytes `start` to `end` (exclusive) of a file that belong to a leaf."""
 
     leaf: str
-    file: str  # as seen from the folder of the index
+    file: str  # relative to the folder of the index
     start: int
     end: int
 
 
 def places(folder: pathlib.Path) -> list[Place]:
-    """Returns where the leaves of one item lie, nothing if its index is damaged."""
+    """Returns the byte ranges of one item's leaves, none if its index is damaged."""
     try:
         base = tensorstore.KvStore.open(f"file://{folder}/").result()
         root = tensorstore.ocdbt.dump(base).result()["versions"][-1]["root"]
-        found, nodes = [], [root["location"]]
+        ranges, nodes = [], [root["location"]]
         while nodes:
             node = tensorstore.ocdbt.dump(base, nodes.pop()).result()
             for entry in node["entries"]:
                 if "location" in entry:
                     nodes.append(entry["location"])
                 elif "indirect_value" in entry:
-                    # Keys are such as blocks/mlp/up/weight/0.0, a chunk at the end.
+                    # A key is a leaf and a chunk, as in blocks/mlp/up/weight/0.0.
                     leaf = entry["key"].decode().rpartition("/")[0]
-                    found.append(_place(leaf, entry["indirect_value"]))
+                    ranges.append(_place(leaf, entry["indirect_value"]))
     except (OSError, ValueError, KeyError, IndexError):
         return []
-    return found
+    return ranges
 
 
 def _place(leaf: str, location: str) -> Place:
-    """Reads value:FOLDER:FILE:OFFSET:LENGTH."""
+    """Returns the byte range that value:FOLDER:FILE:OFFSET:LENGTH names."""
     _, folder, file, offset, length = location.split(":")
     path = urllib.parse.unquote(folder) + urllib.parse.unquote(file)
     return Place(leaf, path, int(offset), int(offset) + int(length))

@@ -1,4 +1,4 @@
-"""The checkpoints of a workdir as they are on disk: verified, compared, restored."""
+"""The checkpoints of a workdir, read only: verified, compared, restored."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ from scaletrain.program import TrainState
 from scaletrain.workdir import Workdir
 
 Tree = Any
-REST = ("step", "key", "opt_state", "amax")  # of a state, beside its parameters
+REST = ("step", "key", "opt_state", "amax")  # fields of a state besides its parameters
 
 
 def flat(tree: Tree) -> dict[str, Any]:
@@ -37,7 +37,12 @@ def items(state: TrainState) -> dict[str, dict[str, Any]]:
 
 
 class Reader:
-    """The checkpoints of one workdir, read only: nothing is made, moved or removed."""
+    """The checkpoints of one workdir, read only: it makes, moves and removes no file.
+
+    Args:
+      workdir: the folder with the checkpoints.
+      run: the settings to restore them under.
+    """
 
     def __init__(self, workdir: Workdir, run: RunConfig):
         self.folder = workdir.checkpoints.absolute()
@@ -45,34 +50,35 @@ class Reader:
         self._steps = workdir.steps()
 
     def latest(self) -> int | None:
-        """Returns the newest whole step, None when there is none."""
+        """Returns the newest complete step, None when there is none."""
         return max(self._steps, default=None)
 
     def steps(self) -> list[int]:
-        """Returns every whole step, in order."""
+        """Returns the complete steps, in order."""
         return list(self._steps)
 
     def verify(self, step: int) -> None:
-        """Raises CheckpointError if `step` is not there, or not as it was written."""
+        """Raises CheckpointError if `step` is missing or damaged."""
         self._folder_of(step)
         if (problem := self._damage(step)) is not None:
             raise problem
 
     def _damage(self, step: int) -> CheckpointError | None:
-        """Returns what is wrong with a step; each process reads a part of it."""
+        """Returns the error of a damaged step, in all processes; None if intact."""
         folder = self.folder / str(step)
-        found = manifest.damage(folder, jax.process_index(), jax.process_count())
+        # Each process reads a share of the files, so that large steps verify quickly.
+        damages = manifest.damage(folder, jax.process_index(), jax.process_count())
         if jax.process_count() > 1:
-            counts = multihost_utils.process_allgather(np.int32(len(found)))
-            if not found and np.any(counts):
-                found = [f"process {int(np.argmax(counts))} tells what is wrong"]
-        return _damaged(folder, found) if found else None
+            counts = multihost_utils.process_allgather(np.int32(len(damages)))
+            if not damages and np.any(counts):
+                damages = [f"process {int(np.argmax(counts))} tells what is wrong"]
+        return _damaged(folder, damages) if damages else None
 
     def data(self, step: int) -> Mapping[str, Any] | None:
-        """Returns where the data stood at `step`, None for an import.
+        """Returns the position in the data at `step`, None for an import.
 
         Raises:
-          CheckpointError: there is no such step, or it is damaged.
+          CheckpointError: the step does not exist, or it is damaged.
         """
         return self._manifest(step).data
 
@@ -89,48 +95,52 @@ class Reader:
 
     def _folder_of(self, step: int) -> pathlib.Path:
         if step not in self._steps:
-            have = ", ".join(map(str, self._steps)) or "none"
+            steps = ", ".join(map(str, self._steps)) or "none"
             raise CheckpointError(
-                f"--step={step}; {self.folder} has no such checkpoint; it has {have}."
+                f"--step={step}; {self.folder} has no such checkpoint; it has {steps}."
             )
         return self.folder / str(step)
 
     def is_import(self, step: int) -> bool:
-        """Returns whether `step` holds weights alone, brought from elsewhere."""
+        """Returns whether `step` holds only imported weights."""
         return self.data(step) is None
 
     def agree(self, step: int, state: TrainState, data_fingerprint: str) -> list[str]:
-        """Returns the harmless differences between the settings of `step` and now.
+        """Returns the harmless differences between the settings of `step` and `run`.
 
         Args:
-          state: shapes of what `step` is to be restored as.
+          step: the step to go on from.
+          state: the shapes to restore it as.
+          data_fingerprint: of the present corpus, see `data.Corpus`.
 
         Raises:
           CheckpointError: a difference that changes the model or the data.
         """
         data = self.data(step)
-        held, free = config.differences(self.settings(step), self.run)
+        forbidden, allowed = config.differences(self.settings(step), self.run)
         if data is None:  # an import has seen no data and has no optimizer
-            held = [line for line in held if line.startswith(("model.", "lora."))]
-            free = []
+            forbidden = [
+                line for line in forbidden if line.startswith(("model.", "lora."))
+            ]
+            allowed = []
         elif data["fingerprint"] != data_fingerprint:
-            held += [line for line in free if line.startswith("data.")]
-            held.append("data: the corpus or its tokenizer is not the one of then")
-        if held:
-            lines = "\n".join(f"  {line}" for line in held)
+            forbidden += [line for line in allowed if line.startswith("data.")]
+            forbidden.append("data: the corpus or its tokenizer is not the one of then")
+        if forbidden:
+            lines = "\n".join(f"  {line}" for line in forbidden)
             raise CheckpointError(
                 f"{self.folder / str(step)} was made with other settings:\n{lines}\n"
                 "set them back, or train in an empty workdir."
             )
-        for item, wanted in items(state).items():
+        for item, leaves in items(state).items():
             if item == "params" or data is not None:
-                self._compare(step, item, wanted)
-        return free
+                self._compare(step, item, leaves)
+        return allowed
 
     def restore(self, step: int, state: TrainState) -> TrainState:
-        """Returns `state` with what `step` holds, laid out like it is.
+        """Returns the state of `step`, sharded like `state`.
 
-        What is frozen is not in a run's checkpoints and stays as it is given.
+        Frozen weights are not in a run's checkpoints: those of `state` stay.
 
         Raises:
           CheckpointError: a leaf is missing, unknown or of another shape.
@@ -141,38 +151,39 @@ class Reader:
         return dataclasses.replace(state, params=params, **rest)
 
     def restore_params(self, step: int, params: Tree) -> Tree:
-        """Returns the parameters of `step` alone, laid out like `params`."""
+        """Returns the parameters of `step`, sharded like `params`."""
         return self._restore(step, "params", params)
 
     def dtypes(self, step: int) -> dict[str, np.dtype]:
-        """Returns the format each parameter of `step` is stored in, by path."""
+        """Returns the stored dtype of each parameter of `step`, by path."""
         stored = self._stored(step, "params")
         return {name: np.dtype(leaf.dtype) for name, leaf in stored.items()}
 
     def _restore(self, step: int, item: str, tree: Tree) -> Tree:
-        wanted = flat(tree)
-        self._compare(step, item, wanted)
-        layout = ocp.checkpoint_utils.construct_restore_args(wanted)
-        args = ocp.args.PyTreeRestore(wanted, restore_args=layout)
+        shapes = flat(tree)
+        self._compare(step, item, shapes)
+        layout = ocp.checkpoint_utils.construct_restore_args(shapes)
+        args = ocp.args.PyTreeRestore(shapes, restore_args=layout)
         reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
         try:
             with contextlib.closing(reader):
-                found = reader.restore(self.folder / str(step) / item, args=args)
+                leaves = reader.restore(self.folder / str(step) / item, args=args)
         except (OSError, ValueError) as err:
             reason = str(err).strip().splitlines()[0]
             raise CheckpointError(
                 f"{self.folder / str(step)}; could not be read ({reason}); "
                 "remove that folder to go on from the step before it."
             ) from err
-        return jax.tree.unflatten(jax.tree.structure(tree), [found[k] for k in wanted])
+        return jax.tree.unflatten(jax.tree.structure(tree), [leaves[k] for k in shapes])
 
-    def _compare(self, step: int, item: str, wanted: Mapping[str, Any]) -> None:
+    def _compare(self, step: int, item: str, leaves: Mapping[str, Any]) -> None:
+        """Raises CheckpointError where names or shapes of leaves differ on disk."""
         stored = self._stored(step, item)
-        lines = [f"{name}: missing" for name in wanted if name not in stored]
-        lines += [f"{name}: not in this model" for name in stored if name not in wanted]
+        lines = [f"{name}: missing" for name in leaves if name not in stored]
+        lines += [f"{name}: not in this model" for name in stored if name not in leaves]
         lines += [
             f"{name}: {tuple(stored[name].shape)} stored, {leaf.shape} wanted"
-            for name, leaf in wanted.items()
+            for name, leaf in leaves.items()
             if name in stored and tuple(stored[name].shape) != leaf.shape
         ]
         if lines:
@@ -183,7 +194,7 @@ class Reader:
             )
 
     def _stored(self, step: int, item: str) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns shape and format of what `item` of `step` holds, by path."""
+        """Returns shapes and dtypes of the stored leaves of `item`, by path."""
         leaves = self._manifest(step).leaves.get(item, {})
         return {
             path: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"])
@@ -191,8 +202,8 @@ class Reader:
         }
 
 
-def _damaged(folder: pathlib.Path, found: Sequence[str]) -> CheckpointError:
-    listed = "\n".join(f"  {line}" for line in found[:20])
+def _damaged(folder: pathlib.Path, damages: Sequence[str]) -> CheckpointError:
+    listed = "\n".join(f"  {line}" for line in damages[:20])
     return CheckpointError(
         f"{folder} is damaged:\n{listed}\nput these files back, or go on from the step "
         "before it with checkpoint.on_damage=previous."
@@ -200,7 +211,12 @@ def _damaged(folder: pathlib.Path, found: Sequence[str]) -> CheckpointError:
 
 
 def reading(workdir: str, run: RunConfig, step: int | None) -> tuple[Reader, int]:
-    """Returns the checkpoints of a workdir and a verified step (None: the newest).
+    """Returns the checkpoints of a workdir and a verified step.
+
+    Args:
+      workdir: the folder of a run or an import.
+      run: the settings to restore under.
+      step: the step to verify; None for the newest.
 
     Raises:
       CheckpointError: the workdir holds no such checkpoint.

@@ -1,8 +1,8 @@
-"""Which checkpoints of a run stay.
+"""Retention: the checkpoints of a run that stay on disk.
 
-Those at multiples of `checkpoint.every_steps`, and that of the last step, are
+Checkpoints at multiples of `checkpoint.every_steps`, and the one of the last step, are
 permanent: the newest `keep` of them stay. Others, saved by the clock or at a signal,
-are temporary and go as soon as a newer one is whole.
+are temporary and are removed as soon as a newer one is complete.
 """
 
 from collections.abc import Iterable
@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from scaletrain.config import RunConfig
 
 
-def kept(run: RunConfig, steps: Iterable[int]) -> list[int]:
-    """Returns those of `steps` that stay once all of them are whole, in order."""
+def retained_steps(run: RunConfig, steps: Iterable[int]) -> list[int]:
+    """Returns the steps that stay once all of `steps` are complete, in order."""
     c, steps = run.checkpoint, sorted(steps)
-    lasting = [step for step in steps if _is_permanent(run, step)]
+    permanent = [step for step in steps if _is_permanent(run, step)]
     # Step 0 is an import: other runs may adapt it.
-    stay = {0, *steps[-1:], *lasting[-c.keep :]}
+    stay = {0, *steps[-1:], *permanent[-c.keep :]}
     if c.keep_every_steps:
         stay |= {step for step in steps if step % c.keep_every_steps == 0}
     return [step for step in steps if step in stay]

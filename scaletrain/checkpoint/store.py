@@ -27,7 +27,12 @@ _CHUNK_BYTES = 2**24  # of an import's arrays
 class Store(Reader):
     """The checkpoints of one workdir, for the run that writes them.
 
-    One save runs at a time, and all processes learn at the same step what came of it.
+    One save runs at a time, and all processes learn its result at the same step.
+
+    Args:
+      workdir: the folder of the run.
+      run: its settings, which every checkpoint stores.
+      say: shows a line to the user.
     """
 
     def __init__(
@@ -41,35 +46,35 @@ class Store(Reader):
         self._writer = Writer(workdir.checkpoints.absolute())
         self._writer.prepare()
         super().__init__(workdir, run)
-        self._after: list[int] = []  # the steps there are once the save that runs is
-        self._failures = 0  # of saves, in a row
+        self._after: list[int] = []  # the steps that exist once the running save ends
+        self._failures = 0  # failed saves in a row
 
     def remove(self, step: int) -> None:
-        """Removes a step, which has no name while it is half removed."""
+        """Removes a step, in all processes."""
         if cluster.lead():
             writer.remove(self.folder, step)
         cluster.wait("removal")
         self._steps.remove(step)
 
-    def sound(self) -> int | None:
-        """Returns the newest whole step, its files compared with its manifest.
+    def newest_undamaged(self) -> int | None:
+        """Returns the newest complete step whose files match its manifest.
 
-        With checkpoint.on_damage=previous a damaged one is set aside, loudly.
+        With checkpoint.on_damage=previous damaged steps are set aside, with a message.
 
         Raises:
-          CheckpointError: it is damaged, or every one is.
+          CheckpointError: the newest step is damaged, or every step is.
         """
-        damaged = False
+        any_damaged = False
         while (step := self.latest()) is not None:
             problem = self._damage(step)
             if problem is None:
                 return step
             if self.run.checkpoint.on_damage == "stop":
                 raise problem
-            damaged = True
+            any_damaged = True
             self._say(f"{problem}")
             self._set_aside(step)
-        if damaged:
+        if any_damaged:
             raise CheckpointError(
                 f"{self.folder}; every checkpoint is damaged, and they are set aside; "
                 "put one back, or train in an empty workdir."
@@ -77,7 +82,7 @@ class Store(Reader):
         return None
 
     def _set_aside(self, step: int) -> None:
-        """Gives a step a name that is no step's; nothing of it is lost."""
+        """Renames a damaged step, so that no run uses it and no byte of it is lost."""
         if cluster.lead():
             names = (f"{step}.damaged{n}" for n in ("", *range(2, 1000)))
             free = next(n for n in names if not (self.folder / n).exists())
@@ -87,16 +92,17 @@ class Store(Reader):
 
     @contextlib.contextmanager
     def reserved(self, state: TrainState) -> Iterator[Callable[[], Any]]:
-        """Takes the host memory that saves of `state` need, during the `with` block.
+        """Yields a function that waits until host memory for saves is allocated.
 
-        The first of them would take it else, and keep the devices waiting. What it
-        yields waits until it is taken, for whoever needs the devices to answer.
+        A thread allocates it during the `with` block. Otherwise the first save would,
+        and the devices would wait. They do not answer during an allocation, so a caller
+        that needs an answer calls the function first.
         """
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            taken = pool.submit(writer.reserve, items(state))
-            yield functools.partial(concurrent.futures.wait, [taken])
+            reservation = pool.submit(writer.reserve, items(state))
+            yield functools.partial(concurrent.futures.wait, [reservation])
             try:
-                taken.result()
+                reservation.result()
             except (*FAILURES, MemoryError) as err:
                 self._say(
                     "the host's memory for a copy of what a checkpoint holds could not "
@@ -113,19 +119,23 @@ class Store(Reader):
         *,
         needed: bool = False,
     ) -> None:
-        """Starts saving a step, once; returns when the arrays are off the device.
+        """Starts saving a step; returns when the arrays are copied off the device.
 
-        A save that fails is told of, and so is one that failed since; training goes on
-        until `checkpoint.max_failed_saves` in a row have.
+        A failure of this save or of the one before it is shown, and training goes on
+        until more than `checkpoint.max_failed_saves` in a row have failed.
 
         Args:
-          needed: whether the run cannot go on without it; then it ends before this
-            returns.
+          step: the number of optimizer steps taken; a step is saved only once.
+          state: the state after it.
+          data_fingerprint: of the corpus, see `data.Corpus`.
+          rollbacks: the rollbacks so far, see `rollbacks.Rollbacks.brief`.
+          needed: whether the run cannot go on without this save; then it is complete
+            when this method returns.
 
         Raises:
-          CheckpointError: too many saves failed, or one that is needed.
+          CheckpointError: too many saves failed, or a needed one did.
         """
-        self._settle()
+        self._end_save()
         if step in self._steps:
             return
         data = {
@@ -143,13 +153,13 @@ class Store(Reader):
             self._fail(err)
 
     def save_weights(self, weights: Mapping[str, Any]) -> None:
-        """Saves weights by path as step 0, in the formats they have, and waits.
+        """Saves weights by path as step 0, in the dtypes they have, and waits.
 
         Raises:
-          CheckpointError: they could not be saved.
+          CheckpointError: the weights could not be saved.
         """
-        # Small chunks in small files: what is encoded and not yet on disk is memory
-        # that a machine just large enough for the weights does not have.
+        # Small chunks in small files: encoded chunks stay in memory until their file is
+        # on disk, and a machine may have just enough memory for the weights.
         chunks = dict.fromkeys(weights, ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES))
         small = {
             "save_args": chunks,
@@ -166,8 +176,16 @@ class Store(Reader):
         step: int,
         data: dict[str, Any] | None,
         items: Mapping[str, dict[str, Any]],
-        how: Mapping[str, Any] = types.MappingProxyType({}),
+        save_options: Mapping[str, Any] = types.MappingProxyType({}),
     ) -> None:
+        """Starts writing a step.
+
+        Args:
+          step: its number.
+          data: the position in the data, None for an import.
+          items: the arrays by item and path.
+          save_options: for `PyTreeSave` of each item.
+        """
         leaves = {
             item: {
                 path: {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
@@ -175,41 +193,45 @@ class Store(Reader):
             }
             for item, tree in items.items()
         }
-        whole = Manifest(json.loads(config.to_json(self.run)), data, leaves)
-        args = {item: ocp.args.PyTreeSave(tree, **how) for item, tree in items.items()}
-        after = retention.kept(self.run, [*self._steps, step])
-        gone = [old for old in self._steps if old not in after]
-        self._writer.begin(step, whole, args, gone)
+        content = Manifest(json.loads(config.to_json(self.run)), data, leaves)
+        args = {
+            item: ocp.args.PyTreeSave(tree, **save_options)
+            for item, tree in items.items()
+        }
+        after = retention.retained_steps(self.run, [*self._steps, step])
+        superfluous = [old for old in self._steps if old not in after]
+        self._writer.begin(step, content, args, superfluous)
         self._after = after
 
     def _wait(self) -> None:
-        """Waits for the save that runs; from then on its step counts."""
+        """Waits for the running save; from then on its step exists."""
         after, self._after = self._after, []
         self._writer.wait()
         if after:
             self._steps, self._failures = after, 0
 
     def check(self, *, together: bool) -> None:
-        """Tells of a save that has failed since; raises what `save` does.
+        """Ends the running save if all processes are done with it; raises like `save`.
 
         Args:
-          together: whether this is one of the steps at which several processes ask.
-            They wait for each other then, so not at all of them.
+          together: whether several processes ask at this step. They wait for each
+            other, so they ask only at some steps.
         """
         if not self._after or (jax.process_count() > 1 and not together):
             return
         ended = cluster.gather("ended", str(self._writer.ended()))
-        if all(each == str(True) for each in ended):
-            self._settle()
+        if all(answer == str(True) for answer in ended):
+            self._end_save()
 
-    def _settle(self) -> None:
+    def _end_save(self) -> None:
+        """Waits for the running save; shows its failure, or raises it if too many."""
         try:
             self._wait()
         except FAILURES as err:
             self._fail(err)
 
     def _fail(self, err: Exception) -> None:
-        """Goes on without a save that failed, unless too many have."""
+        """Shows the failure of a save, or raises it after too many in a row."""
         self._failures += 1
         problem, most = self._unsaved(err), self.run.checkpoint.max_failed_saves
         if self._failures > most:
@@ -220,7 +242,7 @@ class Store(Reader):
         """Waits until every save is durable.
 
         Raises:
-          CheckpointError: one has failed.
+          CheckpointError: a save has failed.
         """
         try:
             self._wait()
@@ -228,7 +250,7 @@ class Store(Reader):
             raise self._unsaved(err) from err
 
     def close(self) -> None:
-        """Lets go of the background threads."""
+        """Ends the background threads."""
         self._writer.close()
 
     def _unsaved(self, err: Exception) -> CheckpointError:
@@ -237,5 +259,5 @@ class Store(Reader):
             "see that the folder is there, writable and has room; newest whole step: "
             f"{self.latest()}."
         )
-        failure.exit_code = 1
+        failure.exit_code = 1  # a fault of the disk, not of the request
         return failure

@@ -1,4 +1,4 @@
-"""What a run begins from and a command reads: weights, and the tokenizer they know."""
+"""Weights of other workdirs, for `init_from` and commands, and their tokenizer."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,13 @@ Tree = Any
 def weights_of(
     workdir: str, run: RunConfig, step: int | None, state: TrainState
 ) -> tuple[int, Tree]:
-    """Returns a step (default: the newest) and its weights laid out like `state`.
+    """Returns a step and its weights, sharded like `state`.
+
+    Args:
+      workdir: the folder of a run or an import.
+      run: the settings to restore under.
+      step: the step to read; None for the newest.
+      state: the shapes and shardings.
 
     Raises:
       CheckpointError: the workdir holds no such checkpoint, or one of another model.
@@ -29,19 +35,26 @@ def weights_of(
 
 
 def weights_in(checkpoints: Reader, step: int, state: TrainState) -> Tree:
-    """Returns the weights of a step laid out like `state`, see `weights_of`."""
+    """Returns the weights of a step, sharded like `state`.
+
+    Args:
+      checkpoints: of the workdir.
+      step: a verified step.
+      state: the shapes and shardings, of adapters beside frozen weights or of weights.
+    """
     params = checkpoints.restore_params(step, state.params)
-    begun_from = checkpoints.settings(step).init_from
-    run = dataclasses.replace(checkpoints.run, init_from=begun_from)
+    # Adapters are saved without their frozen weights, which lie where that run began.
+    init_from = checkpoints.settings(step).init_from
+    run = dataclasses.replace(checkpoints.run, init_from=init_from)
     frozen = initial_weights(run, state.frozen) if state.frozen else {}
     return dataclasses.replace(state, params=params, frozen=frozen).weights
 
 
 def initial_weights(run: RunConfig, weights: Tree) -> Tree:
-    """Returns the weights of `init_from`, laid out like `weights`.
+    """Returns the weights of `init_from`, sharded like `weights`.
 
     Raises:
-      CheckpointError: they are not where init_from says.
+      CheckpointError: `init_from` names no such checkpoint.
     """
     checkpoints, step = _origin(run)
     with _named(run):
@@ -49,7 +62,7 @@ def initial_weights(run: RunConfig, weights: Tree) -> Tree:
 
 
 def _origin(run: RunConfig) -> tuple[Reader, int]:
-    """Returns the checkpoints that `init_from` names and its step, see `reading`."""
+    """Returns the checkpoints and the verified step that `init_from` names."""
     workdir, step = parsed(run.init_from)
     if not _is_workdir(workdir):
         raise CheckpointError(
@@ -62,7 +75,7 @@ def _origin(run: RunConfig) -> tuple[Reader, int]:
 
 @contextlib.contextmanager
 def _named(run: RunConfig) -> Iterator[None]:
-    """Names `init_from` in the errors of its checkpoints."""
+    """Adds `init_from` to the errors of its checkpoints."""
     try:
         yield
     except CheckpointError as err:
@@ -70,13 +83,14 @@ def _named(run: RunConfig) -> Iterator[None]:
 
 
 def parsed(init_from: str) -> tuple[str, int | None]:
-    """Returns the workdir and the step, if it has one, of WORKDIR or WORKDIR@STEP.
+    """Returns the workdir and the step of WORKDIR or WORKDIR@STEP.
 
-    A folder of a run may have a name that ends like a step.
+    The step is None where none is given.
     """
-    workdir, at, step = init_from.rpartition("@")
-    if not at or not step.isdecimal():
+    workdir, separator, step = init_from.rpartition("@")
+    if not separator or not step.isdecimal():
         return init_from, None
+    # The name of a workdir may itself end in @ and digits.
     if not _is_workdir(workdir) and _is_workdir(init_from):
         return init_from, None
     return workdir, int(step)
@@ -87,10 +101,12 @@ def _is_workdir(path: str) -> bool:
 
 
 def pinned(run: RunConfig) -> RunConfig:
-    """Returns `run` with the step in `init_from`, so that it means one thing for good.
+    """Returns `run` with the step added to `init_from`.
+
+    Otherwise `init_from` would mean another checkpoint once its run has saved again.
 
     Raises:
-      CheckpointError: there is no checkpoint, or none of whole weights.
+      CheckpointError: there is no checkpoint, or it holds adapters alone.
     """
     if not run.init_from:
         return run
@@ -106,9 +122,9 @@ def pinned(run: RunConfig) -> RunConfig:
 
 
 def tokenizer_begun_with(run: RunConfig, folder: Workdir) -> data.Tokenizer | None:
-    """Returns the tokenizer of the weights that training in `folder` goes on from.
+    """Returns the tokenizer of the weights that training in `folder` starts from.
 
-    None if it begins from none, or if they have seen no text.
+    None if it starts from random weights, or from weights that have seen no text.
 
     Raises:
       ScaletrainError: see `tokenizer_of`.
@@ -121,37 +137,41 @@ def tokenizer_begun_with(run: RunConfig, folder: Workdir) -> data.Tokenizer | No
 def tokenizer_of(workdir: str, run: RunConfig) -> data.Tokenizer | None:
     """Returns the tokenizer with which checkpoints in `workdir` read text.
 
-    That is the workdir's own, whatever has become of the file it came from. If `run`
-    names another, then that one, provided each id means in it what it meant. None of
-    a workdir that has seen no text.
+    It is the workdir's own copy, even if the original file has changed. If `run` names
+    another tokenizer, it is that one, provided that it keeps the meaning of each id of
+    the copy. None for a workdir that has seen no text.
 
     Raises:
-      ConfigError: `run` names a tokenizer of other ids.
+      ConfigError: `run` names a tokenizer with other ids.
       DataError: a tokenizer cannot be read.
     """
-    folder, now, then = Workdir.of(workdir), run.data, run.data
+    folder, given, stored = Workdir.of(workdir), run.data, run.data
     settings = folder.config
     if settings.is_file():
         text = settings.read_text("utf-8", "replace")
-        then = config.from_json(text, str(settings)).data
-    without = not (folder.tokenizer / "about.json").is_file()
-    if without and then.source == "synthetic":
-        if now.source != "synthetic" and now.tokenizer == "bpe":
+        stored = config.from_json(text, str(settings)).data
+    has_copy = (folder.tokenizer / "about.json").is_file()
+    if not has_copy and stored.source == "synthetic":
+        if given.source != "synthetic" and given.tokenizer == "bpe":
             raise _other_ids(
                 run, workdir, "give the path of the tokenizer they were made with"
             )
         return None
     own = data.load_tokenizer(folder.tokenizer)
-    same = (now.tokenizer, now.end_of_text) == (then.tokenizer, then.end_of_text)
-    if now.source == "synthetic" or same:
+    same = (given.tokenizer, given.end_of_text) == (
+        stored.tokenizer,
+        stored.end_of_text,
+    )
+    if given.source == "synthetic" or same:
         return own
-    named = data.read_tokenizer(now)
+    named = data.read_tokenizer(given)
     if named and own.vocabulary().items() <= named.vocabulary().items():
         return named
-    raise _other_ids(run, workdir, f"set it back to {then.tokenizer!r}")
+    raise _other_ids(run, workdir, f"set it back to {stored.tokenizer!r}")
 
 
 def _other_ids(run: RunConfig, workdir: str, remedy: str) -> ConfigError:
+    """Returns the error for a tokenizer with other ids."""
     return ConfigError(
         [
             f"data.tokenizer={run.data.tokenizer!r}; its ids would not be those that "

@@ -1,8 +1,8 @@
-"""Steps on their way to the disk: whole or not at all, in all processes or in none.
+"""The writer of checkpoints: a step is complete in all processes, or absent in all.
 
-Orbax writes one at a time in the background, under a name that says so, and renames it
-when it is whole. What goes wrong in one process is raised in all of them: else the
-others would wait at Orbax's barriers for one that has given up.
+Orbax writes one step at a time in the background, under a temporary name, and renames
+the folder when it is complete. An error in one process is raised in all of them:
+otherwise the others would wait at Orbax's barriers for a process that has given up.
 """
 
 import collections
@@ -32,7 +32,7 @@ _PROBE_BYTES = 2**16
 
 
 class Writer:
-    """Writes steps into one folder."""
+    """A writer of steps into one folder, one step at a time."""
 
     def __init__(self, folder: pathlib.Path):
         self._folder = folder
@@ -41,10 +41,10 @@ class Writer:
         self._handler, self._orbax = _orbax()
 
     def prepare(self) -> None:
-        """Makes the folder, and clears away what earlier attempts left half done.
+        """Makes the folder, and removes incomplete steps of earlier attempts.
 
         Raises:
-          CheckpointError: it cannot be made.
+          CheckpointError: the folder cannot be made.
         """
         if cluster.lead():
             try:
@@ -59,23 +59,26 @@ class Writer:
     def begin(
         self,
         step: int,
-        whole: Manifest,
+        content: Manifest,
         items: Mapping[str, ocp.args.CheckpointArgs],
         superfluous: Iterable[int],
     ) -> None:
-        """Starts writing a step; returns once its arrays are off the device.
+        """Starts writing a step; returns when its arrays are copied off the device.
 
         Args:
-          whole: all of its manifest but the files.
-          superfluous: the steps that go once it has its name.
+          step: its number.
+          content: its manifest, still without files.
+          items: the arrays by item, with their save options.
+          superfluous: the steps to remove once this one is complete.
 
         Raises:
-          OSError, ValueError, RuntimeError: it cannot be written.
-          CheckpointError: that showed in this process alone.
+          OSError, ValueError, RuntimeError: the step cannot be written.
+          CheckpointError: the same, in a run of several processes.
         """
         self._probe()
-        self._sweep()  # again: writes outlive the error of one
-        self._handler.whole = whole
+        # `_renew` has swept before, but other writes of a failed save go on after it.
+        self._sweep()
+        self._handler.content = content
         self._handler.device = self._folder.stat().st_dev
         try:
             self._orbax.save(self._folder / str(step), args=_Items(**items))
@@ -87,23 +90,23 @@ class Writer:
         self._running = self._pool.submit(self._finish, list(superfluous))
 
     def _finish(self, superfluous: Iterable[int]) -> None:
+        """Waits until the step has its name, then removes the superfluous ones."""
         self._orbax.wait_until_finished()
         if cluster.lead():
             for step in superfluous:
-                # One that stays goes after the next save.
+                # If this fails, the next save tries again.
                 with contextlib.suppress(OSError):
                     remove(self._folder, step)
 
     def ended(self) -> bool:
-        """Returns whether this process is done with the step that it began."""
+        """Returns whether this process has ended its part of the running save."""
         return self._running is not None and self._running.done()
 
     def wait(self) -> None:
-        """Waits until the step that was begun is whole.
+        """Waits until the running save is complete.
 
         Raises:
-          OSError, ValueError, RuntimeError: it is not, for what went wrong in any
-            process.
+          OSError, ValueError, RuntimeError: the save failed in at least one process.
         """
         if self._running is None:
             return
@@ -115,7 +118,7 @@ class Writer:
             raise
 
     def _probe(self) -> None:
-        """Raises, in every process, what would keep any of them from writing."""
+        """Writes and removes a small file; raises in all processes if one fails."""
         probe, problem = self._folder / f"probe{jax.process_index()}", None
         try:
             probe.write_bytes(bytes(_PROBE_BYTES))
@@ -125,85 +128,93 @@ class Writer:
         _agree("probe", problem)
 
     def _sweep(self) -> None:
-        """Removes what is half written or half removed: it takes room."""
+        """Removes the folders of incomplete steps, which would fill the disk."""
         if cluster.lead():
             for path in self._folder.glob(f"[0-9]*{UNFINISHED}*"):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _renew(self) -> None:
-        """Begins with a new Orbax: the rests of a failed save would fail the next."""
+        """Replaces the Orbax objects: after a failed save they cannot save again."""
         with contextlib.suppress(*FAILURES):
             self._orbax.close()
         self._handler, self._orbax = _orbax()
         self._sweep()
 
     def close(self) -> None:
-        """Waits for what is being written; lets go of the background threads."""
+        """Waits for the running save; ends the background threads."""
         self._pool.shutdown()
         with contextlib.suppress(*FAILURES):
             self._orbax.close()
 
 
 def reserve(tree: Any) -> None:
-    """Takes the host memory that a save of sharded arrays or shapes copies them to.
+    """Allocates the host memory that a save of sharded arrays (or shapes) copies to.
 
-    jax keeps it for the saves. Of a GPU's it is pinned, and no kernel starts while it
-    is taken: 13 GB in 7.6 s on an H100's host (9.4 s array by array), where a copy then
-    takes 0.3 s. Nothing of the kind is needed elsewhere.
+    jax keeps the memory for the saves. For a GPU it is pinned, and no kernel starts
+    during the allocation: 13 GB take 7.6 s on an H100's host (9.4 s array by array);
+    a copy takes 0.3 s afterwards. Other devices do not need this.
 
     Raises:
-      RuntimeError: there is not as much.
+      RuntimeError: the host has too little memory.
     """
     if jax.default_backend() == "gpu":
-        jax.block_until_ready([_pinned(*part) for part in copied(tree).items()])
+        buffers = [_pinned(device, size) for device, size in copied(tree).items()]
+        jax.block_until_ready(buffers)
 
 
 def copied(tree: Any) -> dict[Any, int]:
-    """Returns devices of this process, and the bytes a save copies from each.
+    """Returns the bytes that a save copies from each device of this process.
 
-    Orbax divides what several devices hold among them.
+    Orbax copies a replicated array from all its devices, an equal share from each.
     """
     sizes: dict[Any, int] = collections.defaultdict(int)
     for leaf in jax.tree.leaves(tree):
         for device in leaf.sharding.addressable_devices:
-            whole = leaf.size * leaf.dtype.itemsize
-            sizes[device] += -(-whole // leaf.sharding.num_devices)
+            nbytes = leaf.size * leaf.dtype.itemsize
+            sizes[device] += -(-nbytes // leaf.sharding.num_devices)
     return sizes
 
 
 def _pinned(device: Any, size: int) -> jax.Array:
-    where = SingleDeviceSharding(device, memory_kind="pinned_host")
-    return jax.device_put(np.empty(size, np.uint8), where)
+    """Returns an array of `size` bytes in the pinned host memory of a device."""
+    sharding = SingleDeviceSharding(device, memory_kind="pinned_host")
+    return jax.device_put(np.empty(size, np.uint8), sharding)
 
 
 def remove(folder: pathlib.Path, step: int) -> None:
-    """Removes a step, which has no name while it is half removed."""
-    nameless = folder / f"{step}{UNFINISHED}"
-    (folder / str(step)).rename(nameless)
-    shutil.rmtree(nameless)
+    """Removes a step; it is renamed first, so that a kill leaves no damaged step."""
+    incomplete = folder / f"{step}{UNFINISHED}"
+    (folder / str(step)).rename(incomplete)
+    shutil.rmtree(incomplete)
 
 
 def reason(err: BaseException) -> str:
-    """Returns what the system said, out of a library's words around it."""
+    """Returns the message of the system, without the library's text around it."""
     if isinstance(err, OSError) and err.strerror:
         return err.strerror
-    if found := re.search(r"os_error_code='(\d+)'", str(err)):
-        return os.strerror(int(found[1]))
+    # TensorStore's form of an error of the system.
+    if code := re.search(r"os_error_code='(\d+)'", str(err)):
+        return os.strerror(int(code[1]))
     return next(iter(str(err).strip().splitlines()), repr(err))
 
 
 def _agree(moment: str, err: BaseException | None) -> None:
-    """Raises, in every process, what went wrong in any of them."""
-    told = cluster.gather(moment, reason(err) if err else "")
+    """Raises an error in every process if any process has one.
+
+    Args:
+      moment: a name of the agreement, the same in all processes.
+      err: the error of this process.
+    """
+    reasons = cluster.gather(moment, reason(err) if err else "")
     if err:
         raise err
-    for process, words in enumerate(told):
-        if words:
-            raise OSError(f"process {process}: {words}")
+    for process, text in enumerate(reasons):
+        if text:
+            raise OSError(f"process {process}: {text}")
 
 
 def _alone(folder: pathlib.Path, err: Exception) -> CheckpointError:
-    """Returns what ends this process, since the others wait for it inside Orbax."""
+    """Returns the error that ends this process; the others wait for it inside Orbax."""
     error = CheckpointError(
         f"{folder}; process {jax.process_index()} could not begin a checkpoint "
         f"({reason(err)}); start all of them again."
@@ -213,14 +224,14 @@ def _alone(folder: pathlib.Path, err: Exception) -> CheckpointError:
 
 
 class _Items(ocp.args.Composite):
-    """What is saved, by item."""
+    """Orbax arguments of a save, by item."""
 
 
 class _Written(future.ChainedFuture):
-    """Waits for the writes of this process and its sums; then for all the others."""
+    """A future of this process's writes and checksums, then of all other processes'."""
 
     def result(self, timeout: float | None = None) -> None:
-        """Raises, in every process, what went wrong in any of them."""
+        """Waits; raises in every process if a write failed in any of them."""
         problem = None
         try:
             super().result(timeout)
@@ -230,13 +241,16 @@ class _Written(future.ChainedFuture):
 
 
 class _Sealing(ocp.CompositeCheckpointHandler):
-    """Orbax's handler of several items, which leaves a manifest in what it writes."""
+    """An Orbax handler of several items that adds a manifest to each step.
 
-    whole: Manifest
-    device: int  # that the folder was on when the save began
+    Its attributes are set before each save.
+    """
+
+    content: Manifest
+    device: int  # `st_dev` of the folder when the save began
 
     async def async_save(self, directory: Any, args: Any) -> list[Any]:
-        """Returns what to wait for, after the copies off the device."""
+        """Returns a future of the writes, once the arrays are copied off the device."""
         writes = await super().async_save(directory, args) or []
         leave_sums = functools.partial(
             manifest.leave_sums, pathlib.Path(directory), jax.process_index()
@@ -244,25 +258,26 @@ class _Sealing(ocp.CompositeCheckpointHandler):
         return [_Written(writes, leave_sums)]
 
     def finalize(self, directory: Any) -> None:
-        """Completes the folder in process 0, once all have written."""
+        """Completes the folder, in process 0, after all processes have written."""
         super().finalize(directory)
         folder = pathlib.Path(directory)
-        # TensorStore makes folders that are missing, on the disk below if need be.
+        # If the disk was unmounted, TensorStore has made the folder anew, on the disk
+        # that holds the mount point.
         if folder.stat().st_dev != self.device:
             raise OSError("another disk is there than when the save began")
-        self.whole.seal(folder)
+        self.content.seal(folder)
 
 
 ocp.args.register_with_handler(_Sealing, for_save=True, for_restore=True)(_Items)
 
 
 def _orbax() -> tuple[_Sealing, ocp.AsyncCheckpointer]:
-    """Returns what writes a step, and what it does so with."""
+    """Returns an Orbax handler and the checkpointer that saves with it."""
     options = ocp.options.AsyncOptions(
         # The processes agree by themselves on what was written.
         barrier_sync_fn=lambda *, key, timeout_ms: None,
-        # Folders are made while the loop waits: a disk that refuses them says so at
-        # once, and leaves no threads that wait for them when the process ends.
+        # Folders are made while the loop waits: a disk that refuses them fails the save
+        # at once, and no thread waits for them when the process ends.
         create_directories_asynchronously=False,
     )
     handler = _Sealing(

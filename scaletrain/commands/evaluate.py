@@ -33,14 +33,14 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _execute(run: RunConfig, args: argparse.Namespace) -> Result:
+    if args.tokens:
+        from scaletrain.score import score
+
+        record = score(run, args.workdir, args.step, args.tokens, args.save_logits)
+        return Result(record, f"step {record['step']}: loss {record['loss']:.6f}")
     from scaletrain import evaluate
 
-    if args.tokens:
-        record = evaluate.score(
-            run, args.workdir, args.step, args.tokens, args.save_logits
-        )
-        return Result(record, f"step {record['step']}: loss {record['loss']:.6f}")
-    record = evaluate.run(run, args.workdir, args.step, args.split)
+    record = evaluate.evaluate_checkpoint(run, args.workdir, args.step, args.split)
     words = evaluate.in_words(record)
     return Result(record, f"step {record['step']}: {args.split} {words}")
 

@@ -36,7 +36,9 @@ def _execute(run: RunConfig, args: argparse.Namespace) -> Result:
         args.temperature, args.top_k, args.top_p, args.max_new_tokens
     )
     prompts = [*(args.prompt or ()), *(args.prompt_ids or ())] or [""]
-    texts = generate.run(run, args.workdir, args.step, prompts, sampling, args.seed)
+    texts = generate.generate_texts(
+        run, args.workdir, args.step, prompts, sampling, args.seed
+    )
     return Result(texts, "\n\n".join(map(generate.in_words, texts)))
 
 

@@ -22,7 +22,7 @@ def _execute(run: RunConfig, args: argparse.Namespace) -> Result:
         process.join(run, args)
         process.keep_compiled(args.workdir)
         from scaletrain import evaluate, train
-    record = train.run(run, args.workdir, phases)
+    record = train.train(run, args.workdir, phases)
     words = evaluate.in_words(record)
     return Result(record, f"step {record['step']}: validation {words}")
 
