@@ -1,10 +1,10 @@
 """The story of every setting: explained, printed on the reference page, and obeyed."""
 
 import json
-import pathlib
 import subprocess
 import sys
 
+import pages
 import pytest
 import small
 
@@ -13,7 +13,6 @@ from scaletrain.commands import line
 from scaletrain.config import RunConfig, explain
 from scaletrain.errors import ConfigError
 
-PAGE = pathlib.Path(__file__).parent.parent / "docs" / "reference" / "settings.md"
 CONDITIONS = [
     (path, condition)
     for path, field in config.FIELDS.items()
@@ -39,9 +38,10 @@ def explained(*words):
     )
 
 
-def test_the_reference_page_is_the_one_the_code_makes():
-    """`make reference` writes it."""
-    assert PAGE.read_text("utf-8") == explain.page()
+@pytest.mark.parametrize("name", pages.PAGES)
+def test_reference_pages_are_those_the_code_makes(name):
+    """`make reference` writes them."""
+    assert (pages.FOLDER / name).read_text("utf-8") == pages.PAGES[name]()
 
 
 def test_every_setting_has_a_row_on_the_page():

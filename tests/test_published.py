@@ -127,13 +127,13 @@ def test_goes_out_as_it_came(name, imported, tmp_path):
 
 def test_a_format_can_be_asked_for(imported, tmp_path, monkeypatch):
     to, compared = tmp_path / "out", []
-    verify = checkpoint.Store.verify
+    verify = checkpoint.Reader.verify
 
     def counted(self, step):
         compared.append(step)
         verify(self, step)
 
-    monkeypatch.setattr(checkpoint.Store, "verify", counted)
+    monkeypatch.setattr(checkpoint.Reader, "verify", counted)
     run = settings(imported("qwen3"))
     exporter.run(run, imported("qwen3"), str(to), None, "bfloat16", merge=False)
     assert compared == [0]  # all files are read for it, so once
