@@ -1,6 +1,6 @@
-"""From a corpus to the batch of a step.
+"""The path from a corpus to the batch of a step.
 
-    files       those that data.path names  (tables: their rows)
+    files       the files that data.path names  (tables: their rows)
     sources     documents or rows, in an order that never changes
     tokenizers  text to ids and back  (chats: conversations)
     tokenise    documents to one token stream a split  (blocks: its files)
@@ -8,7 +8,7 @@
     sequences   windows of a stream, by number  (packing: of conversations)
     batches     the rows of step s: a pure function of (seed, s)
 
-What is imported here is all that the rest of scaletrain uses.
+The rest of scaletrain uses only the names that are imported below.
 """
 
 from scaletrain.data.batches import (

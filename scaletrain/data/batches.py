@@ -1,7 +1,7 @@
-"""Batches: the one of step s is a pure function of (seed, s) and of what was left out.
+"""Batches: that of step s is a pure function of (seed, s) and of the skipped batches.
 
-How many processes read it, where reading began and how many steps share an optimizer
-update change nothing: a process asks for rows by their number in the global batch and
+The number of processes, the first step that is read and the number of micro-batches
+change nothing: a process asks for rows by their number in the global batch and
 reads no others. Grain shuffles, reads, stacks and prefetches.
 """
 
@@ -13,9 +13,9 @@ import numpy as np
 
 from scaletrain.data.sequences import Sequences, blank
 
-# Whole batches are read ahead; more threads would only queue for the interpreter.
+# Complete batches are read ahead; more threads would only queue for the interpreter.
 _READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
-_ENDLESS = 2**48  # batches; what Grain counts has to fit 64 bits with the rows
+_ENDLESS = 2**48  # batches; times the rows of a batch it must fit Grain's 64-bit index
 
 
 def training_batches(
@@ -30,20 +30,20 @@ def training_batches(
     """Yields `rows` of the batches from `start_step` on, without end.
 
     Row r of step s is element s * batch_size + r of all sequences shuffled globally and
-    repeated, further on by what was left out until then. Each epoch has its own order:
-    Grain shuffles epoch e with seed + e, so two runs whose seeds differ by one meet the
-    same orders one epoch apart. A batch may reach into the next epoch. Starting late
-    costs nothing.
+    repeated, where s also counts the batches skipped until then. Each epoch has its
+    own order: Grain shuffles epoch e with seed + e, so two runs whose seeds differ by
+    one have the same orders one epoch apart. A batch may reach into the next epoch.
+    Starting late costs nothing.
 
     Args:
-      sequences: what to draw from.
+      sequences: the examples to draw from.
       seed: of the order, in [0, 2**32).
       batch_size: sequences in the global batch.
-      rows: the numbers this process wants of [0, batch_size), in any order.
+      rows: the rows of this process, numbers in [0, batch_size), in any order.
       start_step: the first step to read, from 0.
-      left_out: (step, batches): the steps from that one on do without these batches.
+      left_out: pairs (step, n): from that step on, reading is n batches further.
     """
-    shuffled = grain.MapDataset.source(sequences).shuffle(seed).repeat()
+    shuffled = _shuffled(grain.MapDataset.source(sequences), seed)
     picked = _Rows(shuffled, sequences.seq_len, batch_size, rows, _ENDLESS, left_out)
     return _stacked(picked, start_step)
 
@@ -56,14 +56,32 @@ def training_documents(
     step: int,
     left_out: Sequence[tuple[int, int]] = (),
 ) -> set[int]:
-    """Returns the ids of the documents in the batch of a step, see `Sequences`."""
-    order: Any = grain.MapDataset.range(len(sequences)).shuffle(seed).repeat()
+    """Returns the ids of the documents in the batch of a step, see `Sequences`.
+
+    Args:
+      sequences: the examples to draw from.
+      seed: of the order, as for `training_batches`.
+      batch_size: sequences in the global batch.
+      step: the step of the batch, from 0.
+      left_out: the skipped batches, as for `training_batches`.
+    """
+    order = _shuffled(grain.MapDataset.range(len(sequences)), seed)
     first = _batch_of(step, left_out) * batch_size
     numbers = {int(order[first + row]) for row in range(batch_size)}
-    return {found for number in numbers for found in sequences.documents(number)}
+    return {document for number in numbers for document in sequences.documents(number)}
+
+
+def _shuffled(elements: grain.MapDataset, seed: int) -> Any:
+    """Returns the elements in the order of training, without end.
+
+    The order depends on the number of elements and on the seed alone, so that of the
+    numbers of sequences is that of the sequences.
+    """
+    return elements.shuffle(seed).repeat()
 
 
 def _batch_of(step: int, left_out: Sequence[tuple[int, int]]) -> int:
+    """Returns the number of the batch that a step reads."""
     return step + sum(batches for first, batches in left_out if first <= step)
 
 
@@ -72,16 +90,17 @@ def validation_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields `rows` of each batch in the order of the stream, once.
 
-    The last batch is filled up with rows of weight 0, so every process gets as many.
+    The last batch is filled up with rows of weight 0, so every process gets the
+    same number of batches.
 
     Args:
-      sequences: what to read.
+      sequences: the examples to read.
       batch_size: sequences in the global batch.
-      rows: the numbers this process wants of [0, batch_size), in any order.
-      num_batches: how many at most; 0 = all.
+      rows: the rows of this process, numbers in [0, batch_size), in any order.
+      num_batches: the most batches to read; 0 = all.
     """
-    whole = -(-len(sequences) // batch_size)
-    count = min(num_batches, whole) if num_batches else whole
+    available = -(-len(sequences) // batch_size)
+    count = min(num_batches, available) if num_batches else available
     picked = _Rows(sequences, sequences.seq_len, batch_size, rows, count)
     return _stacked(picked, 0)
 

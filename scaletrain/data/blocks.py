@@ -12,18 +12,18 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from scaletrain.errors import DataError
 
-BLOCK = 8192  # tokens a record holds; the last one holds what is left
+BLOCK = 8192  # tokens of a record; the last record holds the remainder
 
 
 class StreamWriter:
-    """Appends tokens to a stream; nothing is whole before `close`.
+    """A writer that appends tokens to a stream; the file is complete after `close`.
 
     All methods raise OSError where the disk refuses.
     """
 
     def __init__(self, path: pathlib.Path, dtype: str):
-        # Grain reads single records, so a group of more would be read in vain; tokens
-        # hardly compress, and reading them takes half the time when they are not.
+        # Grain reads single records, so larger groups would be read in vain. Tokens
+        # hardly compress, and uncompressed ones are read in half the time.
         options = "group_size:1,uncompressed"
         with _as_os_error():
             self._writer = ArrayRecordWriter(str(path), options)
@@ -35,13 +35,13 @@ class StreamWriter:
         """Appends `tokens`, which the stream's dtype can hold."""
         self.num_tokens += len(tokens)
         tokens = np.concatenate([self._pending, tokens.astype(self._pending.dtype)])
-        whole = len(tokens) // BLOCK * BLOCK
-        for start in range(0, whole, BLOCK):
+        num_full = len(tokens) // BLOCK * BLOCK  # tokens in full blocks
+        for start in range(0, num_full, BLOCK):
             self._write(tokens[start : start + BLOCK])
-        self._pending = tokens[whole:]
+        self._pending = tokens[num_full:]
 
     def close(self) -> str:
-        """Writes what is left; returns the SHA-256 of all tokens."""
+        """Returns the SHA-256 of all tokens, after writing the last ones."""
         if len(self._pending):
             self._write(self._pending)
         with _as_os_error():
@@ -59,18 +59,23 @@ class StreamWriter:
 def _as_os_error() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as err:  # the writer's only kind
+    except RuntimeError as err:  # the only error that the writer raises
         raise OSError(str(err)) from err
 
 
 class Stream:
-    """The tokens of a file by their place; threads may share it."""
+    """The tokens of a file by their position; threads may share a stream."""
 
     def __init__(self, path: pathlib.Path, num_tokens: int, dtype: str):
         """Opens the file.
 
+        Args:
+          path: of the blocks.
+          num_tokens: the length that the index of the cache gives.
+          dtype: of a token on disk, in NumPy's spelling.
+
         Raises:
-          DataError: it is missing, damaged, or not `num_tokens` long.
+          DataError: the file is missing, damaged, or not `num_tokens` long.
         """
         self._path, self._num_tokens = path, num_tokens
         self._dtype = np.dtype(dtype).newbyteorder("<")

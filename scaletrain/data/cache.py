@@ -1,9 +1,9 @@
-"""The corpus as tokens: made once, kept in a folder named after what decides it.
+"""The corpus as tokens: made once, kept in a folder named by a hash of its settings.
 
 A folder holds, for each split, `<split>.array_record` (see `blocks`) and either
 `<split>.npz` (see `counts`) or, of conversations, two `<split>.*.npy` (see `packing`);
-the tokenizer if it was trained here; and `index.json`, written last. It appears under
-its name when it is whole and not before.
+the tokenizer if it was trained here; and `index.json`, written last. The folder
+gets its name only when it is complete.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ from scaletrain.data.tokenise import tokenise
 from scaletrain.data.tokenizers import Tokenizer
 from scaletrain.errors import DataError
 
-FORMAT = 3  # of the folder; raise it when its content changes for the same settings
+FORMAT = 3  # of the folder; raise it when the same settings give other content
 _DEAD_AFTER_S = 24 * 3600  # since a builder's last sign of life
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One token stream and what it was made of."""
+    """One token stream, and the size of the text that it was made of."""
 
     path: pathlib.Path  # of its blocks
     dtype: str
@@ -62,10 +62,10 @@ def prepare(
 
     Args:
       run: the settings.
-      say: called with lines that tell a person what takes so long.
-      tokenizer: of the checkpoint that is to read the corpus, which may know tokens
-        for which the model has no row as long as no document has them; None = the one
-        that the settings name.
+      say: prints a line of progress for the user.
+      tokenizer: that of the checkpoint that reads the corpus; it may have tokens for
+        which the model has no row, as long as no document has them. None = the
+        tokenizer that the settings name.
 
     Raises:
       DataError: a corpus or tokenizer that cannot be read as asked.
@@ -73,7 +73,7 @@ def prepare(
     data, vocab_size = run.data, run.model.vocab_size
     if data.source == "synthetic":
         return Corpus(None, _sha256(["synthetic", vocab_size]), {})
-    if corpus := _trained_here(run, tokenizer, say):
+    if corpus := _with_trained_tokenizer(run, tokenizer, say):
         return corpus
     given, tokenizer = tokenizer, tokenizer or tokenizers.read_tokenizer(data)
     if given is None and tokenizer is not None and tokenizer.vocab_size > vocab_size:
@@ -83,7 +83,7 @@ def prepare(
         )
     folder = _folder(run, tokenizer)
     _sweep(folder.parent)
-    if corpus := _whole(folder, tokenizer, say):
+    if corpus := _complete(folder, tokenizer, say):
         return corpus
     partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.partial"
     try:
@@ -95,7 +95,7 @@ def prepare(
         ) from err
     try:
         _seal(partial, tokenise(run, tokenizer, partial, say))
-        _install(partial, folder, lambda: _whole(folder, tokenizer, say) is not None)
+        _install(partial, folder, lambda: _complete(folder, tokenizer, say) is not None)
     except OSError as err:
         raise DataError(
             f"data.cache_dir={data.cache_dir!r}; {err.strerror or err} for the tokens "
@@ -106,16 +106,16 @@ def prepare(
     return _open(folder, tokenizer)
 
 
-def _trained_here(
+def _with_trained_tokenizer(
     run: RunConfig, tokenizer: Tokenizer | None, say: Callable[[str], None]
 ) -> Corpus | None:
-    """Returns the corpus for which `tokenizer` was trained, if it is kept.
+    """Returns the corpus on which `tokenizer` was trained, if the cache has it.
 
-    Its folder bears another name than that of tokens made with a tokenizer given.
+    Its folder has another name than the tokens of a tokenizer that was given.
     """
     if tokenizer is None or run.data.tokenizer != "bpe":
         return None
-    corpus = _whole(_folder(run, None), None, say)
+    corpus = _complete(_folder(run, None), None, say)
     if corpus is None or corpus.tokenizer is None:
         return None
     return corpus if corpus.tokenizer.fingerprint == tokenizer.fingerprint else None
@@ -136,7 +136,7 @@ def baselines(corpus: Corpus, split: Split) -> dict[str, float]:
 
 
 def _folder(run: RunConfig, tokenizer: Tokenizer | None) -> pathlib.Path:
-    """Returns where the tokens of these settings and this corpus belong."""
+    """Returns the folder for the tokens of these settings and this corpus."""
     data = run.data
     made_by: Any = ["bpe", run.model.vocab_size]
     if tokenizer is not None:
@@ -174,11 +174,11 @@ def _sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _seal(folder: pathlib.Path, found: dict[str, Any]) -> None:
-    """Writes the index: what was found, the size of every file, and a checksum."""
+def _seal(folder: pathlib.Path, summary: dict[str, Any]) -> None:
+    """Writes the index: `tokenise`'s summary, the size of each file, and a checksum."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    index = found | {"files": sizes}
+    index = summary | {"files": sizes}
     content = json.dumps({"index": index, "sha256": _sha256(index)}, indent=1)
     (folder / "index.json").write_text(content, encoding="utf-8")
 
@@ -219,10 +219,10 @@ def _open(folder: pathlib.Path, tokenizer: Tokenizer | None) -> Corpus:
     return Corpus(tokenizer, index["fingerprint"], splits)
 
 
-def _whole(
+def _complete(
     folder: pathlib.Path, tokenizer: Tokenizer | None, say: Callable[[str], None]
 ) -> Corpus | None:
-    """Returns the corpus in `folder` if there is one to rely on."""
+    """Returns the corpus in `folder`, None if it is missing or damaged."""
     try:
         return _open(folder, tokenizer)
     except (FileNotFoundError, NotADirectoryError):
@@ -233,9 +233,9 @@ def _whole(
 
 
 def _install(
-    partial: pathlib.Path, folder: pathlib.Path, taken: Callable[[], bool]
+    partial: pathlib.Path, folder: pathlib.Path, installed: Callable[[], bool]
 ) -> None:
-    """Gives a whole folder its name, unless another builder was faster."""
+    """Gives a complete folder its name, unless another builder was faster."""
     while True:
         try:
             partial.rename(folder)
@@ -243,10 +243,10 @@ def _install(
         except OSError as err:
             if err.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        if taken():
+        if installed():
             return
-        # What has the name is damaged. It moves aside in one step, so that no other
-        # builder ever sees half of it.
+        # The folder of that name is damaged. It moves aside in one step, so that no
+        # other builder ever sees half of it.
         aside = folder.parent / f".{folder.name}.{uuid.uuid4().hex}.partial"
         with contextlib.suppress(FileNotFoundError):
             folder.rename(aside)
@@ -254,7 +254,7 @@ def _install(
 
 
 def _sweep(root: pathlib.Path) -> None:
-    """Removes what builders left that died long ago."""
+    """Removes the partial folders of builders that died long ago."""
     for folder in root.glob(".*.partial"):
         with contextlib.suppress(FileNotFoundError):  # its builder has just finished
             signs = [folder.stat().st_mtime]

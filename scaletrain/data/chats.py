@@ -1,7 +1,7 @@
 """Conversations: rows of messages, written out by a tokenizer's own chat template.
 
-A template comes with somebody else's model and is run as what it is, a stranger's
-program: sandboxed, with nothing in reach but the messages and a few functions.
+A template comes with a published model and is untrusted code: it runs in a sandbox,
+and reaches only the messages and a few functions.
 """
 
 import datetime
@@ -17,10 +17,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from scaletrain.errors import DataError
 
-Message = Mapping[str, Any]  # "role", "content" and whatever the template knows
-Tool = Mapping[str, Any]  # a function that answers may call, as the template knows it
+Message = Mapping[str, Any]  # "role", "content" and other keys that the template reads
+Tool = Mapping[str, Any]  # a function that answers may call, in the template's form
 
-# Fields that would change what a model sees, and that no template here is given.
+# Fields that would change the text of a conversation, but are not given to templates.
 _UNREAD = ("system", "functions", "documents", "chat_template_kwargs")
 FIELDS = ("messages", "prompt", "completion", "tools", *_UNREAD)
 
@@ -31,13 +31,13 @@ def messages_of(row: Mapping[str, Any]) -> list[Message]:
     A message without content has `content` None.
 
     Raises:
-      DataError: there is none, nobody answers in it, a message says nothing, or
-        something in it has no way to the model.
+      DataError: there is no conversation, it has no answer, a message is empty, or
+        a part of it would not reach the model.
     """
     if row.get("messages") is not None:
-        found = row["messages"]
+        messages = row["messages"]
     elif isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
-        found = [
+        messages = [
             {"role": "user", "content": row["prompt"]},
             {"role": "assistant", "content": row["completion"]},
         ]
@@ -47,15 +47,15 @@ def messages_of(row: Mapping[str, Any]) -> list[Message]:
             f"{sorted(row)}; write messages=[{{role, content}}, ...], or set "
             "data.format=text."
         )
-    if not isinstance(found, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) for m in found
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
     ):
         raise DataError(
             "messages is not a list of objects with a role each; "
             "write messages=[{role, content}, ...]."
         )
-    if not any(_answers(message) for message in found):
-        roles = ", ".join(m["role"] for m in found) or "none"
+    if not any(_answers(message) for message in messages):
+        roles = ", ".join(m["role"] for m in messages) or "none"
         raise DataError(
             f"no message of role assistant (there are: {roles}), so nothing to learn; "
             "leave the row out."
@@ -65,19 +65,19 @@ def messages_of(row: Mapping[str, Any]) -> list[Message]:
             f"{', '.join(unread)} beside the messages would not be read; write it as a "
             "message, or leave it out."
         )
-    for place, message in enumerate(found, start=1):
+    for place, message in enumerate(messages, start=1):
         _check(place, message)
-    # What is null is not there, but content: templates ask whether a key is there, and
-    # whether content is none.
+    # Keys with null are removed, except content: templates ask whether a key exists,
+    # and whether content is none.
     empty = {"content": None}
-    return [empty | {k: v for k, v in m.items() if v is not None} for m in found]
+    return [empty | {k: v for k, v in m.items() if v is not None} for m in messages]
 
 
 def tools_of(row: Mapping[str, Any]) -> list[Tool]:
     """Returns the tools that the conversation in `row` may use.
 
     Raises:
-      DataError: they are not a list of objects.
+      DataError: the tools are not a list of objects.
     """
     tools = row.get("tools") or []
     if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools):
@@ -89,7 +89,7 @@ def tools_of(row: Mapping[str, Any]) -> list[Tool]:
 
 
 def _check(place: int, message: Message) -> None:
-    """Refuses what a template would write as Python spells it, or as nothing."""
+    """Refuses content that a template would write as a Python object, or not at all."""
     content, named = message.get("content"), f"message {place} ({message['role']})"
     if not isinstance(content, (str, list, type(None))):
         raise DataError(
@@ -152,7 +152,7 @@ class ChatTemplate:
 
         Args:
           source: the template.
-          special_tokens: what it may call by name, such as bos_token.
+          special_tokens: spellings by the names in templates, such as bos_token.
 
         Raises:
           DataError: not a template.
@@ -162,7 +162,7 @@ class ChatTemplate:
             lstrip_blocks=True,
             extensions=[_Generation, "jinja2.ext.loopcontrols"],
         )
-        # One moment, so that midnight does not part a conversation from its prefix.
+        # Read once, so that midnight gives no conversation two dates.
         now = datetime.datetime.now()
         environment.filters["tojson"] = _to_json
         environment.tests["none"] = _is_none
@@ -183,8 +183,13 @@ class ChatTemplate:
     ) -> str:
         """Returns `messages` as text, ending where an answer begins if `prompt`.
 
+        Args:
+          messages: the conversation, from its first message.
+          tools: functions that answers may call.
+          prompt: whether the text ends with the header of an answer.
+
         Raises:
-          DataError: the template refuses, or reaches for what it may not.
+          DataError: the template refuses the messages, or breaks the sandbox's rules.
         """
         try:
             text = self._template.render(
@@ -195,14 +200,14 @@ class ChatTemplate:
                 add_generation_prompt=prompt,
             )
             text.encode("utf-8")  # JSON can spell half a surrogate pair
-        except Exception as err:  # a stranger's program can fail in any way
+        except Exception as err:  # untrusted code can fail in any way
             raise _failed(err) from err
         return text
 
     def answers(
         self, messages: Sequence[Message], tools: Sequence[Tool] = ()
     ) -> tuple[str, list[tuple[int, int]]]:
-        """Returns the whole text, and from where to where the assistant wrote it.
+        """Returns the text, and the spans (start, stop) in it that the assistant wrote.
 
         Raises:
           DataError: the template fails, writes none of the tools, or an answer has no
@@ -213,8 +218,8 @@ class ChatTemplate:
             messages = [
                 {**m, "content": _text(m)} if _in_parts(m) else m for m in messages
             ]
-        whole, spans = self.render(messages, tools), []
-        if tools and whole == self.render(messages):
+        text, spans = self.render(messages, tools), []
+        if tools and text == self.render(messages):
             raise DataError(
                 "the chat template writes no tools; leave them out, or take a "
                 "tokenizer whose template does."
@@ -224,14 +229,14 @@ class ChatTemplate:
                 continue
             before = self.render(messages[:place], tools, prompt=True)
             after = self.render(messages[: place + 1], tools)
-            if not (after.startswith(before) and whole.startswith(after)):
+            if not (after.startswith(before) and text.startswith(after)):
                 raise DataError(
                     f"the chat template rewrites earlier turns, so message {place + 1} "
                     "has no place of its own; cut the conversation so that it ends "
                     "with its answer (single turn)."
                 )
             spans.append((len(before), len(after)))
-        return whole, spans
+        return text, spans
 
     def _knows_parts(self, messages: Sequence[Message], tools: Sequence[Tool]) -> bool:
         """Returns whether the template writes content that is a list of parts."""
@@ -245,7 +250,7 @@ class ChatTemplate:
 
 
 class _Generation(Extension):
-    """Marks of an answer, for which `transformers` has a use and nobody here."""
+    """The tag `generation` around an answer, which `transformers` reads; ignored."""
 
     tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
@@ -267,7 +272,7 @@ class _Parts(list):
 
 
 def _given(message: Message) -> dict[str, Any]:
-    """Returns `message` as templates are given it."""
+    """Returns the form of `message` that templates get."""
     if message.get("content") is None:
         return {**message, "content": _NoContent()}
     if _in_parts(message):
@@ -280,9 +285,10 @@ def _is_none(value: Any) -> bool:
 
 
 def _failed(err: Exception) -> DataError:
-    what = str(err) or type(err).__name__
+    reason = str(err) or type(err).__name__
     return DataError(
-        f"the chat template fails: {what}; repair the row, or the tokenizer's template."
+        f"the chat template fails: {reason}; "
+        "repair the row, or the tokenizer's template."
     )
 
 
@@ -297,8 +303,8 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Returns JSON as it is; Jinja's own filter escapes it for HTML."""
-    # `cls` and `default` are not the template's: json would call what it hands over.
+    """Returns plain JSON; Jinja's own filter escapes it for HTML."""
+    # No `cls` and no `default`: json would call an object that the template passes.
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,
@@ -310,6 +316,6 @@ def _to_json(
 
 
 def _null(value: Any) -> None:
-    """Returns how JSON has a message without content."""
+    """Returns None, the JSON null, for a message without content."""
     if not isinstance(value, _NoContent):
         raise TypeError(f"{type(value).__name__} is not JSON")

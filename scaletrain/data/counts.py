@@ -1,4 +1,4 @@
-"""What counting bytes alone achieves: the yardstick of bits per byte."""
+"""Byte counts, and the bits per byte of models that only count: a baseline."""
 
 import pathlib
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from scaletrain.data.files import door
 
 
 class ByteCounts:
-    """How often a byte, and a byte after another of its document, occurred."""
+    """Counts of bytes, and of pairs of neighbouring bytes inside a document."""
 
     def __init__(self):
         self.order0 = np.zeros(256, np.int64)
         self.order1 = np.zeros((256, 256), np.int64)  # [the byte before, the byte]
 
     def add(self, documents: Sequence[bytes]) -> None:
-        """Counts whole documents."""
+        """Counts the bytes of complete documents."""
         text = np.frombuffer(b"".join(documents), np.uint8)
         pairs = text[:-1].astype(np.uint16) * 256 + text[1:]
         ends = np.cumsum([len(document) for document in documents])[:-1] - 1
@@ -33,7 +33,7 @@ class ByteCounts:
         """Returns the counts of a .npz file.
 
         Raises:
-          DataError: it is missing or damaged.
+          DataError: the file is missing or damaged.
         """
         counts = cls()
         with (
@@ -45,10 +45,10 @@ class ByteCounts:
 
 
 def bits_per_byte(train: ByteCounts, split: ByteCounts) -> dict[str, float]:
-    """Returns the bits a byte of `split` costs under models of `train`.
+    """Returns the bits per byte of `split` under the models that count `train`.
 
-    Both models add one to every count. `order1` knows the byte before, and takes the
-    first byte of a document for one of `order0`. The ends of documents cost nothing.
+    Both models add one to every count. `order1` knows the byte before, and uses
+    `order0` for the first byte of a document. The ends of documents cost nothing.
     """
     cost0 = -np.log2((train.order0 + 1) / (train.order0.sum() + 256))
     before = train.order1.sum(axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The files of `data.path`: every one that it names is opened, or refused by name."""
+"""The files of `data.path`: each of them is read, or refused by its name."""
 
 import contextlib
 import pathlib
@@ -45,7 +45,7 @@ class File(NamedTuple):
 
     @property
     def suffix(self) -> str:
-        """Returns the suffix of what is inside the compression, in small letters."""
+        """Returns the suffix without that of the compression, in lower case."""
         return _suffix(self.name)
 
     @property
@@ -55,16 +55,22 @@ class File(NamedTuple):
 
 
 def refused(data: DataConfig, why: str, remedy: str) -> DataError:
-    """Returns the error of a corpus that cannot be read as the settings say."""
+    """Returns the error of a corpus that cannot be read as the settings say.
+
+    Args:
+      data: the settings.
+      why: the reason, without a full stop.
+      remedy: the action for the user, without a full stop.
+    """
     return DataError(f"data.path={data.path!r}; {why}; {remedy}.")
 
 
 @contextlib.contextmanager
 def door(why: str, remedy: str) -> Iterator[None]:
-    """Makes one line for the user of whatever a library raises.
+    """A context that turns any error of a library into one line for the user.
 
-    File systems, compressions and formats have no error in common: a list of those that
-    were seen would miss the next one.
+    File systems, compressions and formats share no class of errors, so a list of those
+    seen until now would miss the next one.
 
     Raises:
       DataError: `why`, the library's own words, `remedy`.
@@ -82,7 +88,7 @@ def matching(data: DataConfig) -> list[File]:
     """Returns every file of `data.path`, sorted by path.
 
     Raises:
-      DataError: there is none, or one that would not be read.
+      DataError: no file matches, or one of them would not be read.
     """
     import fsspec
 
@@ -103,7 +109,7 @@ def matching(data: DataConfig) -> list[File]:
 
 
 def stamp(data: DataConfig, file: File) -> list[Any]:
-    """Returns what changes when the content of `file` does."""
+    """Returns path, size and time of change: a list that changes with the content."""
     with door(f"data.path={data.path!r}; {file.path} cannot be read", _LEFT_OUT):
         info = file.filesystem.info(file.path)
         # Object stores have no time of change, but a checksum that costs nothing.
@@ -116,7 +122,7 @@ def opened(data: DataConfig, file: File) -> Iterator[BinaryIO]:
     """Yields the content of `file` without its compression.
 
     Raises:
-      DataError: it cannot be read, now or while the block reads on.
+      DataError: the file cannot be read, now or inside the `with` block.
     """
     from fsspec.compression import compr
     from fsspec.utils import infer_compression
@@ -135,7 +141,7 @@ def opened(data: DataConfig, file: File) -> Iterator[BinaryIO]:
             remedy = f"pip install {ending[1:]}, or unpack it"
             raise refused(data, f"nothing here unpacks {file.path}", remedy)
         else:
-            unpacked: Any = compr  # of every kind, and not of None alone
+            unpacked: Any = compr  # typed in fsspec as if None were its only key
             content = unpacked[kind](raw, mode="rb")
         with content:
             yield content
@@ -162,7 +168,10 @@ def _listed(data: DataConfig, filesystem: Any, pattern: str) -> list[str]:
     files, folders = [], []
     for path, info in matches.items():
         kind = info["type"]
-        if kind not in ("file", "directory"):  # as a link is to its folder's listing
+        if kind not in (
+            "file",
+            "directory",
+        ):  # a folder's listing has links as a type of their own
             with door(f"data.path={data.path!r}; {path} cannot be read", _LEFT_OUT):
                 kind = filesystem.info(path)["type"]
         if kind not in ("file", "directory"):
@@ -184,7 +193,7 @@ def _listed(data: DataConfig, filesystem: Any, pattern: str) -> list[str]:
 def _list_folders(filesystem: Any, pattern: str) -> None:
     """Lists each folder that a glob looks into.
 
-    A glob leaves out in silence what may not be listed.
+    A glob silently omits folders that may not be listed.
 
     Raises:
       OSError: a folder cannot be listed.
@@ -202,7 +211,7 @@ def _list_folders(filesystem: Any, pattern: str) -> None:
 
 
 def _check_kinds(data: DataConfig, matches: list[File]) -> None:
-    """Refuses files whose suffix does not say what is in them, all at once."""
+    """Refuses the files of unknown suffixes, all at once."""
     for file in matches:
         if file.suffix in _TAR:
             # The short suffixes, such as .tgz, are not all known to fsspec.
@@ -221,7 +230,7 @@ def _check_kinds(data: DataConfig, matches: list[File]) -> None:
 
 
 def _archive(data: DataConfig, file: File, protocol: str = "") -> DataError:
-    """Returns the error that tells of fsspec's `protocol` for what is in `file`."""
+    """Returns the error of an archive; fsspec's `protocol` could read its members."""
     remedy = "unpack it"
     if protocol:
         url = f"{protocol}://**::{file.filesystem.unstrip_protocol(file.path)}"
@@ -240,7 +249,7 @@ def _only_member(data: DataConfig, file: File, raw: BinaryIO) -> Any:
 
 
 def _zstd(data: DataConfig, file: File, raw: BinaryIO) -> Any:
-    """Returns the content of all frames; others end in silence after the first."""
+    """Returns the content of all frames; other libraries silently stop after one."""
     try:
         if sys.version_info >= (3, 14):
             from compression import zstd

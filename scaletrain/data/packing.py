@@ -1,8 +1,9 @@
-"""Conversations on disk, and which of them share a window.
+"""Conversations on disk, and their packing into windows.
 
-A stream holds them end to end, a token in the lower 31 bits and in the highest one
-whether it answers. `<split>.starts.npy` has the place where each begins and the length
-of the stream, `<split>.answers.npy` how many tokens stand before its first answer.
+A stream holds conversations end to end: a token in the lower 31 bits of a number, and
+in the highest bit whether it belongs to an answer. `<split>.starts.npy` holds the
+position of each conversation's first token and the length of the stream,
+`<split>.answers.npy` the number of tokens before each conversation's first answer.
 """
 
 import hashlib
@@ -19,24 +20,25 @@ _ANSWER = np.uint32(2**31)
 
 
 class ConversationWriter:
-    """Appends conversations to a split; nothing is whole before `close`."""
+    """A writer that appends conversations to a split, complete after `close`."""
 
     def __init__(self, stem: pathlib.Path):
         self._stream = StreamWriter(stem.with_suffix(".array_record"), DTYPE)
         self._stem, self._starts, self._answers = stem, [0], []
 
     def add(self, conversations: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Appends conversations: their ids, and which of them answer."""
+        """Appends conversations: pairs of ids and of a mask of the answers' ids."""
         for ids, answers in conversations:
             marks = np.where(answers, _ANSWER, np.uint32(0))
             self._stream.add(ids.astype(np.uint32) | marks)
             self._starts.append(self._stream.num_tokens)
             # The first token is never predicted.
-            found = np.flatnonzero(answers[1:])
-            self._answers.append(found[0] + 1 if len(found) else len(ids))
+            positions = np.flatnonzero(answers[1:])
+            first = positions[0] + 1 if len(positions) else len(ids)
+            self._answers.append(first)
 
     def close(self) -> str:
-        """Writes what is left; returns a digest of it all."""
+        """Returns a digest of all files, after writing the last of them."""
         digest = hashlib.sha256(self._stream.close().encode())
         for name, values in (("starts", self._starts), ("answers", self._answers)):
             array = np.array(values, np.int64)
@@ -48,23 +50,28 @@ class ConversationWriter:
         """Returns the numbers of `cache.Split`."""
         return {
             "num_tokens": self._stream.num_tokens,
-            "num_bytes": 0,  # of texts there are none, only of their templates
+            "num_bytes": 0,  # only the templates' output is known, not the texts
             "num_documents": len(self._answers),
         }
 
 
 class Windows:
-    """As many whole conversations as fit, one window after another.
+    """Windows of as many complete conversations as fit, in the order of the stream.
 
-    One that is longer than a window has it alone, and loses its end. One that has no
-    answer before that is left out.
+    A conversation longer than a window has one alone and loses its end. It is left out
+    if no answer begins before that end.
     """
 
     def __init__(self, path: pathlib.Path, num_tokens: int, seq_len: int):
-        """Opens the stream at `path` and shares it out.
+        """Opens the stream at `path` and assigns its conversations to windows.
+
+        Args:
+          path: of the blocks of the stream.
+          num_tokens: of the stream.
+          seq_len: predictions of a window, which are tokens less one a conversation.
 
         Raises:
-          DataError: it is missing or damaged.
+          DataError: the stream is missing or damaged.
         """
         self._stream = Stream(path, num_tokens, DTYPE)
         starts, answers = _load(path, "starts"), _load(path, "answers")
@@ -85,19 +92,18 @@ class Windows:
         return len(self._firsts) - 1
 
     def __getitem__(self, index: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Returns (ids, answers) of each conversation in the window, as it was cut."""
-        found = []
+        """Returns (ids, answers) of each conversation in the window, cut to fit."""
+        conversations = []
         for place in range(self._firsts[index], self._firsts[index + 1]):
             start = int(self._starts[place])
             stop = start + int(self._lengths[place]) + 1
-            tokens = self._stream.window(
-                start, stop
-            )  # negative: the highest bit is set
-            found.append((tokens & (2**31 - 1), tokens < 0))
-        return found
+            # As int32, a number whose highest bit is set is negative.
+            tokens = self._stream.window(start, stop)
+            conversations.append((tokens & (2**31 - 1), tokens < 0))
+        return conversations
 
     def starts(self, index: int) -> list[int]:
-        """Returns where in the stream the conversations of a window begin."""
+        """Returns the positions in the stream of the conversations of a window."""
         return self._starts[self._firsts[index] : self._firsts[index + 1]].tolist()
 
 

@@ -10,10 +10,10 @@ from scaletrain.data.cache import Corpus, Split
 from scaletrain.data.packing import Windows
 from scaletrain.errors import DataError
 
-# What an example is made of; each is [seq_len].
+# The arrays of an example; each is [seq_len].
 FIELDS = {
     "tokens": np.int32,
-    "targets": np.int32,  # the tokens one place later
+    "targets": np.int32,  # the tokens one position later
     "segments": np.int32,  # documents numbered from 1; 0 is padding
     "positions": np.int32,  # in the document, or in the window if it began before
     "weights": np.float32,  # 1 where the target counts, 0 where not and for padding
@@ -24,7 +24,7 @@ _NUM_SYNTHETIC = {"train": 2**20, "validation": 64}
 class Sequences(Protocol):
     """Examples of `seq_len` tokens in any order; threads may share them."""
 
-    split: Split | None  # None without texts whose bytes count
+    split: Split | None  # None where bits per byte are not defined
     seq_len: int
 
     def __len__(self) -> int: ...
@@ -32,15 +32,20 @@ class Sequences(Protocol):
     def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
 
     def documents(self, index: int) -> list[int]:
-        """Returns ids of an example's documents: where in the stream they begin."""
+        """Returns the ids of an example's documents: their positions in the stream."""
         ...
 
 
 def sequences(corpus: Corpus, split: str, run: RunConfig) -> Sequences:
     """Returns the examples of "train" or "validation".
 
-    Training drops what is left over at the end of the stream; validation pads it.
-    Conversations are packed whole, see `packing`.
+    Training drops the incomplete sequence at the end of the stream; validation pads it.
+    Conversations are not cut across windows, see `packing`.
+
+    Args:
+      corpus: see `cache.prepare`.
+      split: "train" or "validation".
+      run: the settings; `seq_len` and `data.format` decide the examples.
 
     Raises:
       DataError: no such split, a training split of less than one sequence, or
@@ -50,17 +55,18 @@ def sequences(corpus: Corpus, split: str, run: RunConfig) -> Sequences:
         raise DataError(f"split={split!r}; there are {' and '.join(_NUM_SYNTHETIC)}.")
     if corpus.tokenizer is None:
         return RandomSequences(run, split)
-    found = corpus.splits[split]
+    stream = corpus.splits[split]
     if run.data.format == "chat":
-        return ChatSequences(found, run.seq_len)
-    if split == "train" and found.num_tokens < run.seq_len + 1:
+        return ChatSequences(stream, run.seq_len)
+    if split == "train" and stream.num_tokens < run.seq_len + 1:
         raise DataError(
-            f"seq_len={run.seq_len}; the training split has only {found.num_tokens} "
-            f"tokens; set seq_len to at most {found.num_tokens - 1}, or give more text."
+            f"seq_len={run.seq_len}; the training split has only {stream.num_tokens} "
+            f"tokens; set seq_len to at most {stream.num_tokens - 1}, or give more "
+            "text."
         )
-    whole, rest = divmod(max(found.num_tokens - 1, 0), run.seq_len)
+    num_full, rest = divmod(max(stream.num_tokens - 1, 0), run.seq_len)
     keep_rest = split == "validation" and rest > 0
-    return StreamSequences(found, run.seq_len, whole + keep_rest)
+    return StreamSequences(stream, run.seq_len, num_full + keep_rest)
 
 
 def blank(seq_len: int) -> dict[str, np.ndarray]:
@@ -69,7 +75,7 @@ def blank(seq_len: int) -> dict[str, np.ndarray]:
 
 
 class StreamSequences:
-    """Example i predicts the tokens from i * seq_len + 1 on."""
+    """Examples of a token stream; number i predicts tokens from i * seq_len + 1 on."""
 
     def __init__(self, split: Split, seq_len: int, num_sequences: int):
         self.split: Split | None = split
@@ -89,25 +95,25 @@ class StreamSequences:
         return _example(self._stream.window(start, stop), self._end_id, self.seq_len)
 
     def documents(self, index: int) -> list[int]:
-        """Returns the places of the ends of text that open them, in order."""
+        """Returns the positions of the ends of text before the documents, in order."""
         start = index * self.seq_len
         stop = min(start + self.seq_len, self._num_tokens - 1)
         ends = np.flatnonzero(self._stream.window(start, stop) == self._end_id) + start
-        found = [int(end) for end in ends]
-        if found[:1] == [start]:
-            return found
-        # The stream begins with an end of text: the search backwards finds one.
+        positions = [int(end) for end in ends]
+        if positions[:1] == [start]:
+            return positions
+        # The stream begins with an end of text: the search backwards ends.
         while True:
             start, stop = max(start - BLOCK, 0), start
             before = np.flatnonzero(self._stream.window(start, stop) == self._end_id)
             if len(before):
-                return [start + int(before[-1]), *found]
+                return [start + int(before[-1]), *positions]
 
 
 class ChatSequences:
-    """Example i is window i; a conversation is a segment, its answers are predicted."""
+    """Examples of conversations: each is a segment, and its answers are the targets."""
 
-    # Bits per byte would need the bytes of the answers alone.
+    # Bits per byte would need the bytes of the answers, which are not counted.
     split: Split | None = None
 
     def __init__(self, split: Split, seq_len: int):
@@ -138,12 +144,12 @@ class ChatSequences:
         return example
 
     def documents(self, index: int) -> list[int]:
-        """Returns the places of the first tokens of its conversations, in order."""
+        """Returns the positions of the first tokens of the conversations, in order."""
         return self._windows.starts(index)
 
 
 class RandomSequences:
-    """Uniform random tokens: nothing to learn, nothing to read, nothing to wait for."""
+    """Examples of uniform random tokens, which need no files."""
 
     split: Split | None = None
 
@@ -165,7 +171,7 @@ class RandomSequences:
         return _example(window, -1, self.seq_len)
 
     def documents(self, index: int) -> list[int]:
-        """Returns its number: there is no stream, and an example is a document."""
+        """Returns the example's number, for each example is one document."""
         return [index]
 
 

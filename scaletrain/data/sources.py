@@ -1,6 +1,6 @@
 """Documents: a corpus as a stream of named texts or rows, always in the same order.
 
-Nothing here tokenises, shuffles or splits. A text that is empty is left out.
+This module does not tokenise, shuffle or split. Empty texts are left out.
 """
 
 import pathlib
@@ -17,9 +17,9 @@ from scaletrain.data.tables import Row, no_field
 
 
 class Document(NamedTuple):
-    """A text, and the name its split is decided by."""
+    """A text, and the name that decides its split."""
 
-    name: str  # does not depend on where the corpus lies
+    name: str  # does not depend on the folder of the corpus
     text: str
 
 
@@ -30,7 +30,7 @@ def documents(data: DataConfig) -> Iterator[Document]:
       DataError: a corpus that is not there or not as the settings describe it.
     """
     readers = {"stdlib": _stdlib, "files": _files, "tfds": _tfds}
-    return (found for found in readers[data.source](data) if found.text)
+    return (document for document in readers[data.source](data) if document.text)
 
 
 def rows(data: DataConfig) -> Iterator[Row]:
@@ -51,19 +51,19 @@ def rows(data: DataConfig) -> Iterator[Row]:
 
 
 def identity(data: DataConfig) -> list[Any]:
-    """Returns what tells this state of the corpus from any other, unread.
+    """Returns a fingerprint of the corpus's state, made without reading its texts.
 
     Raises:
-      DataError: a corpus that is not there.
+      DataError: the corpus does not exist.
     """
     if data.source == "stdlib":
         sizes = [(name, path.stat().st_size) for name, path in _modules()]
         return [platform.python_version(), sizes]
     if data.source == "files":
         return [files.stamp(data, file) for file in files.matching(data)]
-    found = _data_source(data)
-    info = found.dataset_info
-    return [info.full_name, len(found), int(info.dataset_size)]
+    source = _data_source(data)
+    info = source.dataset_info
+    return [info.full_name, len(source), int(info.dataset_size)]
 
 
 def _modules() -> list[tuple[str, pathlib.Path]]:
@@ -120,7 +120,7 @@ def _string(data: DataConfig, where: str, value: Any) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as err:
-        # JSON can spell half a surrogate pair; nothing after here could write it.
+        # JSON can spell half a surrogate pair; no later stage could write it.
         raise refused(data, f"{where} is not Unicode: {err}", remedy) from err
     return value
 

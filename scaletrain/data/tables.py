@@ -23,10 +23,12 @@ def rows(data: DataConfig, file: File, columns: Sequence[str]) -> Iterator[Row]:
     """Yields the rows of `file`, in its order.
 
     Args:
-      columns: those that are wanted; a row may have others too.
+      data: the settings, for errors.
+      file: the file to read; its suffix decides the format.
+      columns: names of the fields to read; a row may have others too.
 
     Raises:
-      DataError: the file is not what its suffix says, or has none of `columns`.
+      DataError: the file has not the format of its suffix, or has none of `columns`.
     """
     with opened(data, file) as content:
         if file.suffix == ".parquet":
@@ -41,7 +43,13 @@ def rows(data: DataConfig, file: File, columns: Sequence[str]) -> Iterator[Row]:
 
 
 def no_field(data: DataConfig, where: str, fields: Any) -> DataError:
-    """Returns the error of a row that has none of the fields wanted, but `fields`."""
+    """Returns the error of a row without the fields that the settings name.
+
+    Args:
+      data: the settings.
+      where: the name of the row or of its file.
+      fields: the names that it has.
+    """
     if data.format == "chat":
         why = f"{where} has neither messages nor prompt and completion, only {fields}"
         return refused(data, why, "rename the columns, or set data.format=text")
@@ -86,7 +94,7 @@ def _csv(
     data: DataConfig, name: str, file: BinaryIO, columns: Sequence[str], delimiter: str
 ) -> Iterator[Row]:
     """Yields the rows below the header, which are numbered from 1."""
-    csv.field_size_limit(sys.maxsize)  # else 128 KiB: documents are longer
+    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is too short
     text = (line.decode("utf-8-sig") for line in file)
     remedy = "write it anew, or leave it out"
     with door(f"data.path={data.path!r}; {name} is not sound CSV", remedy):
@@ -127,10 +135,10 @@ def _parquet(
 
 
 def _unfilled(value: Any) -> Any:
-    """Returns `value` without keys of nothing.
+    """Returns `value` without the keys whose value is null.
 
-    Every struct of a column has all keys of the column: a key that one row has is
-    filled in with null in the others.
+    In Parquet all structs of a column have the same keys: a key of one row is null in
+    the rows without it.
     """
     if isinstance(value, dict):
         return {k: _unfilled(v) for k, v in value.items() if v is not None}

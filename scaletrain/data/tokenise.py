@@ -17,7 +17,7 @@ from scaletrain.data.sources import Document, documents, rows
 from scaletrain.data.tokenizers import JsonTokenizer, Tokenizer, train_bpe
 from scaletrain.errors import DataError
 
-_CHUNK = 2**20  # characters that are tokenised at once; a longer document goes alone
+_CHUNK = 2**20  # characters that are tokenised at once; a longer document is a chunk
 _BPE_CHARACTERS = 20_000_000  # of the training documents a tokenizer is trained on
 _SAY_EVERY_S = 10.0
 
@@ -36,12 +36,16 @@ def tokenise(
     folder: pathlib.Path,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Writes the splits into `folder`; returns what its index has to say of them.
+    """Returns the content of the cache's index, after writing the splits.
 
-    Without a tokenizer one is trained on the training documents and saved there too.
+    Args:
+      run: the settings.
+      tokenizer: None = train one on the training documents, and save it in `folder`.
+      folder: an empty folder for the splits.
+      say: prints a line of progress for the user.
 
     Raises:
-      DataError: documents that cannot be read, or a split that none of them falls to.
+      DataError: documents that cannot be read, or a split without documents.
     """
     began = time.monotonic()
     if tokenizer is None:
@@ -49,21 +53,21 @@ def tokenise(
     stems = {name: folder / name for name in ("train", "validation")}
     writers: dict[str, Any]
     if run.data.format == "chat":
-        dtype, found = DTYPE, _conversations(run, tokenizer)
+        dtype, chunks = DTYPE, _conversations(run, tokenizer)
         writers = {n: ConversationWriter(stem) for n, stem in stems.items()}
     else:
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-        found, end_id = _texts(run, tokenizer), tokenizer.end_id
+        chunks, end_id = _texts(run, tokenizer), tokenizer.end_id
         writers = {n: _SplitWriter(stem, dtype, end_id) for n, stem in stems.items()}
-    said = time.monotonic()
-    for chunk in found:
+    reported = time.monotonic()
+    for chunk in chunks:
         assigned = [split_of(name, run.data.validation_fraction) for name, _ in chunk]
         for name, writer in writers.items():
             pairs = zip(chunk, assigned, strict=True)
             writer.add([content for (_, content), split in pairs if split == name])
-        if time.monotonic() - said > _SAY_EVERY_S:
+        if time.monotonic() - reported > _SAY_EVERY_S:
             say(f"tokenising ... {_amount(writers)}")
-            said = time.monotonic()
+            reported = time.monotonic()
     _check(run.data, {n: w.counts()["num_documents"] for n, w in writers.items()})
     content = hashlib.sha256(tokenizer.fingerprint.encode())
     splits = {}
@@ -119,7 +123,7 @@ def _check_rows(
 
 
 def _amount(writers: dict[str, Any]) -> str:
-    """Returns in words how much was read."""
+    """Returns the amount of text that was read, for the user."""
     counts = [writer.counts() for writer in writers.values()]
     if num_bytes := sum(count["num_bytes"] for count in counts):
         return f"{num_bytes / 1e6:.1f} MB"
@@ -154,7 +158,7 @@ class _SplitWriter:
         self.num_documents += len(rows)
 
     def close(self) -> str:
-        """Closes the last document and the files; returns a digest of the tokens."""
+        """Returns a digest of the tokens, after closing the files."""
         if self.num_documents:
             self._stream.add(self._end)
         self._bytes.save(self._bytes_path)
@@ -183,7 +187,7 @@ def _trained(run: RunConfig, folder: pathlib.Path, say: Callable) -> Tokenizer:
 
 
 def _training_texts(data: DataConfig) -> Iterator[str]:
-    """Yields the first training documents, cut where there is enough of them."""
+    """Yields the first training documents, up to `_BPE_CHARACTERS` in total."""
     left = _BPE_CHARACTERS
     for document in documents(data):
         if split_of(document.name, data.validation_fraction) == "train":
@@ -193,10 +197,10 @@ def _training_texts(data: DataConfig) -> Iterator[str]:
             return
 
 
-def _chunks(found: Iterable[Document]) -> Iterator[list[Document]]:
-    """Yields documents in lists worth a batch of the tokenizer's threads."""
+def _chunks(texts: Iterable[Document]) -> Iterator[list[Document]]:
+    """Yields lists of documents, long enough to occupy the tokenizer's threads."""
     chunk, size = [], 0
-    for document in found:
+    for document in texts:
         chunk.append(document)
         size += len(document.text)
         if size >= _CHUNK:

@@ -1,11 +1,11 @@
 """Tokenizers: text to ids and back, and the files that let a run carry its own.
 
-reading           the tokenizer that settings name, or that a run left
-bytes_          256 bytes, without a file
-json_           tokenizer.json; also trained here (`train_bpe`)
-sentencepiece_  a .model file
-beside        the files beside tokenizer.json: names, settings, a chat template
-protocol      the methods of each, and the parts that they share
+reading      the tokenizer that the settings name, or that a run saved
+byte         256 bytes, without a file
+huggingface  tokenizer.json; also trained on the corpus (`train_bpe`)
+piece        a SentencePiece .model file
+beside       the files beside tokenizer.json: names, settings, a chat template
+protocol     the methods of a tokenizer, and their shared functions
 """
 
 from scaletrain.data.tokenizers.byte import ByteTokenizer

@@ -1,6 +1,6 @@
-"""What published tokenizers keep beside tokenizer.json: names, settings, a template.
+"""The files beside a published tokenizer.json: names, settings, a chat template.
 
-Read the way `transformers` reads them. All of it is optional.
+They are read in the way of `transformers`. All of them are optional.
 """
 
 import json
@@ -20,18 +20,18 @@ NAMES = (
 )
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
-Sidecars = Mapping[str, bytes]  # the content of those of NAMES that are there
+Sidecars = Mapping[str, bytes]  # content by file name, of those of NAMES that exist
 
 
 def read(filesystem: Any, path: str) -> dict[str, bytes]:
     """Returns the files in the folder of `path`.
 
     Raises:
-      OSError: a file that is there cannot be read.
+      OSError: a file that exists cannot be read.
     """
     folder = path[: len(path) - len(path.rpartition("/")[2])]
-    there = [name for name in NAMES if filesystem.isfile(folder + name)]
-    return {name: filesystem.cat_file(folder + name) for name in there}
+    names = [name for name in NAMES if filesystem.isfile(folder + name)]
+    return {name: filesystem.cat_file(folder + name) for name in names}
 
 
 def config(files: Sidecars) -> dict[str, Any]:
@@ -52,29 +52,29 @@ def special_tokens(files: Sidecars) -> dict[str, str]:
     named = config(files)
     if "added_tokens_decoder" not in named:  # the newer format needs no second file
         named = named | _object(files, "special_tokens_map.json")
-    found = {}
+    spellings = {}
     for key in (f"{name}_token" for name in _SPECIAL):
         value = named.get(key)
         spelling = value.get("content") if isinstance(value, dict) else value
         if isinstance(spelling, str):
-            found[key] = spelling
-    return found
+            spellings[key] = spelling
+    return spellings
 
 
 def chat_template(files: Sidecars) -> str | None:
     """Returns the source of the template that conversations are written with.
 
     Raises:
-      ValueError: a file is not what its name says.
+      ValueError: a file has not the format of its name.
     """
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].decode("utf-8")
     name = "chat_template.json" if "chat_template.json" in files else CONFIG
-    found = _object(files, name).get("chat_template")
-    if isinstance(found, list):
-        named = {each["name"]: each["template"] for each in found}
-        found = named.get("default")
-    return found if isinstance(found, str) else None
+    template = _object(files, name).get("chat_template")
+    if isinstance(template, list):
+        named = {each["name"]: each["template"] for each in template}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
 
 
 def _object(files: Sidecars, name: str) -> dict[str, Any]:

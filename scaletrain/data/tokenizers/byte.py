@@ -45,8 +45,8 @@ class ByteTokenizer:
         # The library writes a byte as a letter: its own, or for those without one
         # the next letter that is no byte.
         letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-        taken = {ord(letter) for letter in letters}
-        others = (byte for byte in range(256) if byte not in taken)
+        in_alphabet = {ord(letter) for letter in letters}
+        others = (byte for byte in range(256) if byte not in in_alphabet)
         ids = {c: ord(c) if ord(c) < 256 else next(others) for c in letters}
         library = Library(models.BPE(vocab=ids, merges=[]))
         library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

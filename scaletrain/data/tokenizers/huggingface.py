@@ -34,7 +34,7 @@ class JsonTokenizer:
         Args:
           content: of tokenizer.json.
           end_of_text: that token; "" = the one `files` name, or a usual spelling.
-          files: what lies beside tokenizer.json.
+          files: the files beside tokenizer.json, see `beside`.
 
         Raises:
           ValueError: not a tokenizer.
@@ -45,7 +45,7 @@ class JsonTokenizer:
 
         try:
             library = Library.from_str(content)
-        except Exception as err:  # the library raises nothing narrower
+        except Exception as err:  # the library raises no narrower class
             raise ValueError(f"it is not a tokenizer.json: {err}") from err
         self._files = dict(files or {})
         self._special_tokens = beside.special_tokens(self._files)
@@ -69,20 +69,22 @@ class JsonTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns the ids of each text, nothing added before or after it."""
-        found = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(each.ids, np.int32) for each in found]
+        encodings = self._library.encode_batch_fast(
+            list(texts), add_special_tokens=False
+        )
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def prompt(self, text: str) -> list[int]:
-        """Returns what `transformers` makes of `text` if the file came with its config.
+        """Returns the ids that `transformers` gives `text` if the file has its config.
 
-        A tokenizer that was trained here puts an end of text before every document,
-        and so before `text`; somebody else's says itself how a text begins.
+        A tokenizer without one was trained by scaletrain, which puts an end of text
+        before every document, and so before `text`.
         """
         if beside.CONFIG not in self._files:
             return [self.end_id, *self.encode_batch([text])[0].tolist()]
-        # These two stand above the framing in tokenizer.json.
-        told = {"add_bos_token", "add_eos_token"} & set(beside.config(self._files))
-        ids = self._open_library.encode(text, add_special_tokens=not told).ids
+        # These two take precedence over the framing in tokenizer.json.
+        framing = {"add_bos_token", "add_eos_token"} & set(beside.config(self._files))
+        ids = self._open_library.encode(text, add_special_tokens=not framing).ids
         ids = [*self._asked("bos"), *ids, *self._asked("eos")]
         return ids or [self.end_id]
 
@@ -90,27 +92,28 @@ class JsonTokenizer:
         """Returns the token that tokenizer_config.json puts around every text."""
         asked = beside.config(self._files).get(f"add_{name}_token")
         token = self._special_tokens.get(f"{name}_token", "")
-        found = self._open_library.token_to_id(token) if asked else None
-        return [] if found is None else [found]
+        token_id = self._open_library.token_to_id(token) if asked else None
+        return [] if token_id is None else [token_id]
 
     def chat(
         self, messages: Sequence[Message], tools: Sequence[Tool] = ()
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the int32 ids of a conversation, and which of them answer.
+        """Returns the int32 ids of a conversation, and a mask of the answers' ids.
 
-        A token answers if its first character is one that an assistant's message adds.
+        A token belongs to an answer if its first character is one that an assistant's
+        message adds.
 
         Raises:
           DataError: no chat template, or one that does not write these messages or
             any of these tools.
         """
         text, spans = self._chat_template.answers(messages, tools)
-        found = self._chat_library.encode(text, add_special_tokens=False)
+        encoding = self._chat_library.encode(text, add_special_tokens=False)
         answered = np.zeros(len(text) + 1, bool)
         for start, stop in spans:
             answered[start:stop] = True
-        firsts = np.array([start for start, _ in found.offsets], np.int64)
-        return np.array(found.ids, np.int32), answered[firsts]
+        firsts = np.array([start for start, _ in encoding.offsets], np.int64)
+        return np.array(encoding.ids, np.int32), answered[firsts]
 
     @functools.cached_property
     def _chat_template(self) -> ChatTemplate:
@@ -124,29 +127,15 @@ class JsonTokenizer:
 
     @functools.cached_property
     def _open_library(self) -> Any:
-        """The library's tokenizer to whom a special token's spelling is that token."""
-        return self._recognising(self._content)
+        """The tokenizer that parses special tokens in texts, unlike the default."""
+        return _parsing_special(self._content, self._special_tokens)
 
     @functools.cached_property
     def _chat_library(self) -> Any:
         # Without the framing, which the template writes; some framings also move
         # the offsets of tokens that begin with a space.
         content = json.loads(self._content) | {"post_processor": None}
-        return self._recognising(json.dumps(content))
-
-    def _recognising(self, content: str) -> Any:
-        from tokenizers import AddedToken
-        from tokenizers import Tokenizer as Library
-
-        library = Library.from_str(content)
-        library.no_truncation()
-        library.no_padding()
-        listed = {t.content for t in library.get_added_tokens_decoder().values()}
-        known = set(library.get_vocab())
-        unlisted = known.intersection(self._special_tokens.values()) - listed
-        tokens = [AddedToken(t, normalized=False) for t in sorted(unlisted)]
-        library.add_special_tokens(tokens)
-        return library
+        return _parsing_special(json.dumps(content), self._special_tokens)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text, special tokens spelled out."""
@@ -154,7 +143,7 @@ class JsonTokenizer:
         return self._library.decode(known, skip_special_tokens=False)
 
     def save(self, folder: pathlib.Path) -> None:
-        """Writes tokenizer.json, what lay beside it, and its end-of-text token."""
+        """Writes tokenizer.json, the files beside it, and its end-of-text token."""
         write(folder, self._everything(), "json", self._end_of_text)
 
     def vocabulary(self) -> Mapping[str, int]:
@@ -162,7 +151,7 @@ class JsonTokenizer:
         return self._library.get_vocab()
 
     def published(self) -> dict[str, bytes]:
-        """Returns the files it was read from, with a config if there was none."""
+        """Returns the tokenizer's files, with a config if there was none."""
         config = published_config("PreTrainedTokenizerFast", self._end_of_text)
         return {beside.CONFIG: config} | self._everything()
 
@@ -170,8 +159,29 @@ class JsonTokenizer:
         return self._files | {"tokenizer.json": self._content.encode("utf-8")}
 
 
+def _parsing_special(content: str, special_tokens: Mapping[str, str]) -> Any:
+    """Returns the library's tokenizer that parses special tokens in texts.
+
+    Args:
+      content: of tokenizer.json.
+      special_tokens: spellings that count as special although `content` may not say so.
+    """
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Library
+
+    library = Library.from_str(content)
+    library.no_truncation()
+    library.no_padding()
+    listed = {t.content for t in library.get_added_tokens_decoder().values()}
+    known = set(library.get_vocab())
+    unlisted = known.intersection(special_tokens.values()) - listed
+    tokens = [AddedToken(t, normalized=False) for t in sorted(unlisted)]
+    library.add_special_tokens(tokens)
+    return library
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
-    """Returns a byte-level BPE of `vocab_size` ids, of fewer if `texts` has no more.
+    """Returns a byte-level BPE of `vocab_size` ids, or fewer if pairs run out.
 
     The end of text is id 0 and the 256 bytes follow; the same texts give the same ids.
     """

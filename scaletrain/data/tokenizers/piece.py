@@ -66,10 +66,10 @@ class PieceTokenizer:
         return {self._library.id_to_piece(i): i for i in range(self.vocab_size)}
 
     def published(self) -> dict[str, bytes]:
-        """Returns the model, to be read as a Llama's.
+        """Returns the model's file, with a config that declares a Llama tokenizer.
 
         Raises:
-          DataError: it is not like a Llama's, so that the ids would be others.
+          DataError: `transformers` would make other ids of it.
         """
         from sentencepiece import sentencepiece_model_pb2
 

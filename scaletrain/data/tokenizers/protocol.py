@@ -1,4 +1,4 @@
-"""The protocol of a tokenizer, and the parts that all of them share.
+"""The protocol of a tokenizer, and the functions that all tokenizers share.
 
 The spelling of the end-of-text token inside a text is text: it never becomes the id
 that separates documents.
@@ -57,7 +57,14 @@ class Tokenizer(Protocol):
 def write(
     folder: pathlib.Path, files: Mapping[str, bytes], kind: str, end_of_text: str
 ) -> None:
-    """Writes the files of a tokenizer, each atomically, and last `about.json`."""
+    """Writes the files of a tokenizer, each atomically, and last `about.json`.
+
+    Args:
+      folder: made if it does not exist.
+      files: content by file name.
+      kind: "bytes", "json" or "model", see `reading.load_tokenizer`.
+      end_of_text: the spelling of that token; "" where the kind implies it.
+    """
     about = json.dumps({"kind": kind, "end_of_text": end_of_text})
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in {**files, "about.json": about.encode("utf-8")}.items():
@@ -65,7 +72,13 @@ def write(
 
 
 def published_config(kind: str, end_of_text: str, **more: Any) -> bytes:
-    """Returns a tokenizer_config.json under which `transformers` changes no text."""
+    """Returns a tokenizer_config.json under which `transformers` changes no text.
+
+    Args:
+      kind: the class in `transformers`.
+      end_of_text: the spelling of that token.
+      more: further keys of the file, which take precedence.
+    """
     content = {
         "tokenizer_class": kind,
         "bos_token": end_of_text,
@@ -84,8 +97,12 @@ def end_token(vocabulary: Mapping[str, Any], asked: str, named: str = "") -> str
     """Returns the spelling of the end of text that `vocabulary` has.
 
     Args:
-      asked: by the user, who is told if there is no such token.
-      named: by the tokenizer's own files.
+      vocabulary: the tokens, as keys.
+      asked: the spelling in the settings; "" = none.
+      named: the spelling in the tokenizer's own files; "" = none.
+
+    Raises:
+      DataError: the vocabulary has not `asked`, or no known spelling.
     """
     if asked and asked not in vocabulary:
         near = difflib.get_close_matches(asked, vocabulary, n=3, cutoff=0.5)
@@ -93,11 +110,11 @@ def end_token(vocabulary: Mapping[str, Any], asked: str, named: str = "") -> str
             f"data.end_of_text={asked!r}; the tokenizer has no such token; "
             f"set it to one it has{', such as ' if near else ''}{', '.join(near)}."
         )
-    found = [s for s in (asked, named, *_END_SPELLINGS) if s in vocabulary and s]
-    if not found:
+    present = [s for s in (asked, named, *_END_SPELLINGS) if s in vocabulary and s]
+    if not present:
         spellings = ", ".join(_END_SPELLINGS)
         raise DataError(
             f"data.end_of_text=''; the tokenizer has none of {spellings}; set "
             "data.end_of_text to the token that closes a text."
         )
-    return found[0]
+    return present[0]

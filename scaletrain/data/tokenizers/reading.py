@@ -1,4 +1,4 @@
-"""Tokenizers from the settings, and from the folder that a run left."""
+"""Tokenizers from the settings, and from the folder of a run."""
 
 import json
 import pathlib
@@ -39,7 +39,7 @@ def load_tokenizer(folder: pathlib.Path) -> Tokenizer:
     """Returns the tokenizer that was saved in `folder`.
 
     Raises:
-      DataError: none was, or not all of it is there.
+      DataError: the folder has no tokenizer, or not all of its files.
     """
     try:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
