@@ -36,7 +36,7 @@ def supports(shape_BTD: tuple[int, ...]) -> bool:
 
     With a tensor axis the heads of a device do not lie beside each other.
     """
-    even = sharding.share(shape_BTD[:2], "batch", "tokens") is not None
+    even = sharding.shard_shape(shape_BTD[:2], "batch", "tokens") is not None
     alone = sharding.axis_size("tensor") == 1
     return sharding.platform() == "gpu" and alone and even
 
