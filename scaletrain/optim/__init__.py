@@ -5,10 +5,10 @@ number of weighted tokens known, and dividing once by it makes any split of a ba
 the gradient of the undivided batch.
 
     optimizer     the chain: guard, clipping, direction, weight decay, learning rate
-      guard       one division by tokens; unsound updates are skipped
+      guard       one division by tokens; non-finite and spiking updates are skipped
       muon        Muon's direction
     schedule      optimizer step to learning rate
-    accumulation  a gradient function to one that sums micro-batches
+    accumulation  a gradient function that sums over micro-batches
 """
 
 from scaletrain.optim.accumulation import accumulated
