@@ -1,4 +1,4 @@
-"""Published models by name, to train anew or, from their weights, to go on training.
+"""Published models by name, to train from scratch or from their published weights.
 
 Command:
     scaletrain train --config=experiments/families.py:llama3-8b --workdir=runs/mine \
@@ -10,8 +10,8 @@ Hardware: any number of devices that divides 64, parameters and batch split over
 Run: gemma3-1b is lowered for four TPU chips in the test suite; never trained by us.
 
 ARG: a name in the tables below. The settings of a model are those of the config.json
-in the repository of that name, which is the base model's; of Qwen3 and Phi-3 it is the
-chat model's.
+in the repository of that name: the base model's, but for Qwen3 and Phi-3 the chat
+model's.
 """
 
 from scaletrain.config import (
@@ -25,13 +25,14 @@ from scaletrain.config import (
     to_config_dict,
 )
 
-# Each row: layers, d_model, heads, key/value heads, d_head, d_ff; then what is named.
+# Each row: layers, d_model, heads, key/value heads, d_head, d_ff; then the columns that
+# a comment beside the table names.
 LLAMA2 = {
     "llama2-7b": (32, 4096, 32, 32, 128, 11_008),
     "llama2-13b": (40, 5120, 40, 40, 128, 13_824),
     "llama2-70b": (80, 8192, 64, 8, 128, 28_672),
 }
-LLAMA3 = {  # head, how many times rope is stretched
+LLAMA3 = {  # head, factor of rope's scaling
     "llama3-8b": (32, 4096, 32, 8, 128, 14_336, "untied", 1.0),
     "llama3-70b": (80, 8192, 64, 8, 128, 28_672, "untied", 1.0),
     "llama3.1-8b": (32, 4096, 32, 8, 128, 14_336, "untied", 8.0),
@@ -75,7 +76,7 @@ GEMMA2 = {  # scores are divided by the root of this
     "gemma2-9b": (42, 3584, 16, 8, 256, 14_336, 256),
     "gemma2-27b": (46, 4608, 32, 16, 128, 36_864, 144),
 }
-GEMMA3 = {  # as of Gemma 2, vocabulary, positions, window, rope
+GEMMA3 = {  # as Gemma 2's, vocabulary, positions, window, factor of rope's scaling
     "gemma3-270m": (18, 640, 4, 1, 256, 2048, 256, 262_144, 32_768, 512, 1.0),
     "gemma3-1b": (26, 1152, 4, 1, 256, 6912, 256, 262_144, 32_768, 512, 1.0),
     "gemma3-4b": (34, 2560, 8, 4, 256, 10_240, 256, 262_208, 131_072, 1024, 8.0),

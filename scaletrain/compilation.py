@@ -1,9 +1,9 @@
 """The train step compiled for the devices of its mesh.
 
-With `model.remat=auto` candidates are compiled one after another, and the step with the
-least recomputation that fits is taken. Whether it fits is decided by the peak memory
-that the compiler reports, against what a device may allocate; where that limit is not
-known, as on CPUs, everything fits.
+With `model.remat=auto` candidates are compiled one after another, from the least
+recomputation to the most, and the first that fits is used. Whether it fits is decided
+by the peak memory that the compiler reports, against what a device may allocate; where
+that limit is not known, as on CPUs, everything fits.
 """
 
 import functools
@@ -26,7 +26,7 @@ from scaletrain.matrices import REMAT_NAMES
 from scaletrain.program import Program, build
 from scaletrain.step import train_step
 
-_KEPT = (  # of a layer for the backward pass, from all to nothing
+_SAVED = (  # values of a layer for the backward pass, from all to none
     ("none", ()),
     ("save", REMAT_NAMES),
     ("save", tuple(name for name in REMAT_NAMES if not name.startswith("mlp_"))),
@@ -35,10 +35,10 @@ _KEPT = (  # of a layer for the backward pass, from all to nothing
 )
 CANDIDATES: tuple[dict[str, Any], ...] = tuple(
     {"model.remat": remat, "model.remat_save": names, "model.remat_offload": ()}
-    for remat, names in _KEPT
+    for remat, names in _SAVED
 )
-# The rest of the memory is for what lies beside a step: the next batch, what an
-# evaluation makes, gaps.
+# Share of the memory that a step may use. The rest is for the next batch, the buffers
+# of an evaluation, and fragmentation.
 _SHARE = 0.95
 
 
@@ -52,21 +52,23 @@ def compiled(
     An option that the compiler does not know is left out with a warning.
 
     Args:
-      ready: called once the program is written down: it waits until the devices have
-        nothing else to do, for the compiler takes the kernels that are fastest there.
+      program: on a mesh with devices.
+      options: compiler options beside those of the chip.
+      ready: called once the program is lowered: it waits until the devices are idle,
+        because the compiler times kernels there to choose the fastest.
     """
     kind = cast(Mesh, program.mesh).devices.flat[0].device_kind
     lowered = jitted(program).lower(program.state, program.batch)
-    wanted = chips.compiler_options(kind) | (options or {})
+    chosen = chips.compiler_options(kind) | (options or {})
     ready()
     while True:
         try:
-            return lowered.compile(compiler_options=wanted)
+            return lowered.compile(compiler_options=chosen)
         except jax.errors.JaxRuntimeError as err:
-            unknown = [name for name in wanted if f"option: '{name}'" in str(err)]
+            unknown = [name for name in chosen if f"option: '{name}'" in str(err)]
             if not unknown:
                 raise
-            value = wanted.pop(unknown[0])
+            value = chosen.pop(unknown[0])
             warnings.warn(
                 f"compiler option {unknown[0]}={value}; this compiler does not know "
                 "it; it is left out, and the step may be slower.",
@@ -77,11 +79,11 @@ def compiled(
 def jitted(program: Program) -> Any:
     """Returns `train_step` with state donated and shardings pinned, ready to lower."""
     layout = jax.tree.map(lambda leaf: leaf.sharding, program.state)
-    whole = NamedSharding(program.mesh, jax.P())
+    replicated = NamedSharding(program.mesh, jax.P())
     return jax.jit(
         functools.partial(train_step, program=program),
         in_shardings=(layout, {k: v.sharding for k, v in program.batch.items()}),
-        out_shardings=(layout, whole),
+        out_shardings=(layout, replicated),
         donate_argnums=0,
     )
 
@@ -89,11 +91,12 @@ def jitted(program: Program) -> Any:
 def decided(
     program: Program, asked: RunConfig, ready: Callable[[], Any] = lambda: None
 ) -> tuple[Program, Any]:
-    """Returns the program with its open settings decided, and its compiled step.
+    """Returns the program with its `auto` settings decided, and its compiled step.
 
     Prints each decision.
 
     Args:
+      program: as `build` returned it.
       asked: the settings before `program.build` decided any of them.
       ready: see `compiled`.
 
@@ -112,14 +115,15 @@ def decided(
 
 
 def _first_that_fits(program: Program, ready: Callable[[], Any]) -> tuple[Program, Any]:
+    """Returns the program of the first candidate that fits, and its compiled step."""
     limit, others = _limit_bytes(cast(Mesh, program.mesh)), []
-    for (remat, names), overrides in zip(_KEPT, CANDIDATES, strict=True):
+    for (remat, names), overrides in zip(_SAVED, CANDIDATES, strict=True):
         run = config.applied(program.run, overrides)
         chosen = build(run, program.mesh)
         execute = _compiled_if_possible(chosen, ready)
         needed = None if execute is None else peak_bytes(execute)
         words = " ".join([remat, ",".join(names)]).strip()
-        if _everywhere(needed is not None and (limit is None or needed <= limit)):
+        if _in_every_process(needed is not None and (limit is None or needed <= limit)):
             say(f"remat: {words} {_why(needed, limit)}" + "".join(others))
             return chosen, execute
         others.append(f"; {words} needs {_gb(needed)}")
@@ -132,13 +136,14 @@ def _first_that_fits(program: Program, ready: Callable[[], Any]) -> tuple[Progra
 
 
 def peak_bytes(execute: Any) -> int:
-    """Returns what a device holds at most while it takes the compiled step."""
-    found = execute.memory_analysis()
-    return found.peak_memory_in_bytes - found.host_temp_size_in_bytes
+    """Returns the peak bytes of a device while it runs the compiled step."""
+    memory = execute.memory_analysis()
+    # Temporaries in host memory, such as offloaded values, do not count.
+    return memory.peak_memory_in_bytes - memory.host_temp_size_in_bytes
 
 
 def _compiled_if_possible(program: Program, ready: Callable[[], Any]) -> Any:
-    """Returns the compiled step, or None where even compiling finds no room for it."""
+    """Returns the compiled step; None if the compiler says that it does not fit."""
     try:
         return compiled(program, ready=ready)
     except jax.errors.JaxRuntimeError as err:
@@ -148,17 +153,17 @@ def _compiled_if_possible(program: Program, ready: Callable[[], Any]) -> Any:
 
 
 def _limit_bytes(mesh: Mesh) -> int | None:
-    """Returns what a step may hold on the devices of this process."""
+    """Returns the bytes that a step may use on a device; None where not known."""
     stats = [device.memory_stats() or {} for device in mesh.local_devices]
     limits = [each["bytes_limit"] for each in stats if "bytes_limit" in each]
     return int(_SHARE * min(limits)) if limits else None
 
 
-def _everywhere(here: bool) -> bool:
-    """Returns whether it holds in every process: all must take the same candidate."""
+def _in_every_process(fits: bool) -> bool:
+    """Returns whether `fits` in every process: all must choose the same candidate."""
     if jax.process_count() == 1:
-        return here
-    return bool(np.all(multihost_utils.process_allgather(np.array(here))))
+        return fits
+    return bool(np.all(multihost_utils.process_allgather(np.array(fits))))
 
 
 def _why(needed: int | None, limit: int | None) -> str:

@@ -1,26 +1,32 @@
-"""What a user can be told went wrong.
+"""The exceptions for problems that a user can act on.
 
 ScaletrainError
 ├── ConfigError      settings or a command line that cannot be honoured
 ├── ShardingError    a mesh or a parameter layout that cannot be honoured
 ├── ClusterError     processes that contradict each other
-│   └── LostError    one that does not come or is gone
+│   └── LostError    a process that does not join, or that is gone
 ├── DataError        a corpus or a tokenizer that cannot be read as asked
 ├── CheckpointError  a checkpoint that is missing, partial or of another model
 ├── PlanError        a compiler that refuses a program
 ├── BenchError       a step that the devices cannot hold
-├── MachineError     memory, a disk or a device that is not to be had
-├── DivergedError    no update is sound any more
-└── Interrupted      a signal arrived; everything is saved
+├── MachineError     memory, a disk or a device that is not available
+├── DivergedError    updates that are all skipped, after every rollback
+└── Interrupted      a signal, after which the state was saved
 
-`exit_code` is what the process ends with. Programmer errors are `assert`s.
+`exit_code` is the exit code of the process. Programmer errors are `assert`s.
 """
 
 from collections.abc import Sequence
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
-    """Returns `number` with its noun: 1 device, 2 devices."""
+    """Returns `number` with its noun: 1 device, 2 devices.
+
+    Args:
+      number: how many there are.
+      noun: the singular.
+      plural: the plural; "" = the noun with an s.
+    """
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
@@ -31,7 +37,7 @@ class ScaletrainError(Exception):
 
 
 class ConfigError(ScaletrainError, ValueError):
-    """Settings that cannot be honoured, all of them at once."""
+    """Settings that cannot be honoured; it has the problems of all of them."""
 
     def __init__(self, problems: Sequence[str]):
         self.problems = tuple(problems)
@@ -48,7 +54,7 @@ class ClusterError(ScaletrainError):
 
 
 class LostError(ClusterError):
-    """A process that is not there."""
+    """A process that did not join, or that is gone."""
 
     exit_code = 75
 
@@ -74,19 +80,19 @@ class BenchError(ScaletrainError):
 
 
 class MachineError(ScaletrainError):
-    """Something the machine cannot give, while it works."""
+    """Memory, a disk or a device that is missing while a command runs."""
 
     exit_code = 1
 
 
 class DivergedError(ScaletrainError):
-    """Training whose updates are all left out, however often it goes back."""
+    """Training whose updates are all skipped, after every rollback that is allowed."""
 
     exit_code = 1
 
 
 class Interrupted(ScaletrainError):
-    """A signal stopped the run after its state was saved."""
+    """A signal that stopped the run, after its state was saved."""
 
     exit_code = 75
 
@@ -94,8 +100,8 @@ class Interrupted(ScaletrainError):
 def does_not_fit(message: str) -> bool:
     """Whether a compiler or allocator says that a device's memory is too small.
 
-    Of a TPU's fast memory, `vmem`, the same is said: there a kernel's blocks are too
-    large, and nothing that makes a step smaller helps.
+    The compiler has the same words for a TPU's fast memory, `vmem`, which does not
+    count: there a kernel's blocks are too large, and a smaller step does not help.
     """
     exhausted = "RESOURCE_EXHAUSTED" in message or "Out of memory" in message
     return exhausted and "memory space vmem" not in message

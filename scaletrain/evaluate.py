@@ -48,7 +48,7 @@ def evaluate(
     batches = data.validation_batches(
         sequences,
         batch_size=rows,
-        rows=sharding.rows_here(shapes["tokens"]),
+        rows=sharding.local_rows(shapes["tokens"]),
         num_batches=run.eval.num_batches * run.accumulate_steps,
     )
     sums = np.zeros(2)

@@ -14,7 +14,7 @@ from scaletrain.config import ModelConfig, RunConfig
 
 
 def matmul_weights(model: ModelConfig) -> int:
-    """Returns the number of weights a token is multiplied with, without adapters."""
+    """Returns the number of matmul weights, with the head, without adapters."""
     layer = sum(math.prod(m.shape(model)) for m in matrices.of_layer(model))
     return model.num_layers * layer + math.prod(matrices.HEAD.shape(model))
 
@@ -33,13 +33,19 @@ def flops_per_token(run: RunConfig) -> tuple[float, float]:
     weights = (4 if lora.rank else 6) * matmul_weights(model)
     weights += 6 * model.num_layers * adapters
     per_key = 12 * model.num_heads * model.d_head
-    seen = [keys_seen(model, i, run.seq_len) for i in range(model.num_layers)]
-    causal, palm = (per_key * sum(each) for each in zip(*seen, strict=True))
+    keys = [keys_seen(model, i, run.seq_len) for i in range(model.num_layers)]
+    causal, palm = (per_key * sum(each) for each in zip(*keys, strict=True))
     return weights + causal, weights + palm
 
 
 def keys_seen(model: ModelConfig, layer: int, seq_len: int) -> tuple[float, float]:
-    """Returns the keys a query sees on average: (causal, PaLM's convention)."""
+    """Returns the average number of keys of a query: (causal, PaLM's convention).
+
+    Args:
+      model: its sliding window counts.
+      layer: index of the layer.
+      seq_len: tokens of a sequence.
+    """
     window = model.sliding_window
     if not model.is_local(layer) or window >= seq_len:
         return seq_len / 2, seq_len

@@ -39,7 +39,7 @@ def batches_of(
         sequences,
         seed=program.run.seed,
         batch_size=program.run.batch_size,
-        rows=sharding.rows_here(program.batch["tokens"]),
+        rows=sharding.local_rows(program.batch["tokens"]),
         start_step=start,
         left_out=left_out,
     )

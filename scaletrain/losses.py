@@ -1,7 +1,7 @@
-"""The head's loss: logits are made, used and dropped, a piece of the batch at a time.
+"""The head's loss, computed with its gradients for one chunk of tokens at a time.
 
-No array of all logits ever exists. Each piece gives its part of the loss and of both
-gradients at once, so nothing of it has to be kept or computed again.
+No array of all logits ever exists. Each chunk adds to the loss and to both gradients in
+the forward pass, so its logits are neither saved nor recomputed.
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ from scaletrain import sharding
 from scaletrain.config import PrecisionConfig
 from scaletrain.kernels.cross_entropy import cross_entropy, supports
 
-# Values that a device makes at once: 1 GiB in bfloat16, and as much for gradients, or
-# 2 GiB where those take the place of the logits. Each piece adds to the matrix's
-# gradient, which is read and written for it: pieces of 16,384 tokens instead of 4,096
-# are 0.3% of a step of 1.1B on an H100.
+# Logits of a chunk on a device: 1 GiB in bfloat16, and as much for gradients, or 2 GiB
+# where those take the place of the logits. Each chunk adds to the matrix's gradient,
+# which is read and written for it: chunks of 16,384 tokens instead of 4,096 save 0.3%
+# of a step of 1.1B on an H100.
 LOGITS = 2**29
 
 
@@ -33,7 +33,7 @@ class LossSums(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """How features become a loss."""
+    """The settings of the head: its matrix, its logits and its loss."""
 
     precision: PrecisionConfig
     vocab_first: bool = False  # the matrix is [V, D], an embedding's
@@ -48,7 +48,7 @@ class Head:
 
     @property
     def letters(self) -> str:
-        """The matrix's dims."""
+        """The einsum letters of the matrix."""
         return "vd" if self.vocab_first else "dv"
 
 
@@ -60,12 +60,15 @@ def head_loss(
     targets_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
 ) -> tuple[Float[Array, ""], LossSums]:
-    """Returns the objective, summed over tokens, and the sums it is made of.
+    """Returns the objective, summed over tokens, and the sums it is computed from.
 
-    The objective alone has a gradient, to `x_BTD` and `w`.
+    Only the objective has a gradient, with respect to `x_BTD` and `w`.
 
     Args:
+      head: the head's settings.
+      x_BTD: features, the head's input.
       w: [D, V], or [V, D] where `head.vocab_first`.
+      targets_BT: the next token of each.
       weights_BT: 0 leaves a token out of every sum.
 
     Source: PaLM (arXiv 2204.02311) section 5 for the log(Z)^2 term.
@@ -89,10 +92,11 @@ head_loss.defvjp(_forward, _backward)
 def _sharded(
     head: Head, learns: bool, x_BTD: Any, w: Any, targets_BT: Any, weights_BT: Any
 ) -> tuple[tuple[Any, LossSums], tuple[Any, Any]]:
-    """Returns the loss and the gradients: every device works on what it holds.
+    """Returns (objective, sums) and the gradients of `x_BTD` and `w`, by `_local`.
 
-    Written device by device, so that the matrix is gathered once, its gradient is
-    summed once, and logits split over the vocabulary meet in three numbers a token.
+    It is a function of one device's shards, so that the matrix is gathered once, its
+    gradient is summed once, and a vocabulary that is sharded needs collectives of only
+    three numbers a token. Without `learns` the gradients are placeholders.
     """
     rows, embed = sharding.mesh_axes("batch", "tokens"), sharding.mesh_axes("embed")
     vocab = sharding.mesh_axes("vocab")
@@ -101,11 +105,13 @@ def _sharded(
         sharding.spec("batch", "tokens", "residual"),
         sharding.spec("batch", "tokens"),
     )
-    whole = sharding.spec(*(a if a == "vocab" else "norm" for a in head.axes))
-    learned = sharding.spec(*head.axes) if learns and head.trained else whole
+    gathered = sharding.spec(
+        *(axis if axis == "vocab" else "replicated" for axis in head.axes)
+    )
+    dw_spec = sharding.spec(*head.axes) if learns and head.trained else gathered
     sums = jax.P()  # and the objective
     return sharding.by_device(
-        local, (x_spec, whole, batch, batch), (sums, (x_spec, learned))
+        local, (x_spec, gathered, batch, batch), (sums, (x_spec, dw_spec))
     )(x_BTD, w, targets_BT, weights_BT)
 
 
@@ -120,12 +126,13 @@ def _local(
     targets_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
 ) -> tuple[tuple[Any, LossSums], tuple[Any, Any]]:
-    """Returns one device's part, summed over the devices that share it."""
+    """Returns the results of `_sharded` for one device's rows and vocabulary."""
     B, T, D = x_BTD.shape
     reduce = head.precision.reduce
     V = w.shape[0 if head.vocab_first else 1]
-    at_once = 2 * LOGITS if learns and supports(reduce, vocab) else LOGITS
-    fewest = -(-B * T * V // at_once)
+    limit = 2 * LOGITS if learns and supports(reduce, vocab) else LOGITS
+    fewest = -(-B * T * V // limit)
+    # Chunks are equal: their number is the least divisor of the tokens that is enough.
     count = next(c for c in range(fewest, B * T + 1) if B * T % c == 0)
     w_low = w.astype(head.precision.compute)
     dw = jnp.zeros(w.shape if learns and head.trained else (), reduce)
@@ -160,8 +167,8 @@ def _local(
         dw = jax.lax.psum(dw, others)
     if embed:
         dw = jax.lax.psum_scatter(dw, embed, scatter_dimension=dim, tiled=True)
-        # The TPU's compiler fails where the parts of a batch are added to what it has
-        # to convert first, for it would add before it scatters.
+        # The TPU's compiler would move the addition of micro-batches before the
+        # reduce-scatter, and fails where a conversion of the format lies between.
         dw = jax.lax.optimization_barrier(dw)
     return (objective, sums), (dx_BTD, dw.astype(w.dtype))
 
@@ -175,7 +182,7 @@ def _chunk(
     targets_C: Int[Array, " C"],
     weights_C: Float[Array, " C"],
 ) -> tuple[LossSums, Any, Any]:
-    """Returns the sums of C tokens and what they add to both gradients."""
+    """Returns the sums of C tokens and their terms of both gradients."""
     logits_CV = jnp.einsum(f"cd,{head.letters}->cv", x_CD, w)
     if learns and supports(head.precision.reduce, vocab):
         log_z_C, picked_C, d_CV = cross_entropy(
@@ -213,7 +220,10 @@ def _scored(
     targets_C: Int[Array, " C"],
     weights_C: Float[Array, " C"],
 ) -> tuple[Float[Array, " C"], Float[Array, " C"], Float[Array, "C V"]]:
-    """Returns what `cross_entropy` does, of a vocabulary that may be cut."""
+    """Returns the results of `cross_entropy`, for a vocabulary that may be sharded.
+
+    They are log(Z), the logit of the target and the gradient of the logits.
+    """
     dtype, logits_CV = logits_CV.dtype, logits_CV.astype(head.precision.reduce)
     derivative_CV = None
     if head.soft_cap:

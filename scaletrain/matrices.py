@@ -1,4 +1,4 @@
-"""The matrices of a decoder: one row for each, from which every room derives its own.
+"""The matrices of a decoder: one row for each, from which other modules derive facts.
 
 FLOPs, adapters, 8-bit matmuls, the layout on the mesh, remat's names and the shapes
 that `bench` times all follow from a row. Nothing here needs jax.
@@ -26,12 +26,12 @@ class Dim(NamedTuple):
     split: bool
 
 
-# By the setting of `model` that is its size.
+# By the setting of `model` that is the size of the dim.
 DIMS = {
     "d_model": Dim("d", "embed", split=False),
     "num_heads": Dim("n", "heads", split=True),
     "num_kv_heads": Dim("k", "kv_heads", split=True),
-    "d_head": Dim("h", "head", split=False),
+    "d_head": Dim("h", "head_dim", split=False),
     "d_ff": Dim("f", "ff", split=True),
     "vocab_size": Dim("v", "vocab", split=True),
 }
@@ -46,8 +46,8 @@ class Matrix:
         match.
       ins: settings of `model`: the dims it sums over, the first ones of the parameter.
       outs: settings of `model`: the dims of its product.
-      takes: name that model.remat_save has for the value it multiplies; "" = none.
-      gives: name that model.remat_save has for its product; "" = none.
+      takes: name in model.remat_save of the value it multiplies; "" = none.
+      gives: name in model.remat_save of its product; "" = none.
       only_with: values of model.mlp that have this matrix; () = all.
     """
 
@@ -77,7 +77,7 @@ class Matrix:
         return tuple(getattr(model, setting) for setting in (*self.ins, *self.outs))
 
     def shape(self, model: Any, tensor: int = 1) -> tuple[int, int]:
-        """Returns (inputs, outputs) as a device of a tensor-parallel group has them.
+        """Returns (inputs, outputs) of a shard under tensor parallelism.
 
         Args:
           model: a `ModelConfig`.
@@ -110,7 +110,7 @@ REMAT_NAMES = (
 
 
 def named(patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the names of a layer's matrices that one of `patterns` is for."""
+    """Returns the names of a layer's matrices that match one of `patterns`."""
     return tuple(
         name for name in LAYER if any(fnmatch.fnmatch(name, p) for p in patterns)
     )
@@ -126,7 +126,7 @@ def of_layer(model: Any) -> tuple[Matrix, ...]:
 
 
 def remat_widths(model: Any) -> dict[str, int]:
-    """Returns the numbers a token has in each value of REMAT_NAMES that is split."""
+    """Returns the numbers per token of each value in REMAT_NAMES but "residual"."""
     widths = {}
     for matrix in of_layer(model):
         inputs, outputs = matrix.shape(model)

@@ -1,8 +1,8 @@
-"""Mesh settings to a jax Mesh: six named axes over the devices that are here.
+"""Mesh settings to a jax Mesh: six named axes over the devices.
 
-Axes are ordered from the least to the most talkative, so that `tensor` and `context`
-land on neighbouring chips. Every axis exists, with size 1 when unused. An axis under
-`mesh.dcn` counts slices (or hosts, where chips have no slices) and is the slower,
+Axes are ordered from the least to the most communication, so that `tensor` and
+`context` are on neighbouring chips. Every axis exists, with size 1 when unused. An axis
+under `mesh.dcn` counts slices (or hosts, where chips have no slices) and is the slower,
 outer part of the axis of the same name.
 """
 
@@ -39,19 +39,19 @@ def build(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """
     devices = jax.devices() if devices is None else devices
     inner, outer = _sizes(config), _sizes(config.dcn)
-    grids = [
+    slices = [
         mesh_utils.create_device_mesh(inner, slice_, allow_split_physical_axes=True)
         for slice_ in _slices(devices, config.num_slices)
     ]
     # [outer axes, inner axes] -> pairs (outer, inner) of each axis -> their product
-    grid = np.array(grids).reshape(outer + inner)
+    array = np.array(slices).reshape(outer + inner)
     pairs = [axis for i in range(len(AXES)) for axis in (i, i + len(AXES))]
     sizes = tuple(config.size(axis) for axis in AXES)
-    return Mesh(grid.transpose(pairs).reshape(sizes), AXES, axis_types=_TYPES)
+    return Mesh(array.transpose(pairs).reshape(sizes), AXES, axis_types=_TYPES)
 
 
 def _slices(devices: Sequence[Any], count: int) -> list[list[Any]]:
-    """Returns the devices of each slice; fake CPU devices are dealt out evenly."""
+    """Returns the devices of each slice; simulated CPU devices are split evenly."""
     if count == 1:
         return [list(devices)]
     groups = collections.defaultdict(list)
@@ -61,7 +61,7 @@ def _slices(devices: Sequence[Any], count: int) -> list[list[Any]]:
             device
         )
     if len(groups) == 1 and devices[0].platform == "cpu":
-        return [list(part) for part in np.split(np.array(devices), count)]
+        return [list(each) for each in np.split(np.array(devices), count)]
     if len(groups) != count:
         raise ShardingError(
             f"mesh.dcn={count}; the devices form {len(groups)} slices or hosts; "

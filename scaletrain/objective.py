@@ -1,4 +1,4 @@
-"""Objectives: a model and a batch to the number that training makes smaller.
+"""Objectives: functions of a model and a batch whose value training minimises.
 
 An objective returns `(objective, sums)`: the scalar that is differentiated, summed over
 weighted tokens, and the sums that evaluation reports. It never divides by tokens: a
@@ -24,7 +24,9 @@ def next_token(
     """Returns the summed cross-entropy with its z-loss, and the sums of both.
 
     Args:
-      batch: with "key" [B], a random key a sequence, dropout is on.
+      model: a decoder with its parameters.
+      batch: see `Batch`; with "key" [B], a random key for each sequence, dropout is on.
+      run: the settings of the head and of the z-loss.
     """
     x_BTD, _ = model.features(
         batch["tokens"], batch["positions"], batch["segments"], batch.get("key")

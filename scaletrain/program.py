@@ -1,7 +1,7 @@
 """A run's program: its step's state, shapes and shardings, built on a mesh.
 
-`build` decides what the settings leave open to the mesh (the attention kernel), and
-holds no device memory.
+`build` decides the setting that depends on the mesh (the attention kernel), and
+allocates no device memory.
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ Tree = Any  # nested dicts mirroring the parameters
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that changes from step to step: arrays, or their shapes or shardings."""
+    """The state of training between two steps: arrays, or their shapes or shardings."""
 
     step: Any  # optimizer steps taken
     params: Tree  # the weights that are trained
-    frozen: Tree  # the weights beside adapters, which are not
+    frozen: Tree  # the weights under adapters, which are not trained
     opt_state: Any
     key: Any  # the run's random key, as data
     amax: Tree  # amax history [HISTORY, ...] of each fp8 tensor, the newest first
@@ -46,7 +46,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """A run's step, its inputs and how they lie on the mesh."""
+    """A run's model, objective and optimizer, and its inputs' shapes and shardings."""
 
     run: RunConfig
     mesh: Mesh | AbstractMesh
@@ -59,7 +59,7 @@ class Program:
 
 
 def combined(one: Tree, two: Tree) -> Tree:
-    """Returns one nested dict of two without a common leaf."""
+    """Returns the nested dict with the leaves of two that have no leaf in common."""
     both = {**one, **two}
     for name in one.keys() & two.keys():
         both[name] = combined(one[name], two[name])
@@ -67,16 +67,22 @@ def combined(one: Tree, two: Tree) -> Tree:
 
 
 def partition(tree: Tree, roles: Tree, role: str) -> Tree:
-    """Returns the nested dict of the leaves of `tree` that have `role`."""
-    part = {}
+    """Returns the nested dict of the leaves of `tree` that have `role`.
+
+    Args:
+      tree: nested dicts.
+      roles: the role of each leaf, see `_roles`.
+      role: "trained", "frozen" or "amax".
+    """
+    chosen = {}
     for name, value in tree.items():
         if isinstance(value, dict):
             value = partition(value, roles[name], role)
             if value:
-                part[name] = value
+                chosen[name] = value
         elif roles[name] == role:
-            part[name] = value
-    return part
+            chosen[name] = value
+    return chosen
 
 
 def _roles(variables: nnx.State, run: RunConfig) -> Tree:
@@ -95,9 +101,9 @@ def _roles(variables: nnx.State, run: RunConfig) -> Tree:
 
 
 def _as_multiplied(frozen: Tree, logical: Tree, run: RunConfig) -> Tree:
-    """Returns `frozen` with its matrices in the precision they are multiplied in.
+    """Returns `frozen` with its matrices in `precision.compute`.
 
-    Nothing updates them, so the bits that a matmul would drop are not kept. Norms and
+    Nothing updates them, so bits that a matmul would drop need no memory. Norms and
     biases are used in `precision.reduce` and stay as they are.
     """
 
@@ -122,7 +128,14 @@ def _first_state(
     variables: nnx.State,
     key: jax.Array,
 ) -> TrainState:
-    """Returns the state that a run begins with, of its weights and its random key."""
+    """Returns the first state of a run, from its weights and its random key.
+
+    Args:
+      run: the settings.
+      tx: the optimizer.
+      variables: the model's.
+      key: the run's random key.
+    """
     roles = _roles(variables, run)
     values = nnx.to_pure_dict(variables)
     params = partition(values, roles, "trained")
@@ -140,7 +153,7 @@ def _first_state(
 
 
 def initial(program: Program, *, with_frozen: bool) -> TrainState:
-    """Returns the state of the seed on the program's devices.
+    """Returns the initial state from the run's seed, on the program's devices.
 
     Args:
       with_frozen: whether weights that are not trained are drawn too; a run reads them
@@ -161,20 +174,20 @@ _ATTENTION_OF = {"splash": "tpu", "cudnn": "gpu"}  # platforms of kernels
 
 
 def _with_attention(run: RunConfig, mesh: Mesh | AbstractMesh) -> RunConfig:
-    """Returns `run` with the attention that its mesh gets."""
+    """Returns `run` with the attention kernel for the devices of `mesh`."""
     asked = run.model.attention
     devices = mesh.devices if isinstance(mesh, Mesh) else None
     platform = devices.flat[0].platform if devices is not None else ""
-    wanted = _ATTENTION_OF.get(asked, platform)
-    if platform and platform != wanted:
+    needed = _ATTENTION_OF.get(asked, platform)
+    if platform and platform != needed:
         raise ConfigError(
             [
-                f"model.attention={asked}; a kernel for a {wanted.upper()}, and the "
+                f"model.attention={asked}; a kernel for a {needed.upper()}, and the "
                 f"devices are {platform}; use auto or xla."
             ]
         )
     if asked == "auto":
-        kernels = [name for name, its in _ATTENTION_OF.items() if its == platform]
+        kernels = [name for name, each in _ATTENTION_OF.items() if each == platform]
         able = [name for name in kernels if not config.unable(run, name)]
         model = dataclasses.replace(run.model, attention=(able or ["xla"])[0])
         run = dataclasses.replace(run, model=model)
@@ -182,7 +195,7 @@ def _with_attention(run: RunConfig, mesh: Mesh | AbstractMesh) -> RunConfig:
 
 
 def _check_units(run: RunConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Refuses matmuls that the mesh's devices have no units for."""
+    """Raises ConfigError for 8-bit matmuls that the mesh's devices lack units for."""
     asked = run.precision.matmul
     if asked == "compute" or not isinstance(mesh, Mesh):
         return
@@ -198,7 +211,7 @@ def _check_units(run: RunConfig, mesh: Mesh | AbstractMesh) -> None:
 
 
 def build(run: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
-    """Returns the program of a resolved run on a mesh; holds no device memory.
+    """Returns the program of a resolved run on a mesh; allocates no device memory.
 
     Raises:
       ConfigError: an attention or matmuls that the mesh's devices do not have.
@@ -229,21 +242,23 @@ def build(run: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
         train_graphdef=train_graphdef,
         tx=tx,
         objective=objective.next_token,
-        state=jax.tree.map(_placed, state, layout),
+        state=jax.tree.map(_with_sharding, state, layout),
         batch=_batch(run, mesh),
     )
 
 
-def _placed(leaf: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+def _with_sharding(
+    leaf: jax.ShapeDtypeStruct, layout: NamedSharding
+) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
 
 
 def _batch(run: RunConfig, mesh: Mesh | AbstractMesh) -> Batch:
     """Returns the shapes of a batch with their sharding."""
-    where = NamedSharding(mesh, sharding.spec("batch", "tokens"))
+    layout = NamedSharding(mesh, sharding.spec("batch", "tokens"))
     shape = run.batch_size, run.seq_len
     dtypes = dict.fromkeys(("tokens", "targets", "segments", "positions"), jnp.int32)
     return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
         for name, dtype in (dtypes | {"weights": jnp.float32}).items()
     }

@@ -21,7 +21,13 @@ Tree = Any
 def train_step(
     state: TrainState, batch: Batch, *, program: Program
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Returns the state after one batch, and the step's metrics as scalars."""
+    """Returns the state after one optimizer step, and its metrics as scalars.
+
+    Args:
+      state: the state before the step.
+      batch: see `objective.Batch`; the rows of all micro-batches.
+      program: the run's model, objective and optimizer; static.
+    """
     history = quantised.shifted(state.amax)
     keyed = batch | {"key": _row_keys(state.key, state.step, batch["tokens"])}
     (_, sums), (grads, amax) = _gradient(program)(
@@ -58,11 +64,11 @@ def train_step(
 
 
 def _gradient(program: Program) -> Gradient:
-    """Returns the gradient of the objective, of a batch in its micro-batches.
+    """Returns the function that computes the gradient of the objective of a batch.
 
-    Devices along `data` hold the same weights, and add their gradients up once, after
-    the last micro-batch. Along `fsdp` each micro-batch's are reduce-scattered, because
-    no device has room for a full gradient.
+    Devices along `data` have the same weights, and sum their gradients once, after the
+    last micro-batch. Along `fsdp` the gradient of each micro-batch is reduce-scattered,
+    because no device has room for a full gradient.
     """
     run, replicas = program.run, program.mesh.shape["data"]
     loss = functools.partial(_objective, program=program)
@@ -75,7 +81,8 @@ def _gradient(program: Program) -> Gradient:
 
     def local(params: Tree, amax: Tree, frozen: Tree, batch: Batch) -> Any:
         loss_and_sums, (grads, new_amax) = grad(params, amax, frozen, batch)
-        grads = _sharded_as_params(grads, program)  # each is added to its own shard
+        # Along fsdp and tensor each device keeps its shard of the gradients.
+        grads = _sharded_as_params(grads, program)
         # XLA's CPU compiler fails at sums of fewer than 32 bits here.
         low = run.precision.gradients if sharding.platform() != "cpu" else "float32"
         sent = jax.tree.map(lambda g: g.astype(low), grads)
@@ -93,7 +100,7 @@ def _gradient(program: Program) -> Gradient:
 
 
 def _sharded_as_params(grads: Tree, program: Program) -> Tree:
-    """Returns gradients that lie on the mesh like their parameters."""
+    """Returns gradients with the shardings of their parameters."""
     return jax.tree.map(
         lambda g, p: jax.lax.with_sharding_constraint(g, p.sharding.spec),
         grads,
@@ -104,14 +111,20 @@ def _sharded_as_params(grads: Tree, program: Program) -> Tree:
 def _objective(
     params: Tree, amax: Tree, frozen: Tree, batch: Batch, *, program: Program
 ) -> tuple[jax.Array, LossSums]:
-    """Returns the program's objective of its model in training, and its sums."""
+    """Returns the objective of one micro-batch in training, and its sums."""
     variables = combined(combined(params, frozen), amax)
     model = nnx.merge(program.train_graphdef, variables)
     return program.objective(model, batch, program.run)
 
 
 def eval_step(weights: Tree, batch: Batch, *, program: Program) -> LossSums:
-    """Returns the summed loss of one batch, without dropout or quantised matmuls."""
+    """Returns the loss sums of one batch, without dropout or quantised matmuls.
+
+    Args:
+      weights: every parameter of the model.
+      batch: see `objective.Batch`.
+      program: the run's model and objective; static.
+    """
     model = nnx.merge(program.eval_graphdef, weights)
     return program.objective(model, batch, program.run)[1]
 
@@ -119,7 +132,13 @@ def eval_step(weights: Tree, batch: Batch, *, program: Program) -> LossSums:
 def logits_step(
     weights: Tree, tokens_BT: Int[Array, "B T"], *, program: Program
 ) -> tuple[Float[Array, "B T V"], Float[Array, " B"]]:
-    """Returns the logits of whole documents and the summed loss of each, in nats."""
+    """Returns the logits of documents and the summed loss of each, in nats.
+
+    Args:
+      weights: every parameter of the model.
+      tokens_BT: a document a row.
+      program: the run's model; static.
+    """
     B, T = tokens_BT.shape
     positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None], (B, T))
     model = nnx.merge(program.eval_graphdef, weights)
@@ -130,7 +149,12 @@ def logits_step(
 
 
 def _hash(tokens_BT: Int[Array, "B T"]) -> UInt[Array, ""]:
-    """Returns a number that tells two batches apart, whatever the order of rows."""
+    """Returns a hash of a batch that does not depend on the order of its rows.
+
+    Each row's sum of tokens times odd numbers is mixed by shifts and a product, as in
+    multiplicative hashing: 2654435761 is Knuth's multiplier, 2^32 over the golden
+    ratio; 2246822519 is one of xxHash's primes.
+    """
     T = tokens_BT.shape[1]
     odd_T = jnp.arange(T, dtype=jnp.uint32) * jnp.uint32(2654435761) | jnp.uint32(1)
     row_B = jnp.sum((tokens_BT + 1).astype(jnp.uint32) * odd_T[None], axis=1)
@@ -143,7 +167,13 @@ def _row_keys(
 ) -> jax.Array:
     """Returns a random key for each row, from the run's key, the step and the row.
 
-    The row is known by its tokens: its place differs between ways to cut a batch.
+    A row is identified by the hash of its tokens: its index differs between micro-batch
+    sizes and meshes.
+
+    Args:
+      key: the run's key, as data.
+      step: optimizer steps taken.
+      tokens_BT: the rows.
     """
     step_key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
     return jax.vmap(lambda row_T: jax.random.fold_in(step_key, _hash(row_T[None])))(

@@ -13,8 +13,8 @@ from flax import nnx
 from scaletrain.config import PrecisionConfig, RopeConfig
 from scaletrain.models import Cache, Decoder
 from scaletrain.models.embedding import look_up
-from scaletrain.models.layers import Norm, dropped, rotary_rates, rotate
-from scaletrain.models.linear import project
+from scaletrain.models.layers import Norm, dropout, rotary_rates, rotate
+from scaletrain.models.product import project
 
 FLOAT32 = PrecisionConfig(compute="float32")
 # Settings beyond the default, each of which every property below must survive.
@@ -238,7 +238,7 @@ def test_rotation_depends_on_distance_alone():
 
 def test_dropout_drops_its_share_and_keeps_the_mean():
     keys = jax.random.split(jax.random.key(0), 4)
-    out = np.asarray(dropped(jnp.ones((4, 50, 50)), keys, 0.25))
+    out = np.asarray(dropout(jnp.ones((4, 50, 50)), keys, 0.25))
     assert set(np.unique(out)) == {0.0, np.float32(1 / 0.75)}
     assert (out == 0).mean() == pytest.approx(0.25, abs=0.01)
     assert not np.array_equal(out[0], out[1])

@@ -123,7 +123,7 @@ def test_no_device_computes_what_another_does(layers, axes, held):
         seen.append(x.shape)
         return 2 * x
 
-    names = ("layers", "embed", "heads", "head")
+    names = ("layers", "embed", "heads", "head_dim")
     with jax.set_mesh(grid):
         run = jax.jit(lambda x: muon._by_layers(doubled, x, names)).lower(x).compile()
         np.testing.assert_array_equal(run(x), 2 * x)

@@ -43,10 +43,10 @@ def test_what_is_too_large_becomes_the_largest_and_raises_the_next_scale():
     x = jnp.array([-1e4, 3.0, 448.0])
     values = quantised.rounded(x, quantised.FORWARD, jnp.float32(1))
     np.testing.assert_array_equal(np.asarray(values, np.float32), [-448, 3, 448])
-    assert quantised.met(values) > 2 * 448
-    assert quantised.met(values[1:2]) == 3
+    assert quantised.amax_of_rounded(values) > 2 * 448
+    assert quantised.amax_of_rounded(values[1:2]) == 3
     hurt = quantised.rounded(x.at[1].set(jnp.inf), quantised.FORWARD, jnp.float32(1))
-    assert not np.isfinite(quantised.met(hurt))
+    assert not np.isfinite(quantised.amax_of_rounded(hurt))
 
 
 @functools.cache

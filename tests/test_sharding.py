@@ -66,7 +66,7 @@ def test_rows_arrive_where_they_belong(axes, shape):
     run = small.changed(small.RUN, mesh=MeshConfig(**axes))
     taken = small.Taken(run)
     batch = small.random_batch(run, 0)
-    assert sharding.rows_here(taken.program.batch["tokens"]) == list(range(16))
+    assert sharding.local_rows(taken.program.batch["tokens"]) == list(range(16))
     placed = sharding.place(batch, taken.program.batch)
     for name, rows in batch.items():
         np.testing.assert_array_equal(placed[name], rows)

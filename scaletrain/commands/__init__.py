@@ -3,8 +3,8 @@
 Another command is such a file and a row in `COMMANDS`. Nothing imports jax before a
 command's `execute`, so that help and refusals are immediate.
 
-    line        words of the command line to a command, its options and settings
-      train ...   a file a command
+    line        the command line to a command, its options and its settings
+      train ...   one file for each command
         options   options that several share
         settings  from an experiment or a workdir
         process   the other processes of the run, and the folder of executables

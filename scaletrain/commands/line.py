@@ -1,4 +1,4 @@
-"""The command line: words to a command, its options and checked settings."""
+"""The command line: arguments to a command, its options and checked settings."""
 
 import argparse
 import difflib
@@ -20,7 +20,7 @@ exit codes: 0 done, 1 the run failed, 2 the request cannot be honoured,
 
 
 class _Parser(argparse.ArgumentParser):
-    """Speaks of mistakes the way settings do."""
+    """A parser that raises ConfigError for a mistake, as settings do."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError([f"{message}; see `{self.prog} --help`."])
@@ -39,13 +39,13 @@ def _parser() -> _Parser:
         words = {"help": command.help, "description": command.help}
         sub = subparsers.add_parser(name, **words, **shape)
         command.add_arguments(sub)
-        if command.settings is not None:  # else its results are another command's
+        if command.settings is not None:  # otherwise its results are another command's
             sub.add_argument("--json", action="store_true", help="results as JSON")
     return parser
 
 
 def read(argv: list[str]) -> tuple[argparse.Namespace, RunConfig]:
-    """Returns a command's options and the checked settings it works with.
+    """Returns a command's options and its checked settings.
 
     Raises:
       ConfigError: with every problem of the options, the experiment and the overrides.

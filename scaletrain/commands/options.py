@@ -29,7 +29,7 @@ def step(parser: argparse.ArgumentParser) -> None:
 
 
 def processes(parser: argparse.ArgumentParser) -> None:
-    """Adds the options with which processes find each other."""
+    """Adds the options by which processes connect to each other."""
     parser.add_argument(
         "--coordinator", metavar="HOST:PORT", help="address of process 0"
     )

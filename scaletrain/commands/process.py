@@ -1,4 +1,4 @@
-"""The state of a process that trains: the other processes, and kept executables."""
+"""The connection to the other processes of a run, and its compilation cache."""
 
 import argparse
 
@@ -6,11 +6,11 @@ from scaletrain import cluster, config
 from scaletrain.config import RunConfig
 from scaletrain.workdir import Workdir
 
-_COMPILED_BYTES = 2**31  # in a workdir; beyond it those used least recently go
+_COMPILED_BYTES = 2**31  # of a workdir's cache; beyond it jax evicts by last use
 
 
 def join(run: RunConfig, args: argparse.Namespace) -> None:
-    """Joins the other processes of the run, if there are any, that want the same.
+    """Joins the other processes of the run, if there are any, and compares with them.
 
     Raises:
       ScaletrainError: one is missing, or has other code or settings.
@@ -21,11 +21,11 @@ def join(run: RunConfig, args: argparse.Namespace) -> None:
 
 
 def keep_compiled(workdir: str) -> None:
-    """Keeps executables in the workdir, so that the next start need not compile.
+    """Sets jax's compilation cache to a folder of the workdir.
 
     JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false
-    none. An executable is known by its program, compiler, options and devices, with a
-    CPU's features; one that cannot be read is compiled again with a warning.
+    none. The key of an executable is its program, compiler, options and devices, with a
+    CPU's features; one that cannot be read is compiled again, with a warning.
     """
     import jax
 

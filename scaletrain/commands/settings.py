@@ -15,7 +15,7 @@ def of_experiment(args: argparse.Namespace) -> RunConfig:
     Raises:
       ConfigError: with every problem of both.
     """
-    if paths.is_url(args.config):  # a problem of its own, told by `line.read`
+    if paths.is_url(args.config):  # `line.read` reports it as a problem
         return RunConfig()
     return config.load(args.config, args.overrides)
 
@@ -23,14 +23,14 @@ def of_experiment(args: argparse.Namespace) -> RunConfig:
 def of_workdir(args: argparse.Namespace) -> RunConfig:
     """Returns the settings of --config or, without it, those of the workdir.
 
-    A run is read on all devices of this machine, whatever mesh it was trained on.
+    The mesh is all devices of this machine (fsdp), unless an override sets a mesh axis.
 
     Raises:
       ConfigError: with every problem of them.
     """
     if args.config:
         return of_experiment(args)
-    if paths.is_url(args.workdir):  # a problem of its own, told by `line.read`
+    if paths.is_url(args.workdir):  # `line.read` reports it as a problem
         return RunConfig()
     run = config.load(_settings_file(args.workdir), args.overrides)
     if any(path.startswith("mesh.") for path, _ in args.overrides):

@@ -29,7 +29,7 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _execute(run: RunConfig, args: argparse.Namespace) -> NoReturn:
-    del run  # it was checked; the process that is started reads it again
+    del run  # only checked: the child process reads it again
     from scaletrain import supervise
 
     supervisor = supervise.Supervisor(args.words, args.workdir, args.retries)

@@ -1,14 +1,14 @@
-"""Settings: what they are, how they arrive, and what must hold between them.
+"""Settings: their definitions, the ways to give them, and the rules between them.
 
-    setting     a field that carries its story: doc, range, use, resume
+    setting     a field with its metadata: doc, range, use, resume
     schema      the settings
     experiment  an experiment file
-    load        a file and overrides to a checked run, and back to text
+    load        a file and overrides to a checked run; a run to text
     overrides   other values for some settings, as text and as values
-    rules       what must hold between settings
-    attention   what each attention kernel can run
-    resume      what may change between two attempts at a run
-    explain     the story of a setting, for a terminal and for docs/
+    rules       the rules between settings
+    attention   the settings that each attention kernel can run
+    resume      settings that differ between two attempts at a run
+    explain     the metadata of settings, for a terminal and for docs/
 
 Nothing here imports jax: a configuration can be built, printed and compared without
 touching a device.

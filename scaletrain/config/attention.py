@@ -4,7 +4,7 @@ from scaletrain.config.schema import RunConfig
 
 
 def unable(run: RunConfig, kernel: str) -> list[tuple[str, str]]:
-    """Returns why an attention kernel cannot run `run`, each with what to do."""
+    """Returns the reasons why a kernel cannot run `run`, each with a remedy."""
     model, reasons = run.model, []
     if kernel in ("splash", "cudnn") and run.mesh.size("context") != 1:
         reasons.append(

@@ -1,4 +1,4 @@
-"""Experiment files: Python that fills in the settings, or the JSON that a run left."""
+"""Experiment files: Python that fills in the settings, or a run's config.json."""
 
 import difflib
 import importlib.util
@@ -26,7 +26,7 @@ def file_and_argument(spec: str) -> tuple[str, str]:
 
 
 def experiment(spec: str) -> ConfigDict:
-    """Returns the form that FILE[:ARG] gives: its `get_config`, or a run's config.json.
+    """Returns the ConfigDict of FILE[:ARG]: from its `get_config`, or from JSON.
 
     Raises:
       ConfigError: it cannot be read.
@@ -64,13 +64,14 @@ def experiment(spec: str) -> ConfigDict:
 
 
 def from_object(text: str, where: str) -> ConfigDict:
-    """Returns the form of a JSON object.
+    """Returns the ConfigDict of a JSON object.
 
     Args:
-      where: the text is from.
+      text: JSON.
+      where: origin of the text, for messages.
 
     Raises:
-      ConfigError: it is none.
+      ConfigError: the text is no JSON object.
     """
     try:
         settings = json.loads(text)

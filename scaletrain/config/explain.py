@@ -1,4 +1,4 @@
-"""The story of settings: for a terminal, as data, and as a page of docs/reference/."""
+"""The metadata of settings: for a terminal, as data, and as a page of docs/."""
 
 import dataclasses
 import textwrap
@@ -16,7 +16,7 @@ _KINDS = {int: "whole number", float: "number", str: "text"}
 
 
 def stories(path: str = "") -> list[Story]:
-    """Returns the story of every setting, of a group, or of one.
+    """Returns the metadata of every setting, of a group, or of one.
 
     Args:
       path: a setting, such as optim.b1, or a group, such as optim; "" = all.
@@ -53,7 +53,7 @@ def _story(path: str) -> Story:
 
 
 def in_words(chosen: list[Story]) -> str:
-    """Returns the stories as a person reads them."""
+    """Returns the text that a terminal shows for `chosen` settings."""
     return "\n\n".join("\n".join(_lines(story)) for story in chosen)
 
 

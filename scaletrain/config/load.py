@@ -1,9 +1,8 @@
-"""The way in: experiment file and command-line overrides to a frozen `RunConfig`.
+"""Experiment file and command-line overrides to a frozen `RunConfig`, and back.
 
 A person fills in an ml_collections ConfigDict; the program reads frozen dataclasses.
 Neither is safe alone: a ConfigDict checks no values, and a dataclass's own checks do
-not run again after an override. All problems are collected, so that a user hears of
-them at once.
+not run again after an override. All problems are reported at once.
 """
 
 import contextlib
@@ -37,7 +36,7 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> RunConfig:
 
 
 def override(run: RunConfig, overrides: Iterable[tuple[str, str]]) -> RunConfig:
-    """Returns `run` with overrides as `load` takes them; raises what it raises."""
+    """Returns `run` with overrides, checked; see `load` for arguments and errors."""
     return _checked(to_config_dict(run), overrides)
 
 
@@ -45,7 +44,8 @@ def from_json(text: str, where: str = "config.json") -> RunConfig:
     """Returns the run that `to_json` wrote.
 
     Args:
-      where: the text is from.
+      text: JSON.
+      where: origin of the text, for messages.
 
     Raises:
       ConfigError: it is not JSON, or has settings this version does not know or accept.
@@ -59,7 +59,7 @@ def to_json(run: RunConfig) -> str:
 
 
 def to_config_dict(config: Any) -> ConfigDict:
-    """Returns the locked form of `config` that experiment files hand out."""
+    """Returns the locked ConfigDict of settings, which experiment files return."""
     return ConfigDict(dataclasses.asdict(config)).lock()
 
 

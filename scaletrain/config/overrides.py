@@ -42,7 +42,7 @@ def flags(overrides: Overrides) -> list[str]:
 
 
 def parsed(given: Iterable[tuple[str, str]]) -> tuple[dict[str, Any], list[str]]:
-    """Returns the overrides that texts spell, the last of a path, and all problems.
+    """Returns the overrides of texts (the last one of a path counts), and all problems.
 
     Args:
       given: (dotted path, text) as written after `--config.`.
@@ -72,7 +72,7 @@ def whole(text: str) -> int:
     """Returns the whole number that `text` is, also written as 1e3.
 
     Raises:
-      ValueError: it is none.
+      ValueError: the text is no whole number.
     """
     with contextlib.suppress(ValueError):
         return int(text)

@@ -1,7 +1,7 @@
-"""What must hold between settings, told all at once.
+"""The rules between settings; all problems are reported at once.
 
-Each rule yields `setting=value; why not; what to do`. A setting that would have no
-effect is a problem too: whoever set it expects something to happen.
+Each rule yields problems: `setting=value; why not; what to do`. A setting that would
+have no effect is a problem too: whoever set it expects something to happen.
 """
 
 import dataclasses
@@ -24,16 +24,16 @@ from scaletrain.matrices import LAYER, REMAT_NAMES, named
 
 def check(run: RunConfig) -> RunConfig:
     """Returns `run`, or raises ConfigError with every problem it has."""
-    if found := problems(run):
-        raise ConfigError(found)
+    if unmet := problems(run):
+        raise ConfigError(unmet)
     return run
 
 
 def problems(run: RunConfig) -> list[str]:
-    """Returns every problem that shows before the number of devices is known."""
-    found = list(_values(run))
-    if found:  # the rules below divide by these values
-        return found + list(_unused(run))
+    """Returns every problem that does not depend on the number of devices."""
+    out_of_range = list(_values(run))
+    if out_of_range:  # the rules below divide by these values
+        return out_of_range + list(_unused(run))
     rules = (
         _model,
         _attention,
@@ -109,7 +109,7 @@ def _attention(run: RunConfig) -> Iterator[str]:
 
 
 def _targets(path: str, targets: tuple[str, ...]) -> Iterator[str]:
-    """Yields the patterns that no matrix has the name of."""
+    """Yields a problem for each pattern that matches no matrix."""
     for target in targets:
         if not named((target,)):
             yield (
@@ -160,7 +160,7 @@ def _batch(run: RunConfig) -> Iterator[str]:
 
 
 def _layout(run: RunConfig) -> Iterator[str]:
-    """Yields what can be said while one axis may still be -1."""
+    """Yields the problems of the mesh, whose axes may still be -1."""
     mesh = run.mesh
     free = [path for path, _, size in leaves(mesh) if size == -1]
     if len(free) > 1:
@@ -186,17 +186,17 @@ def _layout(run: RunConfig) -> Iterator[str]:
         ("context", "seq_len"),
     )
     for axis, path in splits:
-        size, whole = sizes[axis], get(run, path)
-        if size > 1 and whole % size:
+        size, dim = sizes[axis], get(run, path)
+        if size > 1 and dim % size:
             near = _nearest(size, [get(run, p) for a, p in splits if a == axis])
             yield (
-                f"mesh.{axis}={size}; does not divide {path}={whole}; "
+                f"mesh.{axis}={size}; does not divide {path}={dim}; "
                 f"the nearest that can is {near}."
             )
     shards, rows = run.batch_shards, run.micro_batch_rows
     if sizes["data"] > 0 and sizes["fsdp"] > 0 and rows % shards:
         fewer = math.gcd(run.batch_size // shards, run.accumulate_steps)
-        # One part alone is none for multi_steps.
+        # optim.accumulate=multi_steps needs two micro-batches or more.
         helps = run.batch_size % shards == 0
         helps &= fewer > 1 or run.optim.accumulate != "multi_steps"
         other = f", or set accumulate_steps={fewer}" if helps else ""
@@ -208,9 +208,9 @@ def _layout(run: RunConfig) -> Iterator[str]:
         )
 
 
-def _nearest(size: int, wholes: list[int]) -> int:
-    """Returns the number nearest to `size` that divides all of `wholes`."""
-    most = math.gcd(*wholes)
+def _nearest(size: int, dims: list[int]) -> int:
+    """Returns the number nearest to `size` that divides all of `dims`."""
+    most = math.gcd(*dims)
     return min(
         (d for d in range(1, most + 1) if most % d == 0), key=lambda d: abs(d - size)
     )
@@ -220,7 +220,9 @@ def resolve(run: RunConfig, num_devices: int, where: str = "here") -> RunConfig:
     """Returns `run` with the free mesh axis filled from the number of devices.
 
     Args:
-      where: the devices are, for the message.
+      run: the settings.
+      num_devices: of all processes together.
+      where: place of the devices, for the message.
 
     Raises:
       ConfigError: the axes do not multiply to `num_devices`, or a size that follows
@@ -259,12 +261,12 @@ def is_possible(run: RunConfig, num_devices: int) -> bool:
 
 
 def _nearest_mesh(mesh: MeshConfig, num_devices: int) -> str:
-    """Returns how to cover the devices by changing the largest axis, if that does."""
+    """Returns advice: the size of the largest axis with which the mesh fits."""
     axes = [axis for axis in AXES if axis not in ("expert", "stage")]  # these stay 1
     name = max(axes, key=lambda axis: get(mesh, axis))
-    whole = mesh.num_devices
-    others = (whole or 1) // max(1, get(mesh, name))
-    if whole is None or num_devices % others:
+    product = mesh.num_devices
+    others = (product or 1) // max(1, get(mesh, name))
+    if product is None or num_devices % others:
         return "make the axes multiply to that number, or"
     return f"set mesh.{name}={num_devices // others}, or"
 
@@ -291,8 +293,8 @@ def _optim(run: RunConfig) -> Iterator[str]:
 def _data(run: RunConfig) -> Iterator[str]:
     d = run.data
     if d.source in ("files", "tfds") and not d.path:
-        what = "a file or glob" if d.source == "files" else "a data set's name"
-        yield f"data.path=''; data.source={d.source} reads from it; give {what}."
+        needed = "a file or glob" if d.source == "files" else "a data set's name"
+        yield f"data.path=''; data.source={d.source} reads from it; give {needed}."
     if d.format == "chat" and d.source != "files":
         yield (
             f"data.source={d.source}; data.format=chat reads rows of .jsonl or "
@@ -336,7 +338,7 @@ def _cadence(run: RunConfig) -> Iterator[str]:
 
 
 def _unused(run: RunConfig) -> Iterator[str]:
-    """Yields every setting moved off its default that nothing would read."""
+    """Yields a problem for each setting off its default that nothing would read."""
     default = RunConfig()
     for path, field, value in leaves(run):
         if value != get(default, path):
@@ -345,7 +347,13 @@ def _unused(run: RunConfig) -> Iterator[str]:
 
 
 def _idle(run: RunConfig, path: str, condition: Condition) -> Iterator[str]:
-    """Yields the problem of a setting that is read only under a condition."""
+    """Yields the problem of a setting whose condition does not hold.
+
+    Args:
+      run: the settings.
+      path: the setting.
+      condition: under which it is read.
+    """
     switch, values, negated = condition
     now, choices = get(run, switch), FIELDS[switch].metadata["choices"]
     if condition.holds(run) or (choices and now not in choices):

@@ -1,4 +1,4 @@
-"""A setting: a dataclass field that carries its story.
+"""A setting: a dataclass field with metadata.
 
 Its rules, its messages, `scaletrain config --explain`, the reference page and whether
 it may change when a run is resumed are all read from the field.
@@ -55,9 +55,10 @@ def setting(
     resume: str | Condition = "fixed",
     exported: bool = True,
 ) -> Any:
-    """Returns a dataclass field that knows all there is to say of a setting.
+    """Returns a dataclass field with the metadata of a setting.
 
     Args:
+      default: it decides the type too.
       doc: a sentence with the unit and the off value.
       choices: the values that a string may have; () = any.
       least: smallest number allowed.
@@ -68,7 +69,7 @@ def setting(
         other than the default is refused otherwise.
       resume: "free" if it may change when a run is resumed, "fixed" if not, or the
         condition under which it may.
-      exported: whether a published checkpoint of the model has to say it; False for a
+      exported: whether it is part of the config of an exported model; False for a
         setting of the model that changes only training or execution.
     """
     if isinstance(used_when, Condition):

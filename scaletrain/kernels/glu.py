@@ -69,7 +69,7 @@ def supports(shape_BTD: tuple[int, ...], d_ff: int, compute: str) -> bool:
       d_ff: F, the columns of gate and of up.
       compute: format of the matmuls, as `precision.compute`.
     """
-    local_BT = sharding.share(shape_BTD[:2], "batch", "tokens")
+    local_BT = sharding.shard_shape(shape_BTD[:2], "batch", "tokens")
     if local_BT is None or sharding.axis_size("tensor") > 1:
         return False
     return takes(math.prod(local_BT), shape_BTD[2], d_ff, compute)

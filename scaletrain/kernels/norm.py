@@ -30,7 +30,7 @@ def supports(shape_BTD: tuple[int, ...], reduce: str) -> bool:
     Args:
       reduce: format of the sums, as `precision.reduce`.
     """
-    is_even = sharding.share(shape_BTD[:2], "batch", "tokens") is not None
+    is_even = sharding.shard_shape(shape_BTD[:2], "batch", "tokens") is not None
     fits = shape_BTD[-1] <= LARGEST and reduce == "float32"
     return sharding.platform() == "gpu" and is_even and fits
 

@@ -40,7 +40,7 @@ def supports(shape_BTD: tuple[int, ...]) -> bool:
 
     Under tensor parallelism the heads of one device are not contiguous.
     """
-    is_even = sharding.share(shape_BTD[:2], "batch", "tokens") is not None
+    is_even = sharding.shard_shape(shape_BTD[:2], "batch", "tokens") is not None
     is_contiguous = sharding.axis_size("tensor") == 1
     return sharding.platform() == "gpu" and is_contiguous and is_even
 

@@ -1,6 +1,7 @@
-"""The layers a decoder is made of. Each reads settings, never a model's name.
+"""Parts of a decoder's layer: norms, rotary positions, dropout and attention.
 
-Matrices are those of `linear`; norms and softmax run in `precision.reduce`.
+Each reads settings, never a model's name. Matrices are those of `linear`; norms and
+softmax run in `precision.reduce`.
 """
 
 import functools
@@ -16,7 +17,8 @@ from scaletrain.kernels import norm as norm_kernel
 from scaletrain.kernels import rotary as rotary_kernel
 from scaletrain.matrices import LAYER
 from scaletrain.models.attention import Scores, attend
-from scaletrain.models.linear import Linear, project_all, together
+from scaletrain.models.linear import Linear, fused_projections
+from scaletrain.models.product import project_all
 from scaletrain.sharding import constrain
 
 
@@ -62,7 +64,7 @@ class Norm(nnx.Module):
     def added(
         self, x_BTD: Float[Array, "B T D"], branch_BTD: Float[Array, "B T D"] | None
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
-        """Returns `x` with a branch added, if there is one, and that normalised."""
+        """Returns `x` plus a branch (None = 0), and that sum normalised."""
         reduce = self.precision.reduce
         if not self.centred and norm_kernel.supports(x_BTD.shape, reduce):
             scale_D = self.offset + self.scale[...].astype(jnp.float32)
@@ -75,12 +77,17 @@ class Norm(nnx.Module):
 def rotary_rates(
     rope: RopeConfig, d_head: int, *, local: bool = False
 ) -> Float[Array, " P"]:
-    """Returns the radians a position turns each pair of dims by.
+    """Returns the radians per position by which each pair of dims is rotated.
 
-    "linear" divides every rate by `factor` (arXiv 2306.15595); "llama3" divides those
-    that turn fewer than `low_freq` times in `original_len` tokens, leaves those that
-    turn more than `high_freq` times, and goes from one to the other in between (the
-    rule published with the Llama 3.1 weights). Local layers are not stretched.
+    "linear" divides every rate by `factor` (arXiv 2306.15595); "llama3" divides
+    rates of fewer than `low_freq` rotations in `original_len` tokens, keeps rates of
+    more than `high_freq`, and interpolates between them (the rule published with the
+    Llama 3.1 weights). Local layers keep every rate.
+
+    Args:
+      rope: base and scaling.
+      d_head: dims of a head, twice the pairs P.
+      local: whether the layer looks through the sliding window.
     """
     half = d_head // 2
     base = rope.local_base if local and rope.local_base else rope.base
@@ -89,10 +96,10 @@ def rotary_rates(
         return rates_P
     if rope.scaling == "linear":
         return rates_P / rope.factor
-    turns_P = rope.original_len * rates_P / (2 * jnp.pi)
-    kept_P = (turns_P - rope.low_freq) / (rope.high_freq - rope.low_freq)
-    kept_P = jnp.clip(kept_P, 0, 1)
-    return rates_P * (kept_P + (1 - kept_P) / rope.factor)
+    rotations_P = rope.original_len * rates_P / (2 * jnp.pi)
+    share_P = (rotations_P - rope.low_freq) / (rope.high_freq - rope.low_freq)
+    share_P = jnp.clip(share_P, 0, 1)  # of the rate that is kept undivided
+    return rates_P * (share_P + (1 - share_P) / rope.factor)
 
 
 def rotate(
@@ -102,30 +109,40 @@ def rotate(
 ) -> Float[Array, "B T N H"]:
     """Returns `x` with rotary positions (arXiv 2104.09864 section 3.2).
 
-    Dim i turns with dim i + H/2, the pairing of published Llama checkpoints. Angles
-    are float32: bfloat16 cannot tell neighbouring positions apart past 256.
+    Dims i and i + H/2 are a pair, as in published Llama checkpoints. Angles are
+    float32: bfloat16 cannot tell neighbouring positions apart past 256.
+
+    Args:
+      x_BTNH: queries or keys.
+      positions_BT: position of each token in its document.
+      rates_P: see `rotary_rates`; P = H/2.
     """
     sin, cos = (each[:, :, None] for each in _angles(positions_BT, rates_P))
     one, two = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([one * cos - two * sin, two * cos + one * sin], axis=-1)
-    return turned.astype(x_BTNH.dtype)
+    rotated = jnp.concatenate([one * cos - two * sin, two * cos + one * sin], axis=-1)
+    return rotated.astype(x_BTNH.dtype)
 
 
 def _angles(
     positions_BT: Int[Array, "B T"], rates_P: Float[Array, " P"]
 ) -> tuple[Float[Array, "B T P"], Float[Array, "B T P"]]:
-    """Returns sine and cosine."""
+    """Returns sine and cosine of the angles of rotation."""
     angle_BTP = positions_BT[:, :, None] * rates_P[None, None]
     return jnp.sin(angle_BTP), jnp.cos(angle_BTP)
 
 
-def dropped(
+def dropout(
     x_BTD: Float[Array, "B T D"], keys_B: Key[Array, " B"] | None, rate: float
 ) -> Float[Array, "B T D"]:
     """Returns `x` with a share `rate` of its values zeroed and the rest scaled up.
 
     Each sequence has a key of its own, so the mask does not depend on how the batch
-    is cut over devices or micro-batches.
+    is split over devices and micro-batches.
+
+    Args:
+      x_BTD: a branch's output.
+      keys_B: a random key for each sequence; None = no dropout.
+      rate: probability of a zero.
     """
     if keys_B is None or rate == 0:
         return x_BTD
@@ -136,12 +153,19 @@ def dropped(
 def _head_norm(
     model: ModelConfig, precision: PrecisionConfig, heads: int, axis: str
 ) -> Norm | None:
-    """Returns the norm of queries or keys: of each head, or of all together."""
+    """Returns the norm of queries or keys (of each head or of all), None without.
+
+    Args:
+      model: `qk_norm` chooses.
+      precision: formats.
+      heads: number of heads, N or K.
+      axis: the logical axis of the heads.
+    """
     if model.qk_norm == "none":
         return None
     if model.qk_norm == "head":
         return Norm((model.d_head,), model, precision)
-    return Norm((heads, model.d_head), model, precision, (axis, "head"))
+    return Norm((heads, model.d_head), model, precision, (axis, "head_dim"))
 
 
 class Attention(nnx.Module):
@@ -187,7 +211,7 @@ class Attention(nnx.Module):
         model = self.model
         q_BTNH, k_BTKH, v_BTKH = self._heads(x_BTD, positions_BT, local)
         q_BTNH = checkpoint_name(
-            constrain(q_BTNH, "batch", "tokens", "heads", "head"), "query"
+            constrain(q_BTNH, "batch", "tokens", "heads", "head_dim"), "query"
         )
         k_BTKH = checkpoint_name(k_BTKH, "key")
         v_BTKH = checkpoint_name(v_BTKH, "value")
@@ -234,7 +258,7 @@ class Attention(nnx.Module):
             )
             heads_BTF = project_all(x_BTD, ws, self.precision)
             return rotary_kernel.split_rotated(heads_BTF, sin_BTP, cos_BTP, heads)
-        q_BTNH, k_BTKH, v_BTKH = together(x_BTD, linears)
+        q_BTNH, k_BTKH, v_BTKH = fused_projections(x_BTD, linears)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if rope:

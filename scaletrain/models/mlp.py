@@ -12,16 +12,17 @@ from jaxtyping import Array, Float
 from scaletrain.config import LoraConfig, ModelConfig, PrecisionConfig
 from scaletrain.kernels import glu
 from scaletrain.matrices import LAYER
-from scaletrain.models.linear import Linear, gathered, gradients, together
+from scaletrain.models.linear import Linear, fused_projections
+from scaletrain.models.product import gathered, gradients
 from scaletrain.sharding import constrain
 
 
 class _Fused(NamedTuple):
-    """How the branch runs whose activation is inside its matmuls."""
+    """The settings of `fused_mlp`, whose activation is computed inside its matmuls."""
 
     gate: glu.Gate
     precision: PrecisionConfig
-    again: bool  # gate and up are kept, and their product is made of them again
+    recompute: bool  # act(gate) * up, in the backward pass
 
 
 Weights = tuple[Float[Array, "D F"], Float[Array, "D F"], Float[Array, "F D"]]
@@ -31,7 +32,13 @@ Weights = tuple[Float[Array, "D F"], Float[Array, "D F"], Float[Array, "F D"]]
 def fused_mlp(
     fused: _Fused, x_BTD: Float[Array, "B T D"], weights: Weights
 ) -> Float[Array, "B T D"]:
-    """Returns what `Mlp` makes of `x` with the matrices gate, up and down."""
+    """Returns the output of a gated `Mlp`, computed by the kernels of `glu`.
+
+    Args:
+      fused: static settings.
+      x_BTD: the branch's input.
+      weights: the matrices gate, up and down, as they are stored.
+    """
     return _fused_forward(fused, x_BTD, weights)[0]
 
 
@@ -46,8 +53,8 @@ def _fused_forward(fused, x_BTD, weights):
     gate_BTF = checkpoint_name(gate_BTF, "mlp_gate")
     up_BTF = checkpoint_name(up_BTF, "mlp_up")
     out_BTD = jnp.einsum("btf,fd->btd", product_BTF, down_FD)
-    kept = gate_BTF, up_BTF, None if fused.again else product_BTF
-    return out_BTD, (x_BTD, kept, weights, gathered(both_DG), gathered(down_FD))
+    saved = gate_BTF, up_BTF, None if fused.recompute else product_BTF
+    return out_BTD, (x_BTD, saved, weights, gathered(both_DG), gathered(down_FD))
 
 
 def _fused_backward(fused, residuals, dout_BTD):
@@ -56,12 +63,12 @@ def _fused_backward(fused, residuals, dout_BTD):
         lowered = _lowered(fused, weights)
     both_DG, down_FD = lowered
     streams = dout_BTD, gate_BTF, up_BTF
-    dboth_BTG, *made = glu.backward(fused.gate, streams, down_FD, fused.again)
-    product_BTF = made[0] if fused.again else product_BTF
+    dboth_BTG, *recomputed = glu.backward(fused.gate, streams, down_FD, fused.recompute)
+    product_BTF = recomputed[0] if fused.recompute else product_BTF
     p = fused.precision
     _, ddown_FD = gradients("btf,fd->btd", p, product_BTF, down_FD, dout_BTD)
     dx_BTD, dboth_DG = gradients("btd,df->btf", p, x_BTD, both_DG, dboth_BTG)
-    dboth_DG = constrain(dboth_DG, "embed", "head", cut_first=True)
+    dboth_DG = constrain(dboth_DG, "embed", "replicated", reduce_first=True)
     dws = (*glu.deinterleaved(dboth_DG), ddown_FD)
     return dx_BTD, tuple(dw.astype(w.dtype) for dw, w in zip(dws, weights, strict=True))
 
@@ -107,13 +114,13 @@ class Mlp(nnx.Module):
         self.model, self.precision = model, precision
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Returns the feed-forward branch."""
+        """Returns the output of the feed-forward branch."""
         if self.gate is None:
             up_BTF = checkpoint_name(self.up(x_BTD), "mlp_up")
             return self.down(self.activation(up_BTF))
         linears = self.gate, self.up, self.down
-        # The policy "dots" saves the results of XLA's matmuls alone: it would have the
-        # kernels run again.
+        # The policy "dots" saves only the results of XLA's matmuls: in the backward
+        # pass the kernels would run again.
         fused = self.model.remat != "dots" and glu.supports(
             x_BTD.shape, self.model.d_ff, self.precision.compute
         )
@@ -121,12 +128,12 @@ class Mlp(nnx.Module):
             return fused_mlp(
                 self._fused(), x_BTD, tuple(each.weight[...] for each in linears)
             )
-        gate_BTF, up_BTF = together(x_BTD, (self.gate, self.up))
+        gate_BTF, up_BTF = fused_projections(x_BTD, (self.gate, self.up))
         gate_BTF = checkpoint_name(gate_BTF, "mlp_gate")
         up_BTF = checkpoint_name(up_BTF, "mlp_up")
         return self.down(self.activation(gate_BTF) * up_BTF)
 
     def _fused(self) -> _Fused:
-        kept = {*self.model.remat_save, *self.model.remat_offload}
-        again = {"mlp_gate", "mlp_up"} <= kept
-        return _Fused(_GATES[self.model.mlp], self.precision, again)
+        saved = {*self.model.remat_save, *self.model.remat_offload}
+        recompute = {"mlp_gate", "mlp_up"} <= saved
+        return _Fused(_GATES[self.model.mlp], self.precision, recompute)

@@ -1,8 +1,9 @@
-"""A stack of equal layers: made, rematerialised and walked.
+"""A stack of equal layers: how it is created, rematerialised and run.
 
-The layers are one module whose parameters carry a leading layer dim. A walk calls
-`layer(x, inputs) -> (x, aux)` with each layer's slice of `inputs`, and stacks `aux`.
-Another walk (pipeline stages, say) is a function and a row in `WALKS`.
+The layers are one module whose parameters carry a leading layer dim. A walk runs the
+layers one after another: it calls `layer(x, inputs) -> (x, aux)` with each layer's
+slice of `inputs`, and stacks `aux`. Another walk (pipeline stages, say) is a function
+and a row in `WALKS`.
 """
 
 from collections.abc import Callable
@@ -27,9 +28,9 @@ def stacked(make: Callable[[jax.Array], nnx.Module], keys: jax.Array) -> nnx.Mod
 
 
 def rematerialised(model: ModelConfig, layer: Layer) -> Layer:
-    """Returns `layer` that saves for its backward pass the values `model.remat` names.
+    """Returns `layer` under the rematerialisation policy of `model.remat`.
 
-    It recomputes all others.
+    Its backward pass recomputes all values that the policy does not save.
     """
     policies = jax.checkpoint_policies
     if model.remat in ("none", "auto"):  # auto: where nothing is differentiated
@@ -63,8 +64,8 @@ def _unroll(layer: Layer, x: jax.Array, inputs: Tree) -> tuple[jax.Array, Tree]:
         one = jax.tree.map(
             lambda leaf, split, i=i: split[i].reshape(leaf.shape[1:]), inputs, slices
         )
-        x, beside = layer(x, one)
-        aux.append(beside)
+        x, layer_aux = layer(x, one)
+        aux.append(layer_aux)
     return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *aux)
 
 

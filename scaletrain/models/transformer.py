@@ -1,8 +1,8 @@
 """The decoder-only language model.
 
 Layers are one `Block` whose parameters carry a leading layer dim; `model.layers` says
-whether `lax.scan` or an unrolled loop walks it. Both read the same parameters, so a
-checkpoint of one continues in the other.
+whether `lax.scan` or an unrolled loop runs them. Both read the same parameters, so a
+run may change from one to the other.
 """
 
 import dataclasses
@@ -19,16 +19,17 @@ from scaletrain.config import LoraConfig, ModelConfig, PrecisionConfig
 from scaletrain.matrices import HEAD
 from scaletrain.models import stack
 from scaletrain.models.embedding import look_up
-from scaletrain.models.layers import Attention, Norm, dropped
-from scaletrain.models.linear import Linear, project
+from scaletrain.models.layers import Attention, Norm, dropout
+from scaletrain.models.linear import Linear
 from scaletrain.models.mlp import Mlp
+from scaletrain.models.product import project
 from scaletrain.sharding import constrain, param
 
 
 class Aux(NamedTuple):
-    """The results of a layer beside its output; of a stack, with a leading layer dim.
+    """The auxiliary results of a layer; of a stack, with a leading layer dim.
 
-    A layer that returns something more (a router's load, say) gets a field here.
+    A layer that returns more (a router's load, say) adds a field.
     """
 
     kv: tuple[Float[Array, "*L B S K H"], Float[Array, "*L B S K H"]] | None
@@ -46,7 +47,14 @@ class Cache:
 
     @classmethod
     def empty(cls, model: ModelConfig, batch: int, slots: int, dtype: str) -> "Cache":
-        """Returns a cache with room for `slots` tokens a row."""
+        """Returns a cache without tokens.
+
+        Args:
+          model: the sizes of layers and heads.
+          batch: rows.
+          slots: tokens a row that it has room for.
+          dtype: the format of keys and values.
+        """
         shape = (model.num_layers, batch, slots, model.num_kv_heads, model.d_head)
         segments_BS = jnp.zeros((batch, slots), jnp.int32)
         zeros = jnp.zeros(shape, dtype)
@@ -84,9 +92,12 @@ class Block(nnx.Module):
         cache: tuple[Array, ...] | None,
         keys_B2: Key[Array, "B 2"] | None,
     ) -> tuple[Float[Array, "B T D"], Aux]:
-        """Returns the layer's output and the results beside it.
+        """Returns the layer's output and its auxiliary results.
 
         Args:
+          x_BTD: the residual stream.
+          positions_BT: position of each token in its document.
+          segments_BT: document of each token; equal ids see each other.
           local: whether the layer looks through the sliding window.
           cache: see `Attention`; with one, its keys and values are in the results.
           keys_B2: random keys of both branches; None runs without dropout.
@@ -99,11 +110,11 @@ class Block(nnx.Module):
                 normed_BTD, positions_BT, segments_BT, local, cache
             )
             branch_BTD = _normed(self.attention_out_norm, branch_BTD)
-            branch_BTD = dropped(branch_BTD, key_one, self.dropout)
+            branch_BTD = dropout(branch_BTD, key_one, self.dropout)
         with jax.named_scope("mlp"):
             x_BTD, normed_BTD = _added(self.mlp_norm, x_BTD, branch_BTD)
             branch_BTD = _normed(self.mlp_out_norm, self.mlp(normed_BTD))
-            x_BTD += dropped(branch_BTD, key_two, self.dropout)
+            x_BTD += dropout(branch_BTD, key_two, self.dropout)
         return constrain(x_BTD, "batch", "tokens", "residual"), Aux(kv)
 
 
@@ -112,7 +123,7 @@ def _added(
     x_BTD: Float[Array, "B T D"],
     branch_BTD: Float[Array, "B T D"] | None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
-    """Returns the stream with a branch added, and what the next branch reads of it."""
+    """Returns the residual stream plus a branch, and the input of the next branch."""
     if norm is not None:
         return norm.added(x_BTD, branch_BTD)
     if branch_BTD is not None:
@@ -125,7 +136,7 @@ def _normed(norm: Norm | None, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B 
 
 
 class Decoder(nnx.Module):
-    """Token ids to next-token logits."""
+    """The decoder: token ids to next-token logits."""
 
     def __init__(
         self,
@@ -181,6 +192,7 @@ class Decoder(nnx.Module):
         """Returns logits in `precision.reduce`.
 
         Args:
+          tokens_BT: token ids.
           positions_BT: position of each token in its document.
           segments_BT: document of each token; equal ids see each other.
           dropout_B: a key for each sequence; None runs without dropout.
@@ -195,7 +207,14 @@ class Decoder(nnx.Module):
         segments_BT: Int[Array, "B T"],
         dropout_B: Key[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Aux]:
-        """Returns the head's input, see `__call__`, and the layers' other results."""
+        """Returns the head's input and the layers' auxiliary results.
+
+        Args:
+          tokens_BT: token ids.
+          positions_BT: position of each token in its document.
+          segments_BT: document of each token; equal ids see each other.
+          dropout_B: a key for each sequence; None runs without dropout.
+        """
         x_BTD = self._embed(tokens_BT, positions_BT)
         x_BTD, aux = self._layers(x_BTD, positions_BT, segments_BT, None, dropout_B)
         with jax.named_scope("head"):
@@ -213,7 +232,14 @@ class Decoder(nnx.Module):
         segments_BT: Int[Array, "B T"],
         cache: Cache,
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Returns the logits after the last token and the cache with T more slots."""
+        """Returns the logits after the last token and the cache with T more slots.
+
+        Args:
+          tokens_BT: token ids that the cache does not have.
+          positions_BT: position of each token in its document.
+          segments_BT: document of each token; 0 = no token.
+          cache: keys and values of the tokens before.
+        """
         start = cache.length
         segments_BS = jax.lax.dynamic_update_slice_in_dim(
             cache.segments_BS, segments_BT, start, 1
@@ -255,7 +281,7 @@ class Decoder(nnx.Module):
         cache: Cache | None,
         dropout_B: Key[Array, " B"] | None,
     ) -> tuple[Float[Array, "B T D"], Aux]:
-        """Returns the last layer's output and the results beside it of every layer."""
+        """Returns the last layer's output and every layer's auxiliary results."""
         model = self.model
         graphdef, params = nnx.split(self.blocks)
 

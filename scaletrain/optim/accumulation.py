@@ -1,8 +1,8 @@
 """Gradient accumulation: a batch in micro-batches, one after another, inside the step.
 
-Both of optax's wrappers are here. `microbatch` (`optax.microbatching`) adds in place;
-`multi_steps` (`optax.MultiSteps`) holds one gradient more. Micro-batch i of N has the
-rows i, i + N, i + 2 N, ...: each device keeps the rows that it has.
+Both wrappers are optax's. `microbatch` (`optax.microbatching`) adds in place;
+`multi_steps` (`optax.MultiSteps`) needs memory for one more gradient. Micro-batch i of
+N has the rows i, i + N, i + 2 N, ...: no row moves to another device.
 """
 
 from collections.abc import Callable
@@ -29,10 +29,10 @@ _RESULTS = (_SUM, (_SUM, _MAX))  # (loss, sums), (gradients, amax)
 def accumulated(gradient: Gradient, wrapper: str, micro_batches: int) -> Gradient:
     """Returns `gradient` computed in micro-batches.
 
-    The loss, its sums and the gradients are added up; of the magnitudes (amax) the
-    largest counts.
+    Loss, sums and gradients are summed; amax values are maximised.
 
     Args:
+      gradient: a function of (params, amax, frozen, batch).
       wrapper: "microbatch" or "multi_steps", as `optim.accumulate`.
       micro_batches: their number, which divides the rows of each batch.
     """

@@ -22,8 +22,9 @@ def optimizer(run: RunConfig, logical: Tree) -> optax.GradientTransformationExtr
     """Returns the transformation of gradients summed over tokens into updates.
 
     Args:
-      logical: the logical axes of each parameter; they tell matrices, the only ones
-        that decay and that Muon takes, from norms, biases and embeddings.
+      logical: the logical axes of each parameter; by them, matrices (the
+        only ones that decay and that Muon updates) differ from norms, biases and
+        embeddings.
     """
     o = run.optim
 
@@ -45,7 +46,7 @@ def _is_embedding(axes: tuple[str, ...]) -> bool:
 
 
 def _takes_muon(axes: tuple[str, ...]) -> bool:
-    """Whether Muon takes a parameter with these logical axes; Adam takes the others."""
+    """Whether Muon updates a parameter with these logical axes; Adam the others."""
     return is_matrix(axes) and not _is_embedding(axes) and "rank" not in axes
 
 

@@ -1,4 +1,4 @@
-"""The guard of an optimizer: one division by tokens, and no unsound update."""
+"""The guard of an optimizer: one division by tokens, and skipped updates."""
 
 from typing import Any, NamedTuple, cast
 
@@ -13,12 +13,12 @@ Tree = Any  # nested dicts mirroring the parameters
 
 
 class GuardState(NamedTuple):
-    """State of `guarded`: the inner state and what the last update saw."""
+    """The state of `guarded`: the inner state and facts about the last update."""
 
     inner: Any
     loss: Float[Array, ""]  # nats per token
     grad_norm: Float[Array, ""]  # of the mean gradient, before clipping
-    limits: Float[Array, "2"]  # what loss and grad_norm were not to exceed
+    limits: Float[Array, "2"]  # largest loss and grad_norm allowed
     skipped_in_a_row: Int[Array, ""]
     skipped: Int[Array, ""]
     applied: Int[Array, ""]
@@ -28,16 +28,22 @@ class GuardState(NamedTuple):
 def guarded(
     inner: optax.GradientTransformation, sigma: float = 0.0, window: int = 128
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns `inner`, given means over tokens, without the updates that are unsound.
+    """Returns `inner` wrapped: it gets mean gradients, and bad updates are skipped.
 
     `update` takes gradients summed over tokens, and by name `loss` (the sum, in nats),
-    `tokens` (their weight) and `finite` (whether all else that was computed is).
-    An update is skipped if any of these, or the gradient, is not finite, and with
+    `tokens` (their weight) and `finite` (whether the step's amax values all are).
+    An update is skipped if the loss, the gradient or an amax is not finite, and with
     `sigma` if loss or gradient norm is that many standard deviations above its mean
     over the last `window` updates that were applied.
 
     `optax.apply_if_finite` decides with a branch, which keeps XLA from fusing the
-    update into the gradient, and gives in after a while; this selects, and never does.
+    update into the gradient, and applies an update after a number of failures; this
+    wrapper selects, and always skips.
+
+    Args:
+      inner: the optimizer.
+      sigma: standard deviations above the mean; 0 = skip only non-finite updates.
+      window: applied updates that mean and deviation are of.
     """
 
     def init(params: Tree) -> GuardState:
@@ -83,8 +89,13 @@ def guarded(
 def _limits(state: GuardState, sigma: float, window: int) -> Float[Array, "2"]:
     """Returns mean + sigma x standard deviation; infinite until the window is full.
 
-    All of the ring is kept whatever the window, so that both settings may change
-    between two attempts at a run.
+    The ring's size does not depend on the window, so that both settings may change when
+    a run is resumed.
+
+    Args:
+      state: with loss and gradient norm of the last updates.
+      sigma: 0 = no limits.
+      window: updates.
     """
     if not sigma:
         return jnp.full(2, jnp.inf)

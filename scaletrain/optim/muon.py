@@ -1,11 +1,11 @@
-"""Muon: momentum with its singular values made equal, a stack of matrices at a time.
+"""Muon: orthogonalised momentum, computed for a stack of matrices at a time.
 
 The polar factor U V^T of X = U S V^T comes from odd polynomials of X, one after the
-other, which are matmuls alone (Source: K. Jordan, "Muon", 2024; arXiv 2502.16982).
-Four are enough here instead of five, since each has the coefficients that are best for
-what the one before leaves (arXiv 2505.16932 section 3) and X is first divided by its
-Schatten norm of order 8, which bounds the largest singular value more closely than
-the Frobenius norm does and costs nothing beside A^2.
+other, which are matmuls alone (Source: K. Jordan, "Muon", 2024; arXiv 2502.16982). Four
+are enough here instead of five, since the coefficients of each are optimal for the
+range of singular values that the one before returns (arXiv 2505.16932 section 3) and X
+is first divided by its Schatten norm of order 8, which bounds the largest singular
+value more closely than the Frobenius norm does and costs nothing beside A^2.
 """
 
 import functools
@@ -24,9 +24,9 @@ RMS = 0.2  # update size that lets Muon use AdamW's rates (arXiv 2502.16982, 2.2
 DECAY = 0.95  # of the momentum
 SMALLEST = 0.004  # singular value over the norm from which on all end in BAND
 BAND = (0.83, 1.17)
-# (a, b, c) of a x + b x^3 + c x^5: the smallest greatest |1 - p(x)|, first over
-# [SMALLEST, 1], then over what the one before gives, 5% more at the upper end, beyond
-# which rounding errors would grow without bounds.
+# (a, b, c) of a x + b x^3 + c x^5: minimax of |1 - p(x)|, first over [SMALLEST, 1],
+# then over the range of the one before, 5% more at the upper end, beyond which rounding
+# errors would grow without bounds.
 POLYNOMIALS = (
     (8.3410, -24.5974, 18.2230),
     (3.8033, -2.5753, 0.4447),
@@ -34,14 +34,14 @@ POLYNOMIALS = (
     (2.3096, -1.5637, 0.3525),
 )
 _MARGIN = 1.02  # of the norm, for the same reason
-_LEAST = 1e-30  # square of a norm: a matrix below it stays small
+_LEAST = 1e-30  # divisor, a squared norm: a matrix below it stays small
 # From this many columns a row on it is less work to multiply polynomials of A = X X^T
 # by each other, 4 m^2 n + 10 m^3 multiplications for two, than by X, 8 m^2 n + 4 m^3.
 _WIDE = 1.5
 
 
 class MuonState(NamedTuple):
-    """State of `scale_by_muon`."""
+    """The state of `scale_by_muon`."""
 
     taken: Int[Array, ""]  # updates
     mu: Tree  # momentum, in the precision of the parameters
@@ -100,9 +100,9 @@ def _direction(x: Float[Array, "..."], axes: tuple[str, ...]) -> Float[Array, ".
 
 
 def orthogonalised(x_Lmn: Float[Array, "L m n"]) -> Float[Array, "L m n"]:
-    """Returns the matrices with singular values in BAND, but those below SMALLEST.
+    """Returns the matrices with singular values in BAND, except those below SMALLEST.
 
-    Those grow by 230 at most, as far as the format of `x` tells them from nothing.
+    Those grow by a factor of 230 at most.
     """
     _, rows, columns = x_Lmn.shape
     small, large = sorted((rows, columns))
@@ -110,14 +110,14 @@ def orthogonalised(x_Lmn: Float[Array, "L m n"]) -> Float[Array, "L m n"]:
     gram, apply = "lij,lkj->lik", "lik,lkj->lij"
     if rows > columns:
         gram, apply = "lji,ljk->lik", "lki,ljk->lji"
-    together = 2 if large >= _WIDE * small else 1
-    for i in range(0, len(POLYNOMIALS), together):
+    at_once = 2 if large >= _WIDE * small else 1
+    for i in range(0, len(POLYNOMIALS), at_once):
         a_Lmm = jnp.einsum(gram, x_Lmn, x_Lmn)
         if i == 0:
             a_Lmm, square_Lmm, norm_L11 = _normalised(a_Lmm)
         else:
             square_Lmm, norm_L11 = _times(a_Lmm, a_Lmm), 1.0
-        q_Lmm = _product(POLYNOMIALS[i : i + together], a_Lmm, square_Lmm)
+        q_Lmm = _product(POLYNOMIALS[i : i + at_once], a_Lmm, square_Lmm)
         q_Lmm = (q_Lmm.astype(jnp.float32) / norm_L11).astype(x_Lmn.dtype)
         x_Lmn = jnp.einsum(apply, q_Lmm, x_Lmn)
     return x_Lmn
@@ -127,13 +127,14 @@ def _normalised(a_Lmm: Array) -> tuple[Array, Array, Array]:
     """Returns A and A^2 of X over its norm, and the norm of X."""
     wide_Lmm = a_Lmm.astype(jnp.float32)
     # By the Frobenius norm first, the root of A's trace: A^2 of small gradients would
-    # be nothing.
+    # underflow to 0.
     trace_L11 = jnp.trace(wide_Lmm, axis1=1, axis2=2)[:, None, None]
     trace_L11 = jnp.maximum(trace_L11, _LEAST)
     a_Lmm = (wide_Lmm / trace_L11).astype(a_Lmm.dtype)
     square_Lmm = _times(a_Lmm, a_Lmm).astype(jnp.float32)
     sum_L11 = jnp.sum(jnp.square(square_Lmm), axis=(1, 2), keepdims=True)
-    # Of A's eigenvalues to the fourth: the root is no less than the largest of them.
+    # The sum of A's eigenvalues to the fourth power: its fourth root is no less than
+    # the largest eigenvalue.
     most_L11 = _MARGIN**2 * jnp.where(sum_L11 > 0, sum_L11, 1) ** 0.25
     a_Lmm = (a_Lmm.astype(jnp.float32) / most_L11).astype(a_Lmm.dtype)
     square_Lmm = (square_Lmm / jnp.square(most_L11)).astype(a_Lmm.dtype)
@@ -143,9 +144,14 @@ def _normalised(a_Lmm: Array) -> tuple[Array, Array, Array]:
 def _product(
     polynomials: tuple[tuple[float, ...], ...], a_Lmm: Array, square_Lmm: Array
 ) -> Array:
-    """Returns Q: of one polynomial, or of two, the second of what the first makes.
+    """Returns Q of one polynomial, or of two composed, the first one applied first.
 
     Three or four would let rounding errors of A grow to values of 30 in bfloat16.
+
+    Args:
+      polynomials: coefficients (a, b, c) of each.
+      a_Lmm: A.
+      square_Lmm: A^2.
     """
     q_Lmm = _polynomial(polynomials[0], a_Lmm, square_Lmm)
     for polynomial in polynomials[1:]:
@@ -159,7 +165,7 @@ def _product(
 def _polynomial(
     coefficients: tuple[float, ...], a_Lmm: Array, square_Lmm: Array
 ) -> Array:
-    """Returns a I + b A + c A^2."""
+    """Returns a I + b A + c A^2 of coefficients (a, b, c), A and A^2."""
     a, b, c = coefficients
     sum_Lmm = b * a_Lmm.astype(jnp.float32) + c * square_Lmm.astype(jnp.float32)
     return (a * jnp.eye(a_Lmm.shape[1])[None] + sum_Lmm).astype(a_Lmm.dtype)
@@ -173,44 +179,50 @@ def _times(one_Lmm: Array, two_Lmm: Array) -> Array:
 def _by_layers(
     function: Any, x: Float[Array, "..."], axes: tuple[str, ...]
 ) -> Float[Array, "..."]:
-    """Returns `function` of a stack [L, ...], each device with whole matrices of it.
+    """Returns `function` of a stack [L, ...], each device computing some of its layers.
 
-    Matrices that lie in parts on all devices are exchanged for some whole ones on
-    each, and back, in two rounds of all-to-all. Otherwise every device would compute
-    all of them.
+    An all-to-all turns shards of every matrix into complete matrices of some layers,
+    and a second one turns the results back. Otherwise every device would compute all
+    layers.
+
+    Args:
+      function: of a stack [l, ...] of complete matrices, of the same shape.
+      x: the stack.
+      axes: the logical axis of each dim, "layers" first.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function(x)
     spec = sharding.spec(*axes)
-    cuts = [
+    sharded = [
         (dim, name)
         for dim, entry in enumerate(spec)
         for name in ((entry,) if isinstance(entry, str) else entry or ())
         if mesh.shape[name] > 1
     ]
-    assert all(dim for dim, _ in cuts), "layers lie whole on every device"
-    L, ways = x.shape[0], math.prod(mesh.shape[name] for _, name in cuts)
-    copies = []  # axes along which all have the same
+    assert all(dim for dim, _ in sharded), "the layer dim is not sharded"
+    L, num_shards = x.shape[0], math.prod(mesh.shape[name] for _, name in sharded)
+    replicas = []  # mesh axes along which devices have the same shards
     for name, size in mesh.shape.items():
-        if size > 1 and name not in [cut for _, cut in cuts] and ways < L:
-            copies.append(name)
-            ways *= size
+        splits = name in [each for _, each in sharded]
+        if size > 1 and not splits and num_shards < L:
+            replicas.append(name)
+            num_shards *= size
 
-    def here(x):
-        pad = [(0, -L % ways)] + [(0, 0)] * (x.ndim - 1)
+    def local(x):
+        pad = [(0, -L % num_shards)] + [(0, 0)] * (x.ndim - 1)
         x = jnp.pad(x, pad)
-        for dim, name in cuts:
+        for dim, name in sharded:
             x = jax.lax.all_to_all(x, name, 0, dim, tiled=True)
-        for name in copies:
+        for name in replicas:
             count = x.shape[0] // mesh.shape[name]
             first = jax.lax.axis_index(name) * count
             x = jax.lax.dynamic_slice_in_dim(x, first, count)
         x = function(x)
-        for name in reversed(copies):
+        for name in reversed(replicas):
             x = jax.lax.all_gather(x, name, tiled=True)
-        for dim, name in reversed(cuts):
+        for dim, name in reversed(sharded):
             x = jax.lax.all_to_all(x, name, dim, 0, tiled=True)
         return x[:L]
 
-    return sharding.by_device(here, spec, spec)(x)
+    return sharding.by_device(local, spec, spec)(x)

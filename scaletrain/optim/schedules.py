@@ -1,4 +1,4 @@
-"""Learning-rate schedules. Another one is a function and a row in `_SCHEDULES`."""
+"""Learning-rate schedules; a new one is a function and a row in `_SCHEDULES`."""
 
 from typing import Any
 
@@ -9,17 +9,17 @@ from scaletrain.config import RunConfig
 
 
 def schedule(run: RunConfig) -> optax.Schedule:
-    """Returns optimizer step -> learning rate, the first step being 0.
+    """Returns the function from optimizer step, from 0 on, to learning rate.
 
     Of W warm-up steps the first has 1/W of the peak, the last the peak. "cosine" and
     "linear" fall from the peak in the step after them to the final rate in the step
     after the last of the run; "wsd" has the final rate in the last step itself.
     """
     peak, warmup = run.optim.learning_rate, run.optim.warmup_steps
-    main = _SCHEDULES[run.optim.schedule](run, run.num_steps - warmup)
+    after = _SCHEDULES[run.optim.schedule](run, run.num_steps - warmup)
     # The first step already learns: 1/warmup of the peak, not 0.
-    up = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
-    return optax.join_schedules([up, main], [warmup]) if warmup else main
+    rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    return optax.join_schedules([rise, after], [warmup]) if warmup else after
 
 
 # Each takes the run and the number of steps after its warm-up, and counts from there.
@@ -40,7 +40,7 @@ def _linear(run: RunConfig, steps: int) -> optax.Schedule:
 
 
 def _wsd(run: RunConfig, steps: int) -> optax.Schedule:
-    """Returns warm-up, stable, decay (arXiv 2404.06395 section 4), without warm-up."""
+    """Returns the stable and the decay phase of WSD (arXiv 2404.06395 section 4)."""
     o = run.optim
     decay = min(o.decay_steps or max(1, run.num_steps // 5), steps)
     stable = optax.constant_schedule(o.learning_rate)

@@ -8,8 +8,8 @@ settings each can run; a new one is a file with `attend`, a row there and a row 
     xla       plain operations, everywhere
     splash    the TPU's kernel
     cudnn     the GPU's library
-      scores  how scores are made; kernels on each device's own heads
-      mask    which tokens may look at which
+      scores  settings of scores; kernels run on the heads of each device
+      mask    the mask of documents, causality and window
 """
 
 import functools
@@ -42,12 +42,19 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Returns softmax(scores) v over the slots each query may look at.
 
-    N query heads share K key/value heads in groups of N / K (arXiv 2305.13245). What
-    the backward pass needs is named "attention" for model.remat_save.
+    N query heads share K key/value heads in groups of N / K (arXiv 2305.13245). The
+    residuals of the backward pass are named "attention" for model.remat_save.
 
     Args:
+      q_BTNH: queries.
+      k_BSKH: keys.
+      v_BSKH: values.
+      q_segments_BT: document of each query.
+      kv_segments_BS: document of each slot.
+      scores: the settings of scores.
       q_start: slot of the first query among the S slots.
       local: whether this layer looks through `scores.window`.
+      implementation: a key of `IMPLEMENTATIONS`.
     """
     return IMPLEMENTATIONS[implementation](
         q_BTNH, k_BSKH, v_BSKH, q_segments_BT, kv_segments_BS, q_start, local, scores

@@ -1,12 +1,12 @@
 """Attention by NVIDIA's library; its softmax is in float32.
 
-Documents of a sequence are told to it by their places, so that what lies between two
-of them is not computed. That takes memory by the document: batches with a sequence of
-more than `DOCUMENTS`, and layers with a window, take a mask instead, in 1.7 times the
-time of one long document. Which of the ways it is, the batch decides.
+The library takes offsets and lengths of the documents of a sequence, and skips scores
+between documents. Its memory grows with their number: batches with a sequence of more
+than `DOCUMENTS`, and layers with a window, use a mask instead, in 1.7 times the time of
+one long document. The batch decides which variant runs.
 
-All ways together are one function with a gradient of its own: differentiated each for
-itself, they would copy their output, which is also what their backward pass needs.
+One function with its own gradient has all variants: were each differentiated by itself,
+the switch would copy the output, which is a residual of the backward pass too.
 """
 
 import functools
@@ -21,8 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 from scaletrain.models.attention.mask import visible
 from scaletrain.models.attention.scores import Scores, on_local_heads
 
-# Of a sequence, told by their places; the backward pass takes 0.5 GiB for each at
-# 8 x 4096 tokens and 32 heads of 64.
+# Most documents of a sequence that are passed by offset; the backward pass takes
+# 0.5 GiB for each at 8 x 4096 tokens and 32 heads of 64.
 DOCUMENTS = 8
 
 
@@ -36,7 +36,7 @@ def attend(
     local: bool | Bool[Array, ""],
     scores: Scores,
 ) -> Float[Array, "B T N H"]:
-    """Returns attention by the library's kernels, on each device's own heads."""
+    """Returns attention by the library's kernels, on the heads of each device."""
     assert isinstance(q_start, int), "queries are the keys: there is no cache"
 
     def local_attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, local):
@@ -59,70 +59,86 @@ def attention(
     """Returns softmax(scores) v over earlier tokens of the same run of equal ids.
 
     Args:
+      scale: scores are multiplied by it.
+      q_BTNH: queries.
+      k_BTKH: keys.
+      v_BTKH: values.
+      segments_BT: document of each token.
       window: slots a query looks back on, itself included; T or more = all.
     """
-    which, ways = _ways(scale, segments_BT, window)
-    return jax.lax.switch(which, ways, q_BTNH, k_BTKH, v_BTKH)
+    which, variants = _variants(scale, segments_BT, window)
+    return jax.lax.switch(which, variants, q_BTNH, k_BTKH, v_BTKH)
 
 
 def _forward(scale, q_BTNH, k_BTKH, v_BTKH, segments_BT, window):
-    which, ways = _ways(scale, segments_BT, window)
+    which, variants = _variants(scale, segments_BT, window)
     qkv = q_BTNH, k_BTKH, v_BTKH
     empty = [
         jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        for shapes in (jax.eval_shape(lambda w=w: _ran(w, qkv)[1]) for w in ways)
+        for shapes in (
+            jax.eval_shape(lambda v=v: _run_variant(v, qkv)[1]) for v in variants
+        )
     ]
 
-    def take(i):
-        out_BTNH, kept, _ = _ran(ways[i], qkv)
-        return out_BTNH, [*empty[:i], kept, *empty[i + 1 :]]
+    def run(i):
+        out_BTNH, extra, _ = _run_variant(variants[i], qkv)
+        return out_BTNH, [*empty[:i], extra, *empty[i + 1 :]]
 
-    taken = [functools.partial(take, i) for i in range(len(ways))]
-    # What has this name is not made again where a layer is computed again.
-    made = checkpoint_name(jax.lax.switch(which, taken), "attention")
-    return made[0], (*qkv, segments_BT, window, made)
+    runs = [functools.partial(run, i) for i in range(len(variants))]
+    # By this name, remat can save the output and the residuals.
+    results = checkpoint_name(jax.lax.switch(which, runs), "attention")
+    return results[0], (*qkv, segments_BT, window, results)
 
 
 def _backward(scale, residuals, dout_BTNH):
-    *qkv, segments_BT, window, (out_BTNH, kept) = residuals
-    which, ways = _ways(scale, segments_BT, window)
+    *qkv, segments_BT, window, (out_BTNH, extra) = residuals
+    which, variants = _variants(scale, segments_BT, window)
 
-    def pull(i):
-        return _ran(ways[i], qkv)[2](out_BTNH, kept[i], dout_BTNH)
+    def vjp(i):
+        return _run_variant(variants[i], qkv)[2](out_BTNH, extra[i], dout_BTNH)
 
-    pulls = [functools.partial(pull, i) for i in range(len(ways))]
-    return (*jax.lax.switch(which, pulls), None, None)
+    vjps = [functools.partial(vjp, i) for i in range(len(variants))]
+    return (*jax.lax.switch(which, vjps), None, None)
 
 
 attention.defvjp(_forward, _backward)
 
 
-def _ran(way: Callable, qkv: Sequence[Array]) -> tuple[Array, list[Array], Callable]:
-    """Returns a variant's output, its extra residuals and its gradient function.
+def _run_variant(
+    variant: Callable, qkv: Sequence[Array]
+) -> tuple[Array, list[Array], Callable]:
+    """Returns a variant's output, its extra residuals and its VJP.
 
-    The gradient is a function of output, residuals and the output's gradient. Leaves of
+    The VJP is a function of output, extra residuals and output gradient. Leaves of
     jax.vjp's closure that are q, k, v or the output themselves (by identity) are not
     residuals: kept twice, the switch would copy them. Should a jax version change that
     closure, this is slower but right.
     """
-    out, pull = jax.vjp(way, *qkv)
-    leaves, tree = jax.tree.flatten(pull)
+    out, vjp = jax.vjp(variant, *qkv)
+    leaves, tree = jax.tree.flatten(vjp)
     known = [*qkv, out]
-    places = [[i for i, x in enumerate(known) if x is leaf] for leaf in leaves]
-    kept = [leaf for leaf, at in zip(leaves, places, strict=True) if not at]
+    # For each leaf the indices in `known` of the same array: one, or none.
+    matches = [[i for i, x in enumerate(known) if x is leaf] for leaf in leaves]
+    extra = [leaf for leaf, same in zip(leaves, matches, strict=True) if not same]
 
-    def gradient(out: Array, kept: list[Array], dout: Array) -> tuple[Array, ...]:
-        rest, known = iter(kept), [*qkv, out]
-        filled = [known[at[0]] if at else next(rest) for at in places]
+    def gradient(out: Array, extra: list[Array], dout: Array) -> tuple[Array, ...]:
+        rest, known = iter(extra), [*qkv, out]
+        filled = [known[same[0]] if same else next(rest) for same in matches]
         return jax.tree.unflatten(tree, filled)(dout)
 
-    return out, kept, gradient
+    return out, extra, gradient
 
 
-def _ways(
+def _variants(
     scale: float, segments_BT: Int[Array, "B T"], window: Int[Array, ""]
 ) -> tuple[Int[Array, ""], tuple[Callable, ...]]:
-    """Returns functions of q, k and v, and which of them is the batch's."""
+    """Returns the index of the batch's variant, and all variants, functions of q, k, v.
+
+    Args:
+      scale: scores are multiplied by it.
+      segments_BT: document of each token.
+      window: slots a query looks back on, itself included; T or more = all.
+    """
     causal = functools.partial(
         jax.nn.dot_product_attention,
         is_causal=True,
@@ -133,7 +149,7 @@ def _ways(
     def packed(q_BTNH, k_BTKH, v_BTKH):
         return _packed(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale)
 
-    # Computed again in the backward pass, so that its mask is not kept.
+    # Recomputed in the backward pass, so that its mask is no residual.
     @jax.checkpoint
     def masked(q_BTNH, k_BTKH, v_BTKH):
         mask_BTT = visible(segments_BT, segments_BT, 0, window)
@@ -146,7 +162,7 @@ def _ways(
 
 
 def _begins(segments_BT: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-    """Returns which tokens begin a document."""
+    """Returns a mask of the first tokens of documents."""
     return jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1] - 1) != 0
 
 
@@ -173,7 +189,8 @@ def _packed(
         jnp.int32
     )
     lengths_BM = jnp.diff(starts_BM, axis=1)
-    # What is not there is -1; the end of the last document is no start.
+    # The library's sign for a missing document is -1; T, the end of the last document,
+    # is no start.
     lengths_BM = jnp.where(lengths_BM > 0, lengths_BM, -1)
     starts_BM = jnp.where(starts_BM < T, starts_BM, -1)
     out_BTNH = cudnn.dot_product_attention(

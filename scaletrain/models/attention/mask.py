@@ -1,4 +1,4 @@
-"""Which tokens of a packed sequence may look at which."""
+"""The attention mask of packed sequences."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -10,9 +10,11 @@ def visible(
     q_start: int | Int[Array, ""],
     window: int | Int[Array, ""],
 ) -> Bool[Array, "B T S"]:
-    """Returns which key/value slots each query may look at.
+    """Returns the mask of the key/value slots that each query may look at.
 
     Args:
+      q_segments_BT: document of each query.
+      kv_segments_BS: document of each slot.
       q_start: slot of the first query among the S slots; slots count from 0.
       window: slots a query looks back on, itself included; 0 = all.
     """

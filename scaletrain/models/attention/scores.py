@@ -1,4 +1,4 @@
-"""How scores are made of queries and keys, and on which device each is computed."""
+"""The settings of attention scores, and kernels run on the heads of each device."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from scaletrain import sharding
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """How scores are made of queries and keys, and which of them count."""
+    """The settings of attention scores: scale, cap, window and format."""
 
     scale: float
     soft_cap: float = 0.0  # soft_cap * tanh(scores / soft_cap); 0 = off
@@ -28,13 +28,21 @@ def on_local_heads(
     segments_BT: Int[Array, "B T"],
     local: bool | Bool[Array, ""],
 ) -> Float[Array, "B T N H"]:
-    """Returns `kernel` of the sequences and heads that each device holds.
+    """Returns the output of `kernel`, run on the sequences and heads of each device.
 
     XLA cannot partition a kernel's call by itself.
+
+    Args:
+      kernel: a function of the five other arguments, of one device's shards.
+      q_BTNH: queries.
+      k_BTKH: keys.
+      v_BTKH: values.
+      segments_BT: document of each token.
+      local: whether the layer looks through the sliding window.
     """
     arguments = (q_BTNH, k_BTKH, v_BTKH, segments_BT)
-    heads = sharding.spec("batch", "tokens", "heads", "head")
-    kv_heads = sharding.spec("batch", "tokens", "kv_heads", "head")
+    heads = sharding.spec("batch", "tokens", "heads", "head_dim")
+    kv_heads = sharding.spec("batch", "tokens", "kv_heads", "head_dim")
     specs = (heads, kv_heads, kv_heads, sharding.spec("batch", "tokens"))
     if isinstance(local, bool):
         kernel = functools.partial(kernel, local=local)

@@ -10,10 +10,10 @@ from scaletrain import sharding
 from scaletrain.hardware.chips import by_kind
 from scaletrain.models.attention.scores import Scores, on_local_heads
 
-BLOCK = 128  # sequences that the kernel takes are multiples of it
-# Gradients of queries that the kernel may keep until it adds them up: one for each
-# block of keys. Instead of more, a kernel of their own makes them, in 1.35 times the
-# cycles of a backward pass.
+BLOCK = 128  # the kernel takes sequences of a multiple of it
+# Most copies of the queries' gradient, one for each block of keys, that the fused
+# backward kernel writes before it sums them. With more blocks a separate kernel
+# computes that gradient, and a backward pass takes 1.35 times the cycles.
 COPIES = 8
 
 
@@ -29,9 +29,9 @@ def attend(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Returns attention by blocks of scores in fast memory, without the empty blocks.
+    """Returns attention by the kernel, which skips blocks that the mask hides.
 
-    It runs on each device's own sequences and heads; its softmax is in float32.
+    It runs on the sequences and heads of each device; its softmax is in float32.
     """
     assert isinstance(q_start, int), "queries are the keys: there is no cache"
 
@@ -57,19 +57,19 @@ def _attend_local(
     scores: Scores,
     interpret: bool,
 ) -> Float[Array, "B T N H"]:
-    """Returns the kernel's answer for whole sequences on one device."""
+    """Returns the kernel's output for complete sequences on one device."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     T, N = q_BTNH.shape[1:3]
-    one = (
+    mask = (
         splash.LocalMask((T, T), (window - 1, 0), 0)
         if 0 < window < T
         else splash.CausalMask((T, T))
     )
     block = math.gcd(T, _block())
-    apart = block if T // block > COPIES else None
+    dq_block = block if T // block > COPIES else None
     kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([one] * N),
+        splash.MultiHeadMask([mask] * N),
         block_sizes=splash.BlockSizes(
             block_q=block,
             block_kv=block,
@@ -77,15 +77,15 @@ def _attend_local(
             block_q_dkv=block,
             block_kv_dkv=block,
             block_kv_dkv_compute=block,
-            block_q_dq=apart,
-            block_kv_dq=apart,
-            use_fused_bwd_kernel=apart is None,
+            block_q_dq=dq_block,
+            block_kv_dq=dq_block,
+            use_fused_bwd_kernel=dq_block is None,
         ),
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=scores.soft_cap or None,
-        # What the backward kernel needs of the forward one: saved by this name,
-        # a layer that is computed again does not run it twice.
+        # By this name remat can save the residuals, so that a layer that is recomputed
+        # does not run the forward kernel again.
         residual_checkpoint_name="attention",
         interpret=interpret,
     )
@@ -99,6 +99,6 @@ def _attend_local(
 
 
 def _block() -> int:
-    """Returns the side of the kernel's blocks on the mesh's devices, at most."""
+    """Returns the largest side of the kernel's blocks on the mesh's devices."""
     chip = by_kind(sharding.device_kind())
     return chip.tpu.splash_block if chip and chip.tpu else 512

@@ -1,4 +1,4 @@
-"""Attention as plain operations: the reference, and what runs everywhere."""
+"""Attention as plain operations: the reference, which runs on every platform."""
 
 import jax
 import jax.numpy as jnp
