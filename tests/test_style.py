@@ -19,7 +19,6 @@ LARGE_CLASSES = {
     "Store": "the methods of a save, between which its state lies",
     "Peers": "one thread's protocol, a method for each message",
     "JsonTokenizer": "the protocol of a tokenizer, and conversations",
-    "_Walk": "a method for each kind of operation in a program",
 }
 # Words that stand in the place of a noun, or are not the field's; the right-hand side
 # of the glossary in docs/internals/style.md says what to write instead.

@@ -11,7 +11,7 @@ from scaletrain.config import RunConfig
 def _arguments(parser: argparse.ArgumentParser) -> None:
     options.experiment(parser, required=True)
     parser.add_argument(
-        "--steps", type=options.whole, default=20,
+        "--steps", type=options.whole_number, default=20,
         help="number of timed steps (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(

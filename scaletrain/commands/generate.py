@@ -19,11 +19,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="the same as token ids, to which nothing is added",
     )  # fmt: skip
     for name, kind, value, words in (
-        ("max_new_tokens", options.whole, 128, "most tokens of the answer"),
+        ("max_new_tokens", options.whole_number, 128, "most tokens of the answer"),
         ("temperature", float, 0.8, "divides the logits; 0 = greedy"),
-        ("top_k", options.whole, 0, "draw from the k likeliest, 0 = all tokens"),
+        ("top_k", options.whole_number, 0, "draw from the k likeliest, 0 = all tokens"),
         ("top_p", float, 1.0, "draw from this much probability, 1 = all tokens"),
-        ("seed", options.whole, 0, "seed of the sampling"),
+        ("seed", options.whole_number, 0, "seed of the sampling"),
     ):
         words += " (default: %(default)s)"
         parser.add_argument(f"--{name}", type=kind, default=value, help=words)

@@ -25,7 +25,7 @@ def workdir(parser: argparse.ArgumentParser) -> None:
 def step(parser: argparse.ArgumentParser) -> None:
     """Adds --step."""
     words = "step of the checkpoint (default: the newest)"
-    parser.add_argument("--step", type=whole, help=words)
+    parser.add_argument("--step", type=whole_number, help=words)
 
 
 def processes(parser: argparse.ArgumentParser) -> None:
@@ -34,10 +34,12 @@ def processes(parser: argparse.ArgumentParser) -> None:
         "--coordinator", metavar="HOST:PORT", help="address of process 0"
     )
     parser.add_argument(
-        "--num_processes", type=whole, help="number of processes, with --coordinator"
+        "--num_processes",
+        type=whole_number,
+        help="number of processes, with --coordinator",
     )
     parser.add_argument(
-        "--process_id", type=whole,
+        "--process_id", type=whole_number,
         help="number of this process from 0, with --coordinator",
     )  # fmt: skip
     parser.add_argument(
@@ -46,10 +48,10 @@ def processes(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def whole(text: str) -> int:
+def whole_number(text: str) -> int:
     """Returns the whole number that `text` is, which may be written as 1e3."""
     try:
-        return config.whole(text)
+        return config.whole_number(text)
     except ValueError as err:
         raise argparse.ArgumentTypeError(
             f"{text}; not a whole number; give a whole number"

@@ -14,7 +14,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--topologies", metavar="A,B", help="several, to be compared")
     parser.add_argument(
-        "--num_slices", type=options.whole, default=1,
+        "--num_slices", type=options.whole_number, default=1,
         help="number of slices, connected by DCN (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(

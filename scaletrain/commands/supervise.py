@@ -15,7 +15,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "scaletrain supervise [--retries=N] -- train --config=... --workdir=..."
     )
     parser.add_argument(
-        "--retries", type=options.whole, default=5,
+        "--retries", type=options.whole_number, default=5,
         help="starts in a row without a new checkpoint (default: %(default)s)",
     )  # fmt: skip
 

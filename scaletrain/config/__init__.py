@@ -24,7 +24,7 @@ from scaletrain.config.load import (
     to_config_dict,
     to_json,
 )
-from scaletrain.config.overrides import Overrides, applied, changes, flags, whole
+from scaletrain.config.overrides import Overrides, applied, changes, flags, whole_number
 from scaletrain.config.resume import differences
 from scaletrain.config.rules import check, is_possible, problems, resolve
 from scaletrain.config.schema import (
@@ -83,5 +83,5 @@ __all__ = [
     "to_config_dict",
     "to_json",
     "unable",
-    "whole",
+    "whole_number",
 ]

@@ -62,13 +62,13 @@ def _value(path: str, text: str) -> Any:
     if typing.get_origin(kind) is tuple:
         return tuple(name.strip() for name in text.split(",") if name.strip())
     try:
-        return whole(text) if kind is int else kind(text)
+        return whole_number(text) if kind is int else kind(text)
     except ValueError as err:
         number = _NUMBERS[kind]
         raise ValueError(f"{path}={text}; not {number}; give {number}.") from err
 
 
-def whole(text: str) -> int:
+def whole_number(text: str) -> int:
     """Returns the whole number that `text` is, also written as 1e3.
 
     Raises:

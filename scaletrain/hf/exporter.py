@@ -1,6 +1,6 @@
 """A run becomes a published checkpoint: what other programs load.
 
-Everything is written under a temporary name and moved when it is whole.
+Everything is written under a temporary name and moved when it is complete.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ DTYPES = {
 }
 
 
-def run(
+def export_checkpoint(
     run: RunConfig, workdir: str, to: str, at: int | None, dtype: str, *, merge: bool
 ) -> dict[str, Any]:
     """Writes the folder `to` from the checkpoint of step `at` (None: the newest).
@@ -74,11 +74,11 @@ def run(
     return {"family": family.name, "step": at, "tensors": len(tensors), "to": to}
 
 
-def in_words(found: Mapping[str, Any]) -> str:
+def in_words(record: Mapping[str, Any]) -> str:
     """Returns what was exported as a person reads it."""
     return (
-        f"step {found['step']} as {found['family']} "
-        f"({found['tensors']} tensors) in {found['to']}"
+        f"step {record['step']} as {record['family']} "
+        f"({record['tensors']} tensors) in {record['to']}"
     )
 
 
@@ -111,7 +111,7 @@ def _model(
         return DTYPES[dtype] if dtype else default
 
     def layer(piece: Piece) -> np.ndarray:
-        found = np.asarray(jax.device_get(weights[piece.path][piece.index]))
+        weight = np.asarray(jax.device_get(weights[piece.path][piece.index]))
         beside = piece.path.removesuffix("weight")
         if f"{beside}lora_a" in weights:
             a, b = (
@@ -119,8 +119,8 @@ def _model(
                 for x in "ab"
             )
             scale = run.lora.alpha / run.lora.rank
-            found = found + scale * np.tensordot(a, b, axes=1)
-        return found
+            weight = weight + scale * np.tensordot(a, b, axes=1)
+        return weight
 
     def read(name: str) -> np.ndarray:
         entry = entries[name]
@@ -218,14 +218,14 @@ def _card(
     """Writes README.md: what the model is, what it saw and how well it did."""
     count = sum(int(np.prod(shape)) for shape, _ in tensors.values())
     seen = at * run.batch_size * run.seq_len
-    what = f"{count:,} numbers in {len(tensors)} tensors"
+    size = f"{count:,} numbers in {len(tensors)} tensors"
     lines = [
         "---",
         "library_name: " + ("peft" if _is_adapter(tensors) else "transformers"),
         "---",
         f"# {workdir.path.absolute().name}, step {at}",
         "",
-        f"A {family.name} model trained with scaletrain: {what}.",
+        f"A {family.name} model trained with scaletrain: {size}.",
         "",
         "## Training",
         f"- data: {_source(run)}",
@@ -250,19 +250,19 @@ def _source(run: RunConfig) -> str:
 
 def _evaluation(workdir: Workdir, at: int) -> list[str]:
     """Returns a line for each number of the last evaluation up to step `at`."""
-    found = {}
+    newest: dict[str, Any] = {}
     for record in workdir.records():
         if "eval_loss" in record and record["step"] <= at:
-            found = record
-    if not found:
+            newest = record
+    if not newest:
         return ["- none"]
     names = ("eval_loss", "eval_perplexity", "eval_bits_per_byte")
-    told = {name: found[name] for name in names if name in found}
-    return [f"- step: {found['step']}"] + [
+    known = {name: newest[name] for name in names if name in newest}
+    return [f"- step: {newest['step']}"] + [
         # What is not finite is written as null.
         f"- {name.removeprefix('eval_')}: "
         + (f"{value:.4f}" if isinstance(value, (int, float)) else "not finite")
-        for name, value in told.items()
+        for name, value in known.items()
     ]
 
 

@@ -1,7 +1,7 @@
 """A published checkpoint becomes a run: settings, tokenizer and weights at step 0.
 
 Tensors are read one at a time and laid straight into the shards of this machine's
-devices, in the formats they were published in. The workdir appears when it is whole.
+devices, in the formats they were published in. The workdir appears when it is complete.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ _HEAD = "*lm_head.weight"  # whatever it is published under
 _CHUNK_BYTES = 2**26  # on their way to a device at once
 
 
-def run(
+def import_checkpoint(
     source: str, workdir: str, overrides: Sequence[tuple[str, str]]
 ) -> dict[str, Any]:
     """Makes `workdir` of the checkpoint folder `source`; returns what came of it.
@@ -81,12 +81,12 @@ def run(
     }
 
 
-def in_words(found: Mapping[str, Any]) -> str:
+def in_words(record: Mapping[str, Any]) -> str:
     """Returns what was imported as a person reads it."""
-    without = "" if found["tokenizer"] else ", without a tokenizer"
+    without = "" if record["tokenizer"] else ", without a tokenizer"
     return (
-        f"{found['family']} of {found['parameters']:,} parameters "
-        f"({found['tensors']} tensors){without} in {found['workdir']}"
+        f"{record['family']} of {record['parameters']:,} parameters "
+        f"({record['tensors']} tensors){without} in {record['workdir']}"
     )
 
 
@@ -129,10 +129,10 @@ def _generation(folder: pathlib.Path, about: Mapping[str, Any]) -> dict[str, Any
     return ids | (safetensors.json_object(path) if path.is_file() else {})
 
 
-def _leave_generation(found: Mapping[str, Any], to: pathlib.Path) -> None:
+def _leave_generation(settings: Mapping[str, Any], to: pathlib.Path) -> None:
     """Keeps what `_generation` returned for an export."""
     to.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(found, indent=2) + "\n"
+    text = json.dumps(settings, indent=2) + "\n"
     (to / _GENERATION).write_text(text, encoding="utf-8")
 
 
@@ -169,24 +169,24 @@ def _matched(
       CheckpointError: with every tensor that is missing, unknown or of another shape.
     """
     stored = safetensors.contents(folder)
-    found, problems = {}, []
+    stored, problems = {}, []
     for tensor in stored.values():
         name = family.known_as(tensor.name)
-        if name in found:
-            problems.append(f"{tensor.name}: the same tensor as {found[name].name}")
-        found[name] = tensor
+        if name in stored:
+            problems.append(f"{tensor.name}: the same tensor as {stored[name].name}")
+        stored[name] = tensor
     if model.head == "tied":
-        _name_shared(entries, found)
-    problems += _misfits(entries, found)
+        _name_shared(entries, stored)
+    problems += _misfits(entries, stored)
     wanted = {entry.name for entry in entries}
     # A tied head may be stored twice; the embedding is the one that is laid down.
     left_out = family.left_out + ((_HEAD,) if model.head == "tied" else ())
-    for name in found.keys() - wanted:
+    for name in stored.keys() - wanted:
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in left_out):
-            tensor = found[name]
+            tensor = stored[name]
             problems.append(f"{tensor.name} of {tensor.path.name}: not in this model")
     if not problems and model.head == "tied":
-        problems += _untied(entries, found)
+        problems += _untied(entries, stored)
     if problems:
         shown = "\n".join(f"  {problem}" for problem in sorted(problems)[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
@@ -194,17 +194,17 @@ def _matched(
             f"--from={folder}; its tensors are not those of a {family.name} with this "
             f"config.json:\n{shown}{more}\nfetch its files again."
         )
-    return {name: found[name] for name in wanted}
+    return {name: stored[name] for name in wanted}
 
 
-def _misfits(entries: list[Entry], found: Mapping[str, Stored]) -> Iterator[str]:
+def _misfits(entries: list[Entry], stored: Mapping[str, Stored]) -> Iterator[str]:
     """Yields each tensor that is missing or of another shape.
 
     Raises:
       CheckpointError: one whose format holds no weights.
     """
     for entry in entries:
-        tensor = found.get(entry.name)
+        tensor = stored.get(entry.name)
         if tensor is None:
             yield f"{entry.name}: missing"
             continue
@@ -222,20 +222,20 @@ def _shared(entries: list[Entry]) -> str:
     return name
 
 
-def _name_shared(entries: list[Entry], found: dict[str, Stored]) -> None:
+def _name_shared(entries: list[Entry], stored: dict[str, Stored]) -> None:
     """Lets a tied head that is stored alone be the embedding that it is."""
-    heads = fnmatch.filter(found, _HEAD)
-    if heads and _shared(entries) not in found:
-        found[_shared(entries)] = found.pop(heads[0])
+    heads = fnmatch.filter(stored, _HEAD)
+    if heads and _shared(entries) not in stored:
+        stored[_shared(entries)] = stored.pop(heads[0])
 
 
-def _untied(entries: list[Entry], found: Mapping[str, Stored]) -> Iterator[str]:
+def _untied(entries: list[Entry], stored: Mapping[str, Stored]) -> Iterator[str]:
     """Yields each stored head that is not the embedding it should be tied to."""
     shared = _shared(entries)
-    for name in fnmatch.filter(found, _HEAD):
-        if not np.array_equal(found[name].read(), found[shared].read()):
+    for name in fnmatch.filter(stored, _HEAD):
+        if not np.array_equal(stored[name].read(), stored[shared].read()):
             yield (
-                f"{name} of {found[name].path.name}: other numbers than {shared}, "
+                f"{name} of {stored[name].path.name}: other numbers than {shared}, "
                 "where config.json has tie_word_embeddings=true; is it false?"
             )
 
@@ -256,7 +256,7 @@ def _weights(
         theirs = stored[entry.name].read()
         for piece, ours in entry.split(theirs):
             filling[piece.path].put(piece.index, ours)
-    return {path: each.whole() for path, each in filling.items()}
+    return {path: each.array() for path, each in filling.items()}
 
 
 class _Filling:
@@ -275,17 +275,17 @@ class _Filling:
     def put(self, lead: tuple[int, ...], part: np.ndarray) -> None:
         """Lays `part` down at the index `lead` of the leading dims."""
         for device, place in self._places.items():
-            here = part[place[len(lead) :]]
-            rows = max(1, _CHUNK_BYTES // max(1, here[:1].nbytes))
-            for first in range(0, here.shape[0], rows):
-                chunk = here[first : first + rows].astype(self._dtype)
+            local = part[place[len(lead) :]]
+            rows = max(1, _CHUNK_BYTES // max(1, local[:1].nbytes))
+            for first in range(0, local.shape[0], rows):
+                chunk = local[first : first + rows].astype(self._dtype)
                 chunk = chunk[(None,) * len(lead)]
                 start = (*lead, first, *(0,) * (part.ndim - 1))
                 self._shards[device] = jax.block_until_ready(
                     _laid(self._shards[device], jax.device_put(chunk, device), start)
                 )
 
-    def whole(self) -> jax.Array:
+    def array(self) -> jax.Array:
         """Returns the array."""
         return jax.make_array_from_single_device_arrays(
             self._shape.shape, self._shape.sharding, list(self._shards.values())

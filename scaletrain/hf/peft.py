@@ -19,27 +19,27 @@ def tensors(entries: Iterable[Entry], lora: LoraConfig) -> dict[str, Piece]:
     Raises:
       CheckpointError: the family stores an adapted matrix joined with others.
     """
-    found = {}
+    pieces = {}
     targets = {f"blocks/{name}/weight": name for name in lora.adapted}
     for entry in entries:
-        held = [piece for piece in entry.pieces if piece.path in targets]
-        if held and len(entry.pieces) > 1:
+        adapted = [piece for piece in entry.pieces if piece.path in targets]
+        if adapted and len(entry.pieces) > 1:
             raise CheckpointError(
-                f"lora.targets={targets[held[0].path]}; {entry.name} holds it together "
+                f"lora.targets={targets[adapted[0].path]}; {entry.name} holds it together "
                 "with other matrices, which adapter files cannot say; use --merge."
             )
-        for piece in held:
+        for piece in adapted:
             inputs, outputs = map(" ".join, LAYER[targets[piece.path]].letters)
             sizes = {**piece.sizes, "r": lora.rank}
             path = piece.path.removesuffix("weight")
             name = f"base_model.model.{entry.name.removesuffix('.weight')}"
-            found[f"{name}.lora_A.weight"] = Piece(
+            pieces[f"{name}.lora_A.weight"] = Piece(
                 f"{path}lora_a", piece.index, f"r ({inputs}) -> {inputs} r", sizes
             )
-            found[f"{name}.lora_B.weight"] = Piece(
+            pieces[f"{name}.lora_B.weight"] = Piece(
                 f"{path}lora_b", piece.index, f"({outputs}) r -> r {outputs}", sizes
             )
-    return found
+    return pieces
 
 
 def config(

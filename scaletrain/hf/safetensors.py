@@ -103,20 +103,20 @@ def _object(text: bytes) -> dict[str, Any]:
     """Returns a JSON object; raises ValueError where it is none."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        members = dict(pairs)
+        if len(members) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"{twice} is there twice")
-        return found
+        return members
 
     try:
-        found = json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique)
+        value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique)
     except RecursionError as err:
         raise ValueError("it nests too deeply") from err
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")
-    return found
+    return value
 
 
 def contents(folder: pathlib.Path) -> dict[str, Stored]:
@@ -168,8 +168,8 @@ def _indexed(folder: pathlib.Path) -> dict[str, Stored]:
                 f"{folder / shard}; tensor {name} is not in it, though {INDEX} says "
                 "so; fetch both again."
             )
-    for shard, found in shards.items():
-        for name in found:
+    for shard, names in shards.items():
+        for name in names:
             if where.get(name) != shard:
                 elsewhere = f"in {where[name]} by" if name in where else "not in"
                 raise CheckpointError(
@@ -212,7 +212,7 @@ def _header(path: pathlib.Path) -> dict[str, Stored]:
     try:
         header = _object(text)
         header.pop("__metadata__", None)
-        found, at = {}, 8 + length
+        tensors, at = {}, 8 + length
         for name, entry in sorted(
             header.items(), key=lambda item: item[1]["data_offsets"]
         ):
@@ -232,19 +232,19 @@ def _header(path: pathlib.Path) -> dict[str, Stored]:
                     f"{path}; tensor {name} does not lie where its shape "
                     f"{list(shape)} puts it; fetch the file again."
                 )
-            found[name] = Stored(name, path, dtype, shape, at)
+            tensors[name] = Stored(name, path, dtype, shape, at)
             at += stop - start
     except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise CheckpointError(
             f"{path}; its header cannot be read: {err}; fetch it again."
         ) from err
     if at != size:
-        last = next(reversed(found), "none")
+        last = next(reversed(tensors), "none")
         raise CheckpointError(
             f"{path}; {size} bytes where its tensors (the last is {last}) end at {at}; "
             "it is cut off or damaged; fetch it again."
         )
-    return found
+    return tensors
 
 
 def _format(path: pathlib.Path, name: str, kind: str) -> CheckpointError:

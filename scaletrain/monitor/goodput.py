@@ -101,11 +101,11 @@ class Account:
             later = attempt
             if attempt.first is not None:
                 begun_again = min(begun_again, attempt.first)
-        whole = sum(causes.values())
+        total = sum(causes.values())
         return {
-            "goodput": causes[STEP] / whole if whole else 0.0,
+            "goodput": causes[STEP] / total if total else 0.0,
             "attempts": len(self._attempts),
-            "seconds": whole,
+            "seconds": total,
             "seconds_by_cause": causes,
         }
 
@@ -134,7 +134,7 @@ def in_words(total: dict[str, Any]) -> str:
         for name, seconds in total["seconds_by_cause"].items()
         if name != STEP and total["seconds"]
     }
-    told = ", ".join(
+    causes_text = ", ".join(
         f"{name} {share:.1%}"
         for name, share in sorted(rest.items(), key=lambda item: -item[1])
         if share >= 0.0005
@@ -142,5 +142,5 @@ def in_words(total: dict[str, Any]) -> str:
     starts = "1 attempt" if total["attempts"] == 1 else f"{total['attempts']} attempts"
     return (
         f"goodput {total['goodput']:.1%} of {total['seconds']:,.0f} s in {starts}"
-        f"{': ' if told else ''}{told}"
+        f"{': ' if causes_text else ''}{causes_text}"
     )

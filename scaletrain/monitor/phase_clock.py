@@ -72,9 +72,9 @@ class Phases:
     def totals(self) -> dict[str, float]:
         """Returns the seconds of each phase until now."""
         with self._lock:
-            name, found = self._open[-1][0], dict(self._totals)
-            found[name] = found.get(name, 0.0) + self._clock() - self._since
-            return found
+            name, totals = self._open[-1][0], dict(self._totals)
+            totals[name] = totals.get(name, 0.0) + self._clock() - self._since
+            return totals
 
     def elapsed(self) -> float:
         """Returns the seconds since the attempt began."""

@@ -111,9 +111,9 @@ class Key:
                 raise ValueError
             return kind(ours)
         except (ValueError, TypeError, ArithmeticError) as err:
-            what = "a whole number" if kind is int else "a usable number"
+            wanted = "a whole number" if kind is int else "a usable number"
             raise ValueError(
-                f"{self.key}={shown(value)}; not {what}; fetch config.json again."
+                f"{self.key}={shown(value)}; not {wanted}; fetch config.json again."
             ) from err
 
     def write(self, value: Any) -> Any:
@@ -293,18 +293,18 @@ def _groups(pattern: str) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]
     """Returns the letters of each dim, theirs and ours: "(n h) d -> d n h"."""
 
     def side(text: str) -> list[tuple[str, ...]]:
-        found, group = [], None
+        words, group = [], None
         for word in text.replace("(", "( ").replace(")", " )").split():
             if word == "(":
                 group = []
             elif word == ")":
-                found.append(tuple(group or ()))
+                words.append(tuple(group or ()))
                 group = None
             elif group is None:
-                found.append((word,))
+                words.append((word,))
             else:
                 group.append(word)
-        return found
+        return words
 
     left, _, right = pattern.partition("->")
     return side(left), side(right)
@@ -322,9 +322,9 @@ class Entry:
     def shape(self) -> tuple[int, ...]:
         """The whole tensor's shape."""
         shapes = [piece.shape for piece in self.pieces]
-        whole = list(shapes[0])
-        whole[self.dim] = sum(shape[self.dim] for shape in shapes)
-        return tuple(whole)
+        shape_of_all = list(shapes[0])
+        shape_of_all[self.dim] = sum(shape[self.dim] for shape in shapes)
+        return tuple(shape_of_all)
 
     def split(self, theirs: np.ndarray) -> Iterator[tuple[Piece, np.ndarray]]:
         """Yields each piece with its part of the tensor in our layout, as views."""

@@ -25,11 +25,11 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: with what cannot be said in these keys.
     """
-    found = dict(_group(config, "text_config") or config)
-    found.setdefault("model_type", config.get("model_type"))
-    rope, scaling = (_group(found, n) for n in ("rope_parameters", "rope_scaling"))
+    settings = dict(_group(config, "text_config") or config)
+    settings.setdefault("model_type", config.get("model_type"))
+    rope, scaling = (_group(settings, n) for n in ("rope_parameters", "rope_scaling"))
     for name in ("rope_parameters", "rope_scaling"):
-        found.pop(name, None)
+        settings.pop(name, None)
     if "full_attention" in rope:
         local = _group(rope, "sliding_attention")
         if local.get("rope_type", "default") != "default":
@@ -42,22 +42,22 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
                 "rope_parameters.sliding_attention.rope_theta; missing; "
                 "the model needs it."
             )
-        found["rope_local_base_freq"] = local["rope_theta"]
+        settings["rope_local_base_freq"] = local["rope_theta"]
         rope = _group(rope, "full_attention")
     # Where both are given, readers go by the older one.
     scaling = scaling or rope
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in scaling:
-            found[name] = scaling.pop(name)
+            settings[name] = scaling.pop(name)
     kind = scaling.pop("type", None)
     scaling.setdefault("rope_type", kind or "default")
     if scaling["rope_type"] == "default":
         scaling = {}
-    found |= {f"rope_scaling.{name}": value for name, value in scaling.items()}
-    pattern = _pattern(found)
+    settings |= {f"rope_scaling.{name}": value for name, value in scaling.items()}
+    pattern = _pattern(settings)
     if pattern is not None:
-        found["sliding_pattern"] = pattern
-    return found
+        settings["sliding_pattern"] = pattern
+    return settings
 
 
 def _group(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -68,28 +68,28 @@ def _group(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _pattern(found: dict[str, Any]) -> int | None:
-    kinds = found.pop("layer_types", None)
-    said = [
-        found.pop(name)
+def _pattern(settings: dict[str, Any]) -> int | None:
+    kinds = settings.pop("layer_types", None)
+    patterns = [
+        settings.pop(name)
         for name in ("sliding_window_pattern", "_sliding_window_pattern")
-        if found.get(name) is not None
+        if settings.get(name) is not None
     ]
-    for value in said:
+    for value in patterns:
         if type(value) is not int:
             raise ValueError(
                 f"sliding_window_pattern={shown(value)}; not a whole number; "
                 "fetch the file again."
             )
     if not kinds:
-        return said[0] if said else None
-    layers = found.get("num_hidden_layers")
+        return patterns[0] if patterns else None
+    layers = settings.get("num_hidden_layers")
     if not isinstance(kinds, list) or len(kinds) != layers:
         raise ValueError(
             f"layer_types={shown(kinds)}; not a list for num_hidden_layers={layers!r}; "
             "fetch the file again."
         )
-    for n in (*said, *range(len(kinds) + 1)):
+    for n in (*patterns, *range(len(kinds) + 1)):
         if kinds == layer_types(n, len(kinds)):
             return n
     raise ValueError(
