@@ -25,8 +25,9 @@ def tensors(entries: Iterable[Entry], lora: LoraConfig) -> dict[str, Piece]:
         adapted = [piece for piece in entry.pieces if piece.path in targets]
         if adapted and len(entry.pieces) > 1:
             raise CheckpointError(
-                f"lora.targets={targets[adapted[0].path]}; {entry.name} holds it together "
-                "with other matrices, which adapter files cannot say; use --merge."
+                f"lora.targets={targets[adapted[0].path]}; {entry.name} holds it "
+                "together with other matrices, which adapter files cannot say; use "
+                "--merge."
             )
         for piece in adapted:
             inputs, outputs = map(" ".join, LAYER[targets[piece.path]].letters)
