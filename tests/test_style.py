@@ -79,6 +79,28 @@ def test_a_file_keeps_to_its_budgets(file):
     assert wrong_suffixes(file.tree) == []
 
 
+def undocumented(tree):
+    """Returns the public functions of three arguments or more without `Args:`."""
+    return [
+        node.name
+        for node in tree.body
+        if isinstance(node, measures.Function)
+        and not node.name.startswith("_")
+        and len(node.args.args + node.args.kwonlyargs) >= 3
+        and "Args:" not in (ast.get_docstring(node) or "")
+    ]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.path.relative_to(PACKAGE)))
+def test_arguments_are_described(file):
+    assert undocumented(file.tree) == []
+
+
+def test_arguments_without_a_word_would_be_seen():
+    assert undocumented(ast.parse("def f(a, b, *, c):\n    'One.'\n")) == ["f"]
+    assert undocumented(ast.parse("def f(a, b):\n    'One.'\n")) == []
+
+
 def test_every_exception_is_still_one():
     large = {
         c.name for file in FILES for c in file.classes if measures.methods(c) > METHODS

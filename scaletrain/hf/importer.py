@@ -45,6 +45,11 @@ def import_checkpoint(
 ) -> dict[str, Any]:
     """Makes `workdir` of the checkpoint folder `source`; returns what came of it.
 
+    Args:
+      source: folder with config.json and safetensors.
+      workdir: folder that becomes the run.
+      overrides: (dotted path, text) of settings.
+
     Raises:
       ScaletrainError: the checkpoint cannot be read as it is; nothing is left behind.
     """

@@ -259,7 +259,13 @@ def write_file(
     tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     read: Callable[[str], np.ndarray],
 ) -> None:
-    """Writes one file of the tensors `names`; see `write`."""
+    """Writes one file of the tensors `names`.
+
+    Args:
+      names: of the tensors, in the order of the file.
+      tensors: shape and format of each.
+      read: returns the numbers of a tensor by its name.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name in names:

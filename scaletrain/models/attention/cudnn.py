@@ -36,7 +36,15 @@ def attend(
     local: bool | Bool[Array, ""],
     scores: Scores,
 ) -> Float[Array, "B T N H"]:
-    """Returns attention by the library's kernels, on the heads of each device."""
+    """Returns attention by the library's kernels, on the heads of each device.
+
+    Args:
+      q_segments_BT: document of each query; equal ids see each other.
+      kv_segments_BS: document of each key.
+      q_start: slot of the first query among the S slots.
+      local: whether the layer looks through `scores.window`.
+      scores: how scores are made.
+    """
     assert isinstance(q_start, int), "queries are the keys: there is no cache"
 
     def local_attend(q_BTNH, k_BTKH, v_BTKH, segments_BT, local):

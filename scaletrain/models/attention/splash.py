@@ -32,6 +32,13 @@ def attend(
     """Returns attention by the kernel, which skips blocks that the mask hides.
 
     It runs on the sequences and heads of each device; its softmax is in float32.
+
+    Args:
+      q_segments_BT: document of each query; equal ids see each other.
+      kv_segments_BS: document of each key.
+      q_start: slot of the first query among the S slots.
+      local: whether the layer looks through `scores.window`.
+      scores: how scores are made.
     """
     assert isinstance(q_start, int), "queries are the keys: there is no cache"
 

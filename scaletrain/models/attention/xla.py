@@ -19,7 +19,15 @@ def attend(
     local: bool | Bool[Array, ""],
     scores: Scores,
 ) -> Float[Array, "B T N H"]:
-    """Returns plain attention: all T x S scores at once, softmax in `scores.reduce`."""
+    """Returns plain attention: all T x S scores at once, softmax in `scores.reduce`.
+
+    Args:
+      q_segments_BT: document of each query; equal ids see each other.
+      kv_segments_BS: document of each key.
+      q_start: slot of the first query among the S slots.
+      local: whether the layer looks through `scores.window`.
+      scores: how scores are made.
+    """
     window = scores.window if local is True else 0
     if not isinstance(local, bool):
         window = jnp.where(local, scores.window, jnp.iinfo(jnp.int32).max)
