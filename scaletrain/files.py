@@ -18,6 +18,13 @@ def atomic_write(path: pathlib.Path, content: bytes, *, durable: bool = False) -
       path: the file.
       content: all of its new content.
       durable: return only when the content would survive a loss of power.
+
+    Example:
+      >>> import tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "status.json"
+      >>> atomic_write(path, b"{}")
+      >>> path.read_bytes()
+      b'{}'
     """
     with atomic_file(path) as file:
         file.write(content)

@@ -23,6 +23,11 @@ def flops_per_token(run: RunConfig) -> tuple[float, float]:
     """Returns forward and backward FLOPs a token: (causal, PaLM's convention).
 
     A frozen matrix has no gradient of its own: 4 FLOPs a weight instead of 6.
+
+    Example:
+      >>> from scaletrain.config import ModelConfig
+      >>> flops_per_token(RunConfig(seq_len=128, model=ModelConfig(num_layers=1)))
+      (7274496.0, 7471104)
     """
     model, lora = run.model, run.lora
     adapters = sum(

@@ -110,7 +110,12 @@ REMAT_NAMES = (
 
 
 def named(patterns: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the names of a layer's matrices that match one of `patterns`."""
+    """Returns the names of a layer's matrices that match one of `patterns`.
+
+    Example:
+      >>> named(("attention/[qk]", "mlp/up"))
+      ('attention/q', 'attention/k', 'mlp/up')
+    """
     return tuple(
         name for name in LAYER if any(fnmatch.fnmatch(name, p) for p in patterns)
     )

@@ -67,6 +67,10 @@ def spec(*axes: str, rules: Rules = RULES) -> jax.P:
 
     Raises:
       ShardingError: a name that `Rules` lacks, or one mesh axis for two dims.
+
+    Example:
+      >>> tuple(spec("batch", "tokens", "residual"))
+      (('data', 'fsdp'), 'context', None)
     """
     names = [field.name for field in dataclasses.fields(rules)]
     for axis in axes:

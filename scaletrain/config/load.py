@@ -31,6 +31,11 @@ def load(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> RunConfig:
 
     Raises:
       ConfigError: with every problem of the file, the overrides and their values.
+
+    Example:
+      >>> run = load("experiments/quickstart.py", [("num_steps", "50")])
+      >>> run.num_steps, run.optim.name
+      (50, 'adamw')
     """
     return _checked(experiment(spec), overrides)
 

@@ -19,7 +19,13 @@ _NUMBERS = {int: "a whole number", float: "a number"}
 
 
 def applied(config: Any, overrides: Overrides) -> Any:
-    """Returns settings (a run's or a group of them) with `overrides`, not checked."""
+    """Returns settings (a run's or a group of them) with `overrides`, not checked.
+
+    Example:
+      >>> from scaletrain.config import RunConfig
+      >>> applied(RunConfig(), {"optim.b1": 0.8}).optim.b1
+      0.8
+    """
     for path, value in overrides.items():
         head, _, rest = path.partition(".")
         new = applied(getattr(config, head), {rest: value}) if rest else value
@@ -33,7 +39,12 @@ def changes(run: RunConfig, overrides: Overrides) -> dict[str, Any]:
 
 
 def flags(overrides: Overrides) -> list[str]:
-    """Returns `overrides` as words of a command line, which `parsed` reads."""
+    """Returns `overrides` as words of a command line, which `parsed` reads.
+
+    Example:
+      >>> flags({"mesh.fsdp": 4})
+      ['--config.mesh.fsdp=4']
+    """
 
     def text(value: Any) -> str:
         return ",".join(value) if isinstance(value, tuple) else str(value)

@@ -15,7 +15,12 @@ _BY_KIND = {kind: chip for chip in CHIPS.values() for kind in chip.device_kinds}
 
 
 def by_kind(device_kind: str) -> Chip | None:
-    """Returns the chip of a jax device's `device_kind`, or None without a row."""
+    """Returns the chip of a jax device's `device_kind`, or None without a row.
+
+    Example:
+      >>> by_kind("TPU v5").generation
+      'v5p'
+    """
     return _BY_KIND.get(device_kind)
 
 

@@ -125,6 +125,10 @@ def parse(text: str, num_slices: int = 1) -> Slice:
 
     Raises:
       ConfigError: there is no such slice; the error names the nearest one.
+
+    Example:
+      >>> parse("v5p:4x4x4").devices, parse("v6e-256").hosts
+      (64, 64)
     """
     flag = f"--topology={text}"
     match = re.fullmatch(r"([a-z0-9]+)([:-])([0-9x]+)", text.lower())

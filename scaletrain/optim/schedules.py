@@ -14,6 +14,12 @@ def schedule(run: RunConfig) -> optax.Schedule:
     Of W warm-up steps the first has 1/W of the peak, the last the peak. "cosine" and
     "linear" fall from the peak in the step after them to the final rate in the step
     after the last of the run; "wsd" has the final rate in the last step itself.
+
+    Example:
+      >>> from scaletrain.config import OptimConfig
+      >>> optim = OptimConfig(learning_rate=1.0, warmup_steps=4)
+      >>> [float(schedule(RunConfig(optim=optim))(step)) for step in range(4)]
+      [0.25, 0.5, 0.75, 1.0]
     """
     peak, warmup = run.optim.learning_rate, run.optim.warmup_steps
     after = _SCHEDULES[run.optim.schedule](run, run.num_steps - warmup)
