@@ -26,7 +26,7 @@ LORA = LoraConfig(rank=3, alpha=6.0)
 def base(tmp_path_factory):
     """The workdir of an imported model."""
     workdir = tmp_path_factory.mktemp("base") / "w"
-    importer.run(str(REFERENCE / "llama3"), str(workdir), [])
+    importer.import_checkpoint(str(REFERENCE / "llama3"), str(workdir), [])
     return workdir
 
 
@@ -142,8 +142,10 @@ def test_merged_equals_unmerged(base, trained, tmp_path):
     beside = logits(trained, tmp_path)
     assert np.abs(beside - logits(base, tmp_path)).max() > 0.1
     run = settings(trained)
-    exporter.run(run, str(trained), str(tmp_path / "m"), None, "", merge=True)
-    importer.run(str(tmp_path / "m"), str(tmp_path / "mw"), [])
+    exporter.export_checkpoint(
+        run, str(trained), str(tmp_path / "m"), None, "", merge=True
+    )
+    importer.import_checkpoint(str(tmp_path / "m"), str(tmp_path / "mw"), [])
     np.testing.assert_allclose(logits(tmp_path / "mw", tmp_path), beside, atol=1e-4)
 
 
@@ -151,7 +153,9 @@ def test_adapters_go_out_in_the_layout_of_peft(trained, tmp_path):
     """W + alpha / rank * B A, in the published layout, is the merged tensor."""
     run = settings(trained)
     for folder, merge in (("a", False), ("m", True)):
-        exporter.run(run, str(trained), str(tmp_path / folder), None, "", merge=merge)
+        exporter.export_checkpoint(
+            run, str(trained), str(tmp_path / folder), None, "", merge=merge
+        )
     about = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert (about["peft_type"], about["r"], about["lora_alpha"]) == ("LORA", 3, 6.0)
     path = tmp_path / "a" / "adapter_model.safetensors"
@@ -235,7 +239,7 @@ def test_a_folder_of_a_run_may_have_a_name_that_ends_like_a_step(tmp_path):
 
 def test_joined_matrices_need_merging(tmp_path, unjudged):
     """Phi-3 stores q, k and v as one tensor, which an adapter file cannot split."""
-    importer.run(str(REFERENCE / "phi3"), str(tmp_path / "base"), [])
+    importer.import_checkpoint(str(REFERENCE / "phi3"), str(tmp_path / "base"), [])
     run = config.from_json((tmp_path / "base" / "config.json").read_text())
     run = small.changed(
         run, lora=LORA, init_from=str(tmp_path / "base"), num_steps=1, batch_size=8,
@@ -244,7 +248,9 @@ def test_joined_matrices_need_merging(tmp_path, unjudged):
     train.run(run, str(tmp_path / "w"))
     run = settings(tmp_path / "w")
     with pytest.raises(CheckpointError, match="qkv_proj.*; use --merge"):
-        exporter.run(
+        exporter.export_checkpoint(
             run, str(tmp_path / "w"), str(tmp_path / "x"), None, "", merge=False
         )
-    exporter.run(run, str(tmp_path / "w"), str(tmp_path / "x"), None, "", merge=True)
+    exporter.export_checkpoint(
+        run, str(tmp_path / "w"), str(tmp_path / "x"), None, "", merge=True
+    )

@@ -104,7 +104,7 @@ def test_a_tokenizer_of_other_ids_is_refused(bpe, tmp_path, tokenizer):
     with refused:
         generate.run(other, str(workdir), None, ["the"], sampling, 0)
     with refused:
-        exporter.run(other, str(workdir), str(to), None, "", merge=False)
+        exporter.export_checkpoint(other, str(workdir), str(to), None, "", merge=False)
     assert not to.exists()
 
 

@@ -51,7 +51,7 @@ def imported(tmp_path_factory):
 
     def workdir(name):
         if name not in made:
-            importer.run(str(REFERENCE / name), str(root / name), [])
+            importer.import_checkpoint(str(REFERENCE / name), str(root / name), [])
             made.add(name)
         return str(root / name)
 
@@ -100,7 +100,7 @@ def test_continues_as_transformers_continues(name, imported):
 def test_goes_out_as_it_came(name, imported, tmp_path):
     """Names, formats and bits of every tensor, and the settings."""
     to = tmp_path / "out"
-    exporter.run(
+    exporter.export_checkpoint(
         settings(imported(name)), imported(name), str(to), None, "", merge=False
     )
     then, now = stored(REFERENCE / name), stored(to)
@@ -126,7 +126,9 @@ def test_a_format_can_be_asked_for(imported, tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint.Store, "verify", counted)
     run = settings(imported("qwen3"))
-    exporter.run(run, imported("qwen3"), str(to), None, "bfloat16", merge=False)
+    exporter.export_checkpoint(
+        run, imported("qwen3"), str(to), None, "bfloat16", merge=False
+    )
     assert compared == [0]  # all files are read for it, so once
     then, now = stored(REFERENCE / "qwen3"), stored(to)
     for tensor, value in then.items():
@@ -519,7 +521,9 @@ def added(name, tensor, kind):
 def test_a_tensor_that_is_left_out_may_have_any_format(kind, dtype, tmp_path):
     mask = np.tril(np.ones((8, 8))).astype(dtype)
     change = added("transformer.h.0.attn.bias", mask, kind)
-    importer.run(str(broken("gpt2", change, tmp_path / "in")), str(tmp_path / "w"), [])
+    importer.import_checkpoint(
+        str(broken("gpt2", change, tmp_path / "in")), str(tmp_path / "w"), []
+    )
     wanted, found = stored(REFERENCE / "gpt2"), checkpoint_weights(tmp_path / "w")
     np.testing.assert_array_equal(found["embedding"], wanted["transformer.wte.weight"])
 
@@ -530,7 +534,7 @@ def test_a_tied_matrix_may_be_stored_as_the_head_alone(tmp_path):
         return json.dumps(header).encode(), body
 
     folder = broken("llama3", headed(function), tmp_path / "in")
-    importer.run(str(folder), str(tmp_path / "w"), [])
+    importer.import_checkpoint(str(folder), str(tmp_path / "w"), [])
     np.testing.assert_array_equal(
         checkpoint_weights(tmp_path / "w")["embedding"],
         stored(REFERENCE / "llama3")["model.embed_tokens.weight"],
@@ -545,15 +549,19 @@ def test_a_number_that_a_format_does_not_have_is_told_and_nothing_is_left(tmp_pa
 
     folder = broken("llama", headed(function), tmp_path / "in")
     workdir, to = str(tmp_path / "w"), tmp_path / "to" / "out"
-    importer.run(str(folder), workdir, [])
+    importer.import_checkpoint(str(folder), workdir, [])
     words = (
         "--dtype=float16; it goes up to 65504, and model.norm.weight has 99840; .*16"
     )
     with pytest.raises(CheckpointError, match=words) as caught:
-        exporter.run(settings(workdir), workdir, str(to), None, "float16", merge=False)
+        exporter.export_checkpoint(
+            settings(workdir), workdir, str(to), None, "float16", merge=False
+        )
     assert caught.value.exit_code == 2
     assert not list(to.parent.glob("*"))
-    exporter.run(settings(workdir), workdir, str(to), None, "", merge=False)
+    exporter.export_checkpoint(
+        settings(workdir), workdir, str(to), None, "", merge=False
+    )
     assert stored(to)["model.norm.weight"][0] == 99840
 
 
@@ -596,7 +604,7 @@ def test_the_space_between_prompt_and_answer_is_printed(
 def test_broken_checkpoints_are_refused_whole(name, change, words, tmp_path):
     folder = broken(name, change, tmp_path / "in")
     with pytest.raises((CheckpointError, ConfigError), match=f"(?s){words}") as caught:
-        importer.run(str(folder), str(tmp_path / "w"), [])
+        importer.import_checkpoint(str(folder), str(tmp_path / "w"), [])
     assert caught.value.exit_code == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
 
@@ -609,7 +617,7 @@ def test_nothing_is_left_of_an_import_that_fails_late(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint.Store, "save_weights", full)
     with pytest.raises(CheckpointError, match="No space left"):
-        importer.run(str(REFERENCE / "llama"), str(tmp_path / "w"), [])
+        importer.import_checkpoint(str(REFERENCE / "llama"), str(tmp_path / "w"), [])
     assert not list(tmp_path.iterdir())
 
 
@@ -619,7 +627,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     workdir, full = imported("llama"), types.SimpleNamespace(free=0)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     with pytest.raises(CheckpointError, match=r"--workdir=.*w; [\d,]+ bytes .* 0 are"):
-        importer.run(str(REFERENCE / "llama"), str(tmp_path / "w"), [])
+        importer.import_checkpoint(str(REFERENCE / "llama"), str(tmp_path / "w"), [])
     assert not list(tmp_path.iterdir())
     tokens = np.zeros((2, 8), np.int32)
     with pytest.raises(CheckpointError, match=r"--save_logits=.*; 6,144 bytes"):
@@ -637,7 +645,7 @@ def test_nothing_is_left_where_writes_outlive_an_import(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint.Store, "save_weights", full)
     with pytest.raises(CheckpointError, match="full"):
-        importer.run(str(REFERENCE / "llama"), str(tmp_path / "w"), [])
+        importer.import_checkpoint(str(REFERENCE / "llama"), str(tmp_path / "w"), [])
     time.sleep(0.1)
     assert not list(tmp_path.iterdir())
 
@@ -647,7 +655,7 @@ def test_an_import_that_was_killed_can_be_repeated(tmp_path):
     left = tmp_path / ".w.importing" / "checkpoints" / "0"
     left.mkdir(parents=True)
     (left / "half").write_text("half")
-    importer.run(str(REFERENCE / "llama"), str(tmp_path / "w"), [])
+    importer.import_checkpoint(str(REFERENCE / "llama"), str(tmp_path / "w"), [])
     assert [p.name for p in tmp_path.iterdir()] == ["w"]
     assert not list((tmp_path / "w").rglob("half"))
 
@@ -667,11 +675,11 @@ def test_an_end_of_text_that_no_file_names_can_be_given(asked, tmp_path):
     library.save(str(folder / "tokenizer.json"))
     workdir = tmp_path / "w"
     if asked:
-        importer.run(str(folder), str(workdir), asked)
+        importer.import_checkpoint(str(folder), str(workdir), asked)
         assert data.load_tokenizer(workdir / "tokenizer").end_id == 0
     else:
         with pytest.raises(DataError, match="set data.end_of_text to the token"):
-            importer.run(str(folder), str(workdir), asked)
+            importer.import_checkpoint(str(folder), str(workdir), asked)
         assert not workdir.exists()
 
 
@@ -735,14 +743,14 @@ def test_places_that_are_taken_are_refused(imported, tmp_path):
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="w; it is not empty"):
-        importer.run(str(REFERENCE / "llama"), str(tmp_path / "w"), [])
+        importer.import_checkpoint(str(REFERENCE / "llama"), str(tmp_path / "w"), [])
     workdir = imported("llama")
     with pytest.raises(ConfigError, match="w; it is not empty"):
-        exporter.run(
+        exporter.export_checkpoint(
             settings(workdir), workdir, str(tmp_path / "w"), None, "", merge=False
         )
     with pytest.raises(ConfigError, match="--merge; the run has no adapters"):
-        exporter.run(
+        exporter.export_checkpoint(
             settings(workdir), workdir, str(tmp_path / "x"), None, "", merge=True
         )
     assert (tmp_path / "w" / "notes.txt").read_text() == "mine"
@@ -752,7 +760,9 @@ def test_a_model_that_no_family_has_is_told_why(imported, tmp_path):
     workdir = imported("llama")
     run = settings(workdir, family="", model__mlp="relu2")
     with pytest.raises(CheckpointError, match="gpt2: .*llama: model.mlp='relu2'|relu2"):
-        exporter.run(run, workdir, str(tmp_path / "x"), None, "", merge=False)
+        exporter.export_checkpoint(
+            run, workdir, str(tmp_path / "x"), None, "", merge=False
+        )
 
 
 OLDER = {
@@ -809,7 +819,7 @@ def peak():  # ru_maxrss would begin with the memory of the process that started
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1])
 
 before = peak()
-importer.run(sys.argv[1], sys.argv[2], [])
+importer.import_checkpoint(sys.argv[1], sys.argv[2], [])
 print(peak() - before)
 """
 

@@ -25,7 +25,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _execute(run: RunConfig, args: argparse.Namespace) -> Result:
     from scaletrain.hf import exporter
 
-    record = exporter.run(
+    record = exporter.export_checkpoint(
         run, args.workdir, args.to, args.step, args.dtype, merge=args.merge
     )
     return Result(record, exporter.in_words(record))

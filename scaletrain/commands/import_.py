@@ -23,7 +23,7 @@ def _execute(run: RunConfig, args: argparse.Namespace) -> Result:
     del run
     from scaletrain.hf import importer
 
-    record = importer.run(args.source, args.workdir, args.overrides)
+    record = importer.import_checkpoint(args.source, args.workdir, args.overrides)
     return Result(record, importer.in_words(record))
 
 

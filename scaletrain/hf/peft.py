@@ -1,7 +1,7 @@
 """Adapters in the layout of the PEFT library: names, shapes and settings.
 
-Its matrices are A (rank, inputs) and B (outputs, rank) whatever the family's own
-layout is, so they follow from the names alone.
+PEFT's matrices are A (rank, inputs) and B (outputs, rank) in every family, so their
+layout follows from the names alone.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,42 +14,45 @@ from scaletrain.matrices import LAYER
 
 
 def tensors(entries: Iterable[Entry], lora: LoraConfig) -> dict[str, Piece]:
-    """Returns the tensors of an adapter file, and the parameter that each holds.
+    """Returns the parameter of each tensor of an adapter file, by the tensor's name.
 
     Raises:
       CheckpointError: the family stores an adapted matrix joined with others.
     """
-    found = {}
+    pieces = {}
     targets = {f"blocks/{name}/weight": name for name in lora.adapted}
     for entry in entries:
-        held = [piece for piece in entry.pieces if piece.path in targets]
-        if held and len(entry.pieces) > 1:
+        adapted = [piece for piece in entry.pieces if piece.path in targets]
+        if adapted and len(entry.pieces) > 1:
             raise CheckpointError(
-                f"lora.targets={targets[held[0].path]}; {entry.name} holds it together "
-                "with other matrices, which adapter files cannot say; use --merge."
+                f"lora.targets={targets[adapted[0].path]}; {entry.name} holds it "
+                "together with other matrices, which adapter files cannot say; "
+                "use --merge."
             )
-        for piece in held:
+        for piece in adapted:
             inputs, outputs = map(" ".join, LAYER[targets[piece.path]].letters)
             sizes = {**piece.sizes, "r": lora.rank}
             path = piece.path.removesuffix("weight")
             name = f"base_model.model.{entry.name.removesuffix('.weight')}"
-            found[f"{name}.lora_A.weight"] = Piece(
+            pieces[f"{name}.lora_A.weight"] = Piece(
                 f"{path}lora_a", piece.index, f"r ({inputs}) -> {inputs} r", sizes
             )
-            found[f"{name}.lora_B.weight"] = Piece(
+            pieces[f"{name}.lora_B.weight"] = Piece(
                 f"{path}lora_b", piece.index, f"({outputs}) r -> r {outputs}", sizes
             )
-    return found
+    return pieces
 
 
 def config(
     family: Family, lora: LoraConfig, names: Mapping[str, Piece], base: str
 ) -> dict[str, Any]:
-    """Returns adapter_config.json.
+    """Returns the content of adapter_config.json.
 
     Args:
-      names: what `tensors` returned.
-      base: where the weights beside the adapters are.
+      family: the family of the base model.
+      lora: rank and scale of the adapters.
+      names: the tensors of the adapter file, from `tensors`.
+      base: path or name of the base model's checkpoint.
     """
     modules = {".".join(name.split(".")[-4:-2]) for name in names}
     return {
@@ -61,7 +64,6 @@ def config(
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted(modules),
-        # GPT-2 stores its matrices as (inputs, outputs).
-        "fan_in_fan_out": family.name == "gpt2",
+        "fan_in_fan_out": family.inputs_first,  # PEFT's name for that layout
         "inference_mode": True,
     }
