@@ -1,4 +1,4 @@
-"""A run becomes a published checkpoint: what other programs load.
+"""Export: a run becomes a published checkpoint that other programs load.
 
 Everything is written under a temporary name and moved when it is complete.
 """
@@ -32,14 +32,17 @@ DTYPES = {
 
 
 def export_checkpoint(
-    run: RunConfig, workdir: str, to: str, at: int | None, dtype: str, *, merge: bool
+    run: RunConfig, workdir: str, to: str, step: int | None, dtype: str, *, merge: bool
 ) -> dict[str, Any]:
-    """Writes the folder `to` from the checkpoint of step `at` (None: the newest).
+    """Returns the record of an export: one checkpoint of a run as a folder.
 
     Args:
-      dtype: of the tensors; "" = as they are stored.
-      merge: add the adapters to the weights beside them; without, they are exported
-        alone.
+      run: the settings of the run in `workdir`.
+      to: the folder to be made.
+      step: the step of the checkpoint; None = the newest.
+      dtype: the format of the tensors; "" = as they are stored.
+      merge: add the adapters to the weights that they adapt; without, the adapters
+        are exported alone.
 
     Raises:
       ScaletrainError: no such checkpoint, a model that no published family has, or a
@@ -47,20 +50,21 @@ def export_checkpoint(
     """
     target = pathlib.Path(to).absolute()
     _check(run, target, merge=merge)
-    # Nothing may be rounded on the way: not the weights beside adapters either.
+    # float32 keeps every stored format exact; precision settings, which may keep the
+    # weights beside adapters in fewer bits, would round them.
     run = dataclasses.replace(run, precision=PrecisionConfig(compute="float32"))
     run = config.resolve(run, jax.device_count())
     model = run.model
     if not model.max_positions:
         model = dataclasses.replace(model, max_positions=run.seq_len)
     family, settings = families.of_model(run.family, model)
-    grid = mesh.build(run.mesh)
-    program = build(run, grid)
+    devices = mesh.build(run.mesh)
+    program = build(run, devices)
     tokenizer = warm_start.tokenizer_of(workdir, run)
-    checkpoints, at = checkpoint.reading(workdir, run, at)
-    with jax.set_mesh(grid):
-        stored = checkpoints.dtypes(at)
-        weights = warm_start.weights_in(checkpoints, at, program.state)
+    checkpoints, step = checkpoint.reading(workdir, run, step)
+    with jax.set_mesh(devices):
+        stored = checkpoints.dtypes(step)
+        weights = warm_start.weights_in(checkpoints, step, program.state)
     weights = checkpoint.flat(weights)
     source = Workdir.of(workdir)
     with creating(f"--to={to}", target, "exporting") as partial:
@@ -68,14 +72,14 @@ def export_checkpoint(
             tensors = _adapter(partial, family, run, weights, dtype)
         else:
             tensors = _model(partial, family, run, weights, stored, dtype)
-            beside = source.tokenizer / "generation_config.json"
-            _describe(partial, settings, tensors, tokenizer, beside)
-        _card(partial, run, family, source, at, tensors)
-    return {"family": family.name, "step": at, "tensors": len(tensors), "to": to}
+            imported = source.tokenizer / "generation_config.json"
+            _describe(partial, settings, tensors, tokenizer, imported)
+        _card(partial, run, family, source, step, tensors)
+    return {"family": family.name, "step": step, "tensors": len(tensors), "to": to}
 
 
 def in_words(record: Mapping[str, Any]) -> str:
-    """Returns what was exported as a person reads it."""
+    """Returns the record of an export as a line for a person."""
     return (
         f"step {record['step']} as {record['family']} "
         f"({record['tensors']} tensors) in {record['to']}"
@@ -100,7 +104,7 @@ def _model(
     stored: Mapping[str, np.dtype],
     dtype: str,
 ) -> Tensors:
-    """Writes the model's tensors, adapters added to what they adapt."""
+    """Writes the model's tensors, with adapters added to their matrices."""
     plain = [path for path in weights if "/lora_" not in path]
     entries = {
         entry.name: entry for entry in families.entries(family, run.model, plain)
@@ -112,10 +116,10 @@ def _model(
 
     def layer(piece: Piece) -> np.ndarray:
         weight = np.asarray(jax.device_get(weights[piece.path][piece.index]))
-        beside = piece.path.removesuffix("weight")
-        if f"{beside}lora_a" in weights:
+        stem = piece.path.removesuffix("weight")
+        if f"{stem}lora_a" in weights:
             a, b = (
-                np.asarray(jax.device_get(weights[f"{beside}lora_{x}"][piece.index]))
+                np.asarray(jax.device_get(weights[f"{stem}lora_{x}"][piece.index]))
                 for x in "ab"
             )
             scale = run.lora.alpha / run.lora.rank
@@ -135,13 +139,13 @@ def _rounded(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Returns a tensor in another format.
 
     Raises:
-      CheckpointError: a number in it has none there.
+      CheckpointError: a finite number would become infinite in the format.
     """
     with np.errstate(over="ignore"):
         rounded = tensor.astype(dtype)
-    lost = np.isinf(rounded) & np.isfinite(tensor)
-    if lost.any():
-        largest = float(np.abs(tensor[lost].astype(np.float64)).max())
+    overflowed = np.isinf(rounded) & np.isfinite(tensor)
+    if overflowed.any():
+        largest = float(np.abs(tensor[overflowed].astype(np.float64)).max())
         most = {kind: float(ml_dtypes.finfo(kind).max) for kind in DTYPES.values()}
         wider = [str(kind) for kind, limit in most.items() if limit >= largest]
         raise CheckpointError(
@@ -185,7 +189,7 @@ def _describe(
     tokenizer: data.Tokenizer | None,
     imported: pathlib.Path,
 ) -> None:
-    """Writes config.json, the tokenizer's files and what generation needs.
+    """Writes config.json, generation_config.json and the tokenizer's files.
 
     Args:
       imported: the generation_config.json of an import, if there is one.
@@ -212,29 +216,29 @@ def _card(
     run: RunConfig,
     family: Family,
     workdir: Workdir,
-    at: int,
+    step: int,
     tensors: Tensors,
 ) -> None:
-    """Writes README.md: what the model is, what it saw and how well it did."""
+    """Writes README.md: the model's sizes, training, last evaluation and settings."""
     count = sum(int(np.prod(shape)) for shape, _ in tensors.values())
-    seen = at * run.batch_size * run.seq_len
+    tokens = step * run.batch_size * run.seq_len
     size = f"{count:,} numbers in {len(tensors)} tensors"
     lines = [
         "---",
         "library_name: " + ("peft" if _is_adapter(tensors) else "transformers"),
         "---",
-        f"# {workdir.path.absolute().name}, step {at}",
+        f"# {workdir.path.absolute().name}, step {step}",
         "",
         f"A {family.name} model trained with scaletrain: {size}.",
         "",
         "## Training",
         f"- data: {_source(run)}",
-        f"- tokens: {seen:,} ({at:,} steps of {run.batch_size} x {run.seq_len})",
+        f"- tokens: {tokens:,} ({step:,} steps of {run.batch_size} x {run.seq_len})",
         f"- optimizer: {run.optim.name}, peak rate {run.optim.learning_rate}",
     ]
     if run.init_from:
         lines.append(f"- started from: {run.init_from}")
-    lines += ["", "## Evaluation", *_evaluation(workdir, at)]
+    lines += ["", "## Evaluation", *_evaluation(workdir, step)]
     lines += ["", "## Settings", "```json", config.to_json(run).rstrip(), "```", ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
@@ -248,21 +252,21 @@ def _source(run: RunConfig) -> str:
     return f"{run.data.source}{path}, tokenizer {run.data.tokenizer}"
 
 
-def _evaluation(workdir: Workdir, at: int) -> list[str]:
-    """Returns a line for each number of the last evaluation up to step `at`."""
-    newest: dict[str, Any] = {}
+def _evaluation(workdir: Workdir, step: int) -> list[str]:
+    """Returns a line for each number of the last evaluation up to `step`."""
+    evaluation = {}
     for record in workdir.records():
-        if "eval_loss" in record and record["step"] <= at:
-            newest = record
-    if not newest:
+        if "eval_loss" in record and record["step"] <= step:
+            evaluation = record
+    if not evaluation:
         return ["- none"]
     names = ("eval_loss", "eval_perplexity", "eval_bits_per_byte")
-    known = {name: newest[name] for name in names if name in newest}
-    return [f"- step: {newest['step']}"] + [
-        # What is not finite is written as null.
+    scores = {name: evaluation[name] for name in names if name in evaluation}
+    return [f"- step: {evaluation['step']}"] + [
+        # A number that is not finite is null in metrics.jsonl: JSON has none such.
         f"- {name.removeprefix('eval_')}: "
         + (f"{value:.4f}" if isinstance(value, (int, float)) else "not finite")
-        for name, value in known.items()
+        for name, value in scores.items()
     ]
 
 

@@ -1,7 +1,7 @@
-"""A published checkpoint becomes a run: settings, tokenizer and weights at step 0.
+"""Import: a published checkpoint becomes a run's settings, tokenizer and weights.
 
-Tensors are read one at a time and laid straight into the shards of this machine's
-devices, in the formats they were published in. The workdir appears when it is complete.
+Tensors are read one at a time and copied straight into the shards of this machine's
+devices, in their published formats, as step 0. The workdir appears when it is complete.
 """
 
 import contextlib
@@ -36,14 +36,19 @@ from scaletrain.workdir import Workdir
 
 _GENERATION = "generation_config.json"
 _SEQ_LEN = 2048  # of the settings an import leaves; training may set another
-_HEAD = "*lm_head.weight"  # whatever it is published under
-_CHUNK_BYTES = 2**26  # on their way to a device at once
+_HEAD = "*lm_head.weight"  # under any prefix
+_CHUNK_BYTES = 2**26  # copied to a device at once
 
 
 def import_checkpoint(
     source: str, workdir: str, overrides: Sequence[tuple[str, str]]
 ) -> dict[str, Any]:
-    """Makes `workdir` of the checkpoint folder `source`; returns what came of it.
+    """Returns the record of an import: a checkpoint folder as a workdir.
+
+    Args:
+      source: the folder of config.json and safetensors.
+      workdir: the folder to be made.
+      overrides: (setting, value) pairs over the settings that the import chooses.
 
     Args:
       source: folder with config.json and safetensors.
@@ -55,13 +60,13 @@ def import_checkpoint(
     """
     folder, target = pathlib.Path(source), pathlib.Path(workdir).absolute()
     _check_places(folder, target)
-    about = safetensors.json_object(folder / "config.json")
-    family, model = families.of_config(about)
-    ids = _generation(folder, about)
+    description = safetensors.json_object(folder / "config.json")
+    family, model = families.of_config(description)
+    generation = _generation(folder, description)
     settings = _settings(folder, target, family, model, overrides)
     resolved = config.resolve(settings, jax.device_count())
-    grid = mesh.build(resolved.mesh)
-    shapes = checkpoint.flat(build(resolved, grid).state.params)
+    devices = mesh.build(resolved.mesh)
+    shapes = checkpoint.flat(build(resolved, devices).state.params)
     entries = list(families.entries(family, model, shapes))
     stored = _matched(folder, family, model, entries)
     needed = sum(safetensors.nbytes(t.shape, t.dtype) for t in stored.values())
@@ -71,7 +76,7 @@ def import_checkpoint(
         tokenizer = _tokenizer(folder, settings.data)
         if tokenizer is not None:
             tokenizer.save(new.tokenizer)
-        _leave_generation(ids, new.tokenizer)
+        _save_generation(generation, new.tokenizer)
         weights = _weights(entries, stored, shapes)
         with contextlib.closing(checkpoint.Store(new, settings)) as checkpoints:
             checkpoints.save_weights(weights)
@@ -87,7 +92,7 @@ def import_checkpoint(
 
 
 def in_words(record: Mapping[str, Any]) -> str:
-    """Returns what was imported as a person reads it."""
+    """Returns the record of an import as a line for a person."""
     without = "" if record["tokenizer"] else ", without a tokenizer"
     return (
         f"{record['family']} of {record['parameters']:,} parameters "
@@ -119,26 +124,28 @@ def _tokenizer_file(folder: pathlib.Path) -> pathlib.Path | None:
     return None
 
 
-def _tokenizer(folder: pathlib.Path, asked: DataConfig) -> data.Tokenizer | None:
+def _tokenizer(folder: pathlib.Path, settings: DataConfig) -> data.Tokenizer | None:
     path = _tokenizer_file(folder)
     if path is None:
         return None
-    return data.read_tokenizer(dataclasses.replace(asked, tokenizer=str(path)))
+    return data.read_tokenizer(dataclasses.replace(settings, tokenizer=str(path)))
 
 
-def _generation(folder: pathlib.Path, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what the checkpoint's own files say of generating: special ids first."""
+def _generation(folder: pathlib.Path, description: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the checkpoint's settings of generation, special ids first."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    ids = {name: about[name] for name in names if about.get(name) is not None}
+    ids = {
+        name: description[name] for name in names if description.get(name) is not None
+    }
     path = folder / _GENERATION
     return ids | (safetensors.json_object(path) if path.is_file() else {})
 
 
-def _leave_generation(settings: Mapping[str, Any], to: pathlib.Path) -> None:
-    """Keeps what `_generation` returned for an export."""
-    to.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(settings, indent=2) + "\n"
-    (to / _GENERATION).write_text(text, encoding="utf-8")
+def _save_generation(generation: Mapping[str, Any], folder: pathlib.Path) -> None:
+    """Saves the settings of generation, which an export writes again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(generation, indent=2) + "\n"
+    (folder / _GENERATION).write_text(text, encoding="utf-8")
 
 
 def _settings(
@@ -148,11 +155,11 @@ def _settings(
     model: ModelConfig,
     overrides: Sequence[tuple[str, str]],
 ) -> RunConfig:
-    """Returns settings to go on training with, carefully, wherever that is."""
+    """Returns cautious settings to train on with, for any number of devices."""
     tokenizer = _tokenizer_file(folder)
-    where = DataConfig(source="synthetic")
+    corpus = DataConfig(source="synthetic")
     if tokenizer is not None:
-        where = DataConfig(tokenizer=str(Workdir(target).tokenizer / tokenizer.name))
+        corpus = DataConfig(tokenizer=str(Workdir(target).tokenizer / tokenizer.name))
     settings = RunConfig(
         batch_size=math.lcm(8, jax.device_count()),
         seq_len=min(model.max_positions or _SEQ_LEN, _SEQ_LEN),
@@ -160,7 +167,7 @@ def _settings(
         model=dataclasses.replace(model, remat="full"),
         mesh=MeshConfig(fsdp=-1),
         optim=OptimConfig(learning_rate=1e-5, warmup_steps=10),
-        data=where,
+        data=corpus,
     )
     return config.override(settings, overrides)
 
@@ -174,24 +181,25 @@ def _matched(
       CheckpointError: with every tensor that is missing, unknown or of another shape.
     """
     stored = safetensors.contents(folder)
-    stored, problems = {}, []
+    tensors: dict[str, Stored] = {}
+    problems: list[str] = []
     for tensor in stored.values():
         name = family.known_as(tensor.name)
-        if name in stored:
-            problems.append(f"{tensor.name}: the same tensor as {stored[name].name}")
-        stored[name] = tensor
+        if name in tensors:
+            problems.append(f"{tensor.name}: the same tensor as {tensors[name].name}")
+        tensors[name] = tensor
     if model.head == "tied":
-        _name_shared(entries, stored)
-    problems += _misfits(entries, stored)
-    wanted = {entry.name for entry in entries}
-    # A tied head may be stored twice; the embedding is the one that is laid down.
+        _name_shared(entries, tensors)
+    problems += _misfits(entries, tensors)
+    expected = {entry.name for entry in entries}
+    # A tied head may be stored twice; only the embedding is imported.
     left_out = family.left_out + ((_HEAD,) if model.head == "tied" else ())
-    for name in stored.keys() - wanted:
+    for name in tensors.keys() - expected:
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in left_out):
-            tensor = stored[name]
+            tensor = tensors[name]
             problems.append(f"{tensor.name} of {tensor.path.name}: not in this model")
     if not problems and model.head == "tied":
-        problems += _untied(entries, stored)
+        problems += _untied(entries, tensors)
     if problems:
         shown = "\n".join(f"  {problem}" for problem in sorted(problems)[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
@@ -199,17 +207,17 @@ def _matched(
             f"--from={folder}; its tensors are not those of a {family.name} with this "
             f"config.json:\n{shown}{more}\nfetch its files again."
         )
-    return {name: stored[name] for name in wanted}
+    return {name: tensors[name] for name in expected}
 
 
-def _misfits(entries: list[Entry], stored: Mapping[str, Stored]) -> Iterator[str]:
+def _misfits(entries: list[Entry], tensors: Mapping[str, Stored]) -> Iterator[str]:
     """Yields each tensor that is missing or of another shape.
 
     Raises:
       CheckpointError: one whose format holds no weights.
     """
     for entry in entries:
-        tensor = stored.get(entry.name)
+        tensor = tensors.get(entry.name)
         if tensor is None:
             yield f"{entry.name}: missing"
             continue
@@ -222,25 +230,25 @@ def _misfits(entries: list[Entry], stored: Mapping[str, Stored]) -> Iterator[str
 
 
 def _shared(entries: list[Entry]) -> str:
-    """Returns the name of the embedding, to which a head may be tied."""
+    """Returns the name of the embedding, to which an output head may be tied."""
     (name,) = (e.name for e in entries if e.pieces[0].path == "embedding")
     return name
 
 
-def _name_shared(entries: list[Entry], stored: dict[str, Stored]) -> None:
-    """Lets a tied head that is stored alone be the embedding that it is."""
-    heads = fnmatch.filter(stored, _HEAD)
-    if heads and _shared(entries) not in stored:
-        stored[_shared(entries)] = stored.pop(heads[0])
+def _name_shared(entries: list[Entry], tensors: dict[str, Stored]) -> None:
+    """Renames a tied head that is stored without its embedding to the embedding."""
+    heads = fnmatch.filter(tensors, _HEAD)
+    if heads and _shared(entries) not in tensors:
+        tensors[_shared(entries)] = tensors.pop(heads[0])
 
 
-def _untied(entries: list[Entry], stored: Mapping[str, Stored]) -> Iterator[str]:
-    """Yields each stored head that is not the embedding it should be tied to."""
+def _untied(entries: list[Entry], tensors: Mapping[str, Stored]) -> Iterator[str]:
+    """Yields each stored head whose numbers differ from the embedding's."""
     shared = _shared(entries)
-    for name in fnmatch.filter(stored, _HEAD):
-        if not np.array_equal(stored[name].read(), stored[shared].read()):
+    for name in fnmatch.filter(tensors, _HEAD):
+        if not np.array_equal(tensors[name].read(), tensors[shared].read()):
             yield (
-                f"{name} of {stored[name].path.name}: other numbers than {shared}, "
+                f"{name} of {tensors[name].path.name}: other numbers than {shared}, "
                 "where config.json has tie_word_embeddings=true; is it false?"
             )
 
@@ -265,33 +273,36 @@ def _weights(
 
 
 class _Filling:
-    """A sharded array that is filled part by part on its own devices."""
+    """A sharded array that is filled slice by slice on its own devices."""
 
     def __init__(self, shape: jax.ShapeDtypeStruct, dtype: Any):
         self._shape, self._dtype = shape, dtype
         assert shape.sharding is not None
         indices = shape.sharding.addressable_devices_indices_map(shape.shape)
-        self._places = {device: at for device, at in indices.items() if at is not None}
+        self._places = {
+            device: index for device, index in indices.items() if index is not None
+        }
         inner = shape.sharding.shard_shape(shape.shape)
         self._shards = {
             device: jnp.zeros(inner, dtype, device=device) for device in self._places
         }
 
-    def put(self, lead: tuple[int, ...], part: np.ndarray) -> None:
-        """Lays `part` down at the index `lead` of the leading dims."""
+    def put(self, lead: tuple[int, ...], values: np.ndarray) -> None:
+        """Copies `values` to the index `lead` of the leading dims."""
         for device, place in self._places.items():
-            local = part[place[len(lead) :]]
+            local = values[place[len(lead) :]]
             rows = max(1, _CHUNK_BYTES // max(1, local[:1].nbytes))
             for first in range(0, local.shape[0], rows):
                 chunk = local[first : first + rows].astype(self._dtype)
                 chunk = chunk[(None,) * len(lead)]
-                start = (*lead, first, *(0,) * (part.ndim - 1))
+                start = (*lead, first, *(0,) * (values.ndim - 1))
+                # The wait bounds the copies in flight to one chunk.
                 self._shards[device] = jax.block_until_ready(
                     _laid(self._shards[device], jax.device_put(chunk, device), start)
                 )
 
     def array(self) -> jax.Array:
-        """Returns the array."""
+        """Returns the filled array."""
         return jax.make_array_from_single_device_arrays(
             self._shape.shape, self._shape.sharding, list(self._shards.values())
         )

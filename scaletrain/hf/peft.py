@@ -1,7 +1,7 @@
 """Adapters in the layout of the PEFT library: names, shapes and settings.
 
-Its matrices are A (rank, inputs) and B (outputs, rank) whatever the family's own
-layout is, so they follow from the names alone.
+PEFT's matrices are A (rank, inputs) and B (outputs, rank) in every family, so their
+layout follows from the names alone.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ from scaletrain.matrices import LAYER
 
 
 def tensors(entries: Iterable[Entry], lora: LoraConfig) -> dict[str, Piece]:
-    """Returns the tensors of an adapter file, and the parameter that each holds.
+    """Returns the parameter of each tensor of an adapter file, by the tensor's name.
 
     Raises:
       CheckpointError: the family stores an adapted matrix joined with others.
@@ -26,8 +26,8 @@ def tensors(entries: Iterable[Entry], lora: LoraConfig) -> dict[str, Piece]:
         if adapted and len(entry.pieces) > 1:
             raise CheckpointError(
                 f"lora.targets={targets[adapted[0].path]}; {entry.name} holds it "
-                "together with other matrices, which adapter files cannot say; use "
-                "--merge."
+                "together with other matrices, which adapter files cannot say; "
+                "use --merge."
             )
         for piece in adapted:
             inputs, outputs = map(" ".join, LAYER[targets[piece.path]].letters)
@@ -46,11 +46,13 @@ def tensors(entries: Iterable[Entry], lora: LoraConfig) -> dict[str, Piece]:
 def config(
     family: Family, lora: LoraConfig, names: Mapping[str, Piece], base: str
 ) -> dict[str, Any]:
-    """Returns adapter_config.json.
+    """Returns the content of adapter_config.json.
 
     Args:
-      names: what `tensors` returned.
-      base: where the weights beside the adapters are.
+      family: the family of the base model.
+      lora: rank and scale of the adapters.
+      names: the tensors of the adapter file, from `tensors`.
+      base: path or name of the base model's checkpoint.
     """
     modules = {".".join(name.split(".")[-4:-2]) for name in names}
     return {
@@ -62,7 +64,6 @@ def config(
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted(modules),
-        # GPT-2 stores its matrices as (inputs, outputs).
-        "fan_in_fan_out": family.name == "gpt2",
+        "fan_in_fan_out": family.inputs_first,  # PEFT's name for that layout
         "inference_mode": True,
     }

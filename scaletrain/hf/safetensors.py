@@ -3,6 +3,9 @@
 The layout is the published one: 8 bytes with the header's length, the header, then the
 tensors without gaps. Nothing in a file is executed, and no name in it leads outside the
 folder it lies in.
+
+The `safetensors` package is not used: bfloat16 tensors failed with numpy and jax in its
+releases up to 0.5.3 (its issues 598 and 382).
 """
 
 import dataclasses
@@ -25,7 +28,8 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-# Of masks, positions and quantised weights, which may lie beside a model's.
+# Masks, positions and quantised weights may lie beside a model's weights: headers with
+# these formats are read, but no weights are imported from them.
 _OTHERS = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
@@ -47,7 +51,7 @@ _LARGEST_HEADER = 100_000_000  # bytes; the published limit
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies."""
+    """A tensor's place, format and shape in a file."""
 
     name: str
     path: pathlib.Path
@@ -79,12 +83,12 @@ class Stored:
 
 
 def nbytes(shape: Iterable[int], dtype: np.dtype) -> int:
-    """Returns what a tensor takes in a file."""
+    """Returns the bytes of a tensor in a file."""
     return math.prod(shape) * dtype.itemsize
 
 
 def json_object(path: pathlib.Path) -> dict[str, Any]:
-    """Returns what a JSON file beside the tensors holds.
+    """Returns the object of a JSON file beside the tensors.
 
     Raises:
       CheckpointError: it is missing, or not a JSON object.
@@ -103,20 +107,20 @@ def _object(text: bytes) -> dict[str, Any]:
     """Returns a JSON object; raises ValueError where it is none."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        members = dict(pairs)
-        if len(members) < len(pairs):
+        content = dict(pairs)
+        if len(content) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"{twice} is there twice")
-        return members
+        return content
 
     try:
-        value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique)
+        content = json.loads(text.decode("utf-8-sig"), object_pairs_hook=unique)
     except RecursionError as err:
         raise ValueError("it nests too deeply") from err
-    if not isinstance(value, dict):
+    if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")
-    return value
+    return content
 
 
 def contents(folder: pathlib.Path) -> dict[str, Stored]:
@@ -155,50 +159,50 @@ def contents(folder: pathlib.Path) -> dict[str, Stored]:
 
 def _indexed(folder: pathlib.Path) -> dict[str, Stored]:
     """Returns the tensors that the index names, each from the shard it names."""
-    where, shards = _weight_map(folder / INDEX), {}
-    for shard in sorted(set(where.values())):
+    shard_of, shards = _weight_map(folder / INDEX), {}
+    for shard in sorted(set(shard_of.values())):
         if not (folder / shard).is_file():
             raise CheckpointError(
                 f"{folder / shard}; missing, though {INDEX} names it; fetch it too."
             )
         shards[shard] = _header(folder / shard)
-    for name, shard in where.items():
+    for name, shard in shard_of.items():
         if name not in shards[shard]:
             raise CheckpointError(
                 f"{folder / shard}; tensor {name} is not in it, though {INDEX} says "
                 "so; fetch both again."
             )
-    for shard, names in shards.items():
-        for name in names:
-            if where.get(name) != shard:
-                elsewhere = f"in {where[name]} by" if name in where else "not in"
+    for shard, tensors in shards.items():
+        for name in tensors:
+            if shard_of.get(name) != shard:
+                elsewhere = f"in {shard_of[name]} by" if name in shard_of else "not in"
                 raise CheckpointError(
                     f"{folder / shard}; tensor {name} is {elsewhere} {INDEX}; "
                     "fetch both again."
                 )
-    return {name: shards[shard][name] for name, shard in where.items()}
+    return {name: shards[shard][name] for name, shard in shard_of.items()}
 
 
 def _weight_map(path: pathlib.Path) -> dict[str, str]:
-    """Returns which shard each tensor lies in, all of them in the index's folder."""
-    where = json_object(path).get("weight_map")
-    if not isinstance(where, dict) or not all(
-        isinstance(shard, str) for shard in where.values()
+    """Returns the shard of each tensor, a file name in the index's folder."""
+    shard_of = json_object(path).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(
+        isinstance(shard, str) for shard in shard_of.values()
     ):
         raise CheckpointError(
             f"{path}; no weight_map can be read in it; fetch it again."
         )
-    for shard in where.values():
+    for shard in shard_of.values():
         if pathlib.PurePath(shard).name != shard or shard in ("", ".", ".."):
             raise CheckpointError(
                 f"{path}; it leads outside its folder, to {shard!r}; "
                 "do not use this checkpoint."
             )
-    return where
+    return shard_of
 
 
 def _header(path: pathlib.Path) -> dict[str, Stored]:
-    """Returns the tensors of one file, whose size must be exactly theirs."""
+    """Returns the tensors of one file, which must fill it without a gap."""
     size = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(8)
@@ -212,7 +216,7 @@ def _header(path: pathlib.Path) -> dict[str, Stored]:
     try:
         header = _object(text)
         header.pop("__metadata__", None)
-        tensors, at = {}, 8 + length
+        tensors, offset = {}, 8 + length
         for name, entry in sorted(
             header.items(), key=lambda item: item[1]["data_offsets"]
         ):
@@ -224,7 +228,7 @@ def _header(path: pathlib.Path) -> dict[str, Stored]:
             if dtype is None:
                 raise _format(path, name, entry["dtype"])
             if (
-                start + 8 + length != at
+                start + 8 + length != offset
                 or stop - start != nbytes(shape, dtype)
                 or min(shape, default=1) < 0
             ):
@@ -232,17 +236,17 @@ def _header(path: pathlib.Path) -> dict[str, Stored]:
                     f"{path}; tensor {name} does not lie where its shape "
                     f"{list(shape)} puts it; fetch the file again."
                 )
-            tensors[name] = Stored(name, path, dtype, shape, at)
-            at += stop - start
+            tensors[name] = Stored(name, path, dtype, shape, offset)
+            offset += stop - start
     except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise CheckpointError(
             f"{path}; its header cannot be read: {err}; fetch it again."
         ) from err
-    if at != size:
+    if offset != size:
         last = next(reversed(tensors), "none")
         raise CheckpointError(
-            f"{path}; {size} bytes where its tensors (the last is {last}) end at {at}; "
-            "it is cut off or damaged; fetch it again."
+            f"{path}; {size} bytes where its tensors (the last is {last}) end at "
+            f"{offset}; it is cut off or damaged; fetch it again."
         )
     return tensors
 
@@ -259,24 +263,25 @@ def write_file(
     tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     read: Callable[[str], np.ndarray],
 ) -> None:
-    """Writes one file of the tensors `names`.
+    """Writes one file of some tensors.
 
     Args:
-      names: of the tensors, in the order of the file.
-      tensors: shape and format of each.
-      read: returns the numbers of a tensor by its name.
+      path: the file to be made.
+      names: the tensors of this file, in their order.
+      tensors: name -> shape and format.
+      read: name -> the tensor.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    offset = 0
     for name in names:
         shape, dtype = tensors[name]
-        stop = at + nbytes(shape, dtype)
+        stop = offset + nbytes(shape, dtype)
         header[name] = {
             "dtype": _NAMES[dtype],
             "shape": list(shape),
-            "data_offsets": [at, stop],
+            "data_offsets": [offset, stop],
         }
-        at = stop
+        offset = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     with path.open("wb") as file:
@@ -285,7 +290,7 @@ def write_file(
             shape, dtype = tensors[name]
             tensor = read(name)
             assert (tensor.shape, tensor.dtype) == (shape, dtype), name
-            # Not ndarray.tofile: of a full disk it does not say that it is full.
+            # Not ndarray.tofile: its error on a full disk does not say "disk full".
             file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
 
 
@@ -296,24 +301,25 @@ def write(
     *,
     shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes a checkpoint folder's tensors, each asked for when its turn comes.
+    """Writes the tensors of a checkpoint folder, and reads each just before.
 
     Args:
+      folder: where the files are made.
       tensors: name -> shape and format.
       read: name -> the tensor.
-      shard_bytes: what a file holds at most; a larger tensor has one of its own.
+      shard_bytes: most bytes of tensors in a file; a larger tensor has its own file.
     """
     sizes = {name: nbytes(*kind) for name, kind in tensors.items()}
     shards = list(_shards(sizes, shard_bytes))
     if len(shards) == 1:
         write_file(folder / SINGLE, shards[0], tensors, read)
         return
-    where = {}
+    shard_of = {}
     for number, names in enumerate(shards, start=1):
         path = folder / f"model-{number:05}-of-{len(shards):05}.safetensors"
         write_file(path, names, tensors, read)
-        where |= dict.fromkeys(names, path.name)
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        shard_of |= dict.fromkeys(names, path.name)
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": shard_of}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

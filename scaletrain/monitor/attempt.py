@@ -6,7 +6,7 @@ from typing import Any
 
 from scaletrain.workdir import Workdir
 
-_KEYS = {"first": "from", "last": "to"}  # of the file, where they differ
+_KEYS = {"first": "from", "last": "to"}  # field -> key of the file, where they differ
 _NUMBER = (int, float)
 
 
@@ -15,13 +15,13 @@ class Attempt:
     """The steps that an attempt took and the seconds of each of its phases."""
 
     began: float  # time of day, in seconds
-    # When it began on a clock that does not jump while its machine is up.
+    # The same on the monotonic clock, which does not jump while the machine is up.
     up: float
-    boot: str  # of the machine; "" = not known
+    boot: str  # the machine's boot id: `up` compares within one; "" = not known
     first: int | None = None  # the earliest step it went on from
     last: int | None = None  # the step it is at
-    taken: int = 0  # steps
-    finished: bool = False  # the run had no step left: it was over, not down
+    taken: int = 0  # number of steps, those taken again included
+    finished: bool = False  # no step was left: the time after it is not downtime
     phases: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds
     seconds: float = 0.0  # of all phases
 
@@ -32,7 +32,7 @@ class Attempt:
 
     @classmethod
     def of(cls, entry: Any) -> "Attempt | None":
-        """Returns the attempt of an entry, None where it is not one."""
+        """Returns the attempt of an entry, None where the entry is not valid."""
         names = [field.name for field in dataclasses.fields(cls)]
         try:
             entry = {"finished": False, **entry}  # older ones do not say
@@ -54,7 +54,7 @@ class Attempt:
 
 
 def attempts(workdir: Workdir) -> list[Attempt]:
-    """Returns the attempts in a workdir, the oldest first; none where they are lost."""
+    """Returns the attempts in a workdir, oldest first; empty if the file is lost."""
     try:
         entries = json.loads(workdir.attempts.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,8 +1,8 @@
 """Goodput: the share of a run's wall time that moved it forward, over all attempts.
 
 `attempts.json` in the workdir has an entry for each attempt. An attempt that is killed
-cannot say goodbye, so its entry is written again every few seconds; what it lost shows
-once a later one goes on from an earlier step.
+cannot write a last time, so its entry is written every few seconds; its lost steps show
+once a later attempt goes on from an earlier step.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ _BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")  # of Linux
 
 
 class Account:
-    """What became of the time of a run's attempts; kept up to date inside a `with`.
+    """The account of a run's time by attempt and phase, kept on disk inside a `with`.
 
-    A start that is refused, or that has nothing to do, makes none: it is no attempt.
+    A start that is refused, or that has nothing to do, is not an attempt.
     """
 
     def __init__(self, workdir: Workdir, phases: Phases):
@@ -56,18 +56,18 @@ class Account:
             self._write()
 
     def begin(self, step: int) -> None:
-        """Says which step this attempt goes on from, or went back to."""
+        """Sets the step that this attempt goes on from, or rolls back to."""
         now, first = self._now, self._now.first
         now.first = step if first is None else min(first, step)
         now.last = step
 
     def took(self, step: int) -> None:
-        """Says that a step was taken."""
+        """Counts a step that was taken."""
         self._now.last = step
         self._now.taken += 1
 
     def finish(self) -> None:
-        """Says that the run has no step left; until it is extended it is not down."""
+        """Marks the run as complete: the time until it is extended is no downtime."""
         self._now.finished = True
 
     def _measure(self) -> None:
@@ -79,13 +79,13 @@ class Account:
             self._write()
 
     def _write(self) -> None:
-        with self._writing, contextlib.suppress(OSError):  # as with a lost one
+        with self._writing, contextlib.suppress(OSError):  # no reason not to train
             self._measure()
             entries = [attempt.entry() for attempt in self._attempts]
             atomic_write(self._path, json.dumps(entries, indent=1).encode())
 
     def total(self) -> dict[str, Any]:
-        """Returns the seconds of the run by cause; productive is what is not lost."""
+        """Returns goodput and the seconds of the run by cause, over all attempts."""
         self._measure()
         causes = {STEP: 0.0, "lost": 0.0}
         later: Attempt | None = None
@@ -101,11 +101,11 @@ class Account:
             later = attempt
             if attempt.first is not None:
                 begun_again = min(begun_again, attempt.first)
-        total = sum(causes.values())
+        wall_s = sum(causes.values())
         return {
-            "goodput": causes[STEP] / total if total else 0.0,
+            "goodput": causes[STEP] / wall_s if wall_s else 0.0,
             "attempts": len(self._attempts),
-            "seconds": total,
+            "seconds": wall_s,
             "seconds_by_cause": causes,
         }
 
@@ -120,21 +120,21 @@ def _lost_s(attempt: Attempt, begun_again: float) -> float:
 
 
 def _between_s(attempt: Attempt, later: Attempt) -> float:
-    """Returns the seconds from the last word of an attempt to the next one's begin."""
+    """Returns the seconds from an attempt's last entry to the start of the next."""
     same_boot = attempt.boot and attempt.boot == later.boot
-    # The time of day may jump.
+    # The time of day may jump; the monotonic clock starts anew with each boot.
     since = later.up - attempt.up if same_boot else later.began - attempt.began
     return max(0.0, since - attempt.seconds)
 
 
 def in_words(total: dict[str, Any]) -> str:
-    """Returns one line: goodput, and what took the rest."""
+    """Returns a line of goodput and the shares of the other causes."""
     rest = {
         name: seconds / total["seconds"]
         for name, seconds in total["seconds_by_cause"].items()
         if name != STEP and total["seconds"]
     }
-    causes_text = ", ".join(
+    causes = ", ".join(
         f"{name} {share:.1%}"
         for name, share in sorted(rest.items(), key=lambda item: -item[1])
         if share >= 0.0005
@@ -142,5 +142,5 @@ def in_words(total: dict[str, Any]) -> str:
     starts = "1 attempt" if total["attempts"] == 1 else f"{total['attempts']} attempts"
     return (
         f"goodput {total['goodput']:.1%} of {total['seconds']:,.0f} s in {starts}"
-        f"{': ' if causes_text else ''}{causes_text}"
+        f"{': ' if causes else ''}{causes}"
     )

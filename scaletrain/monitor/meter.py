@@ -1,4 +1,4 @@
-"""Meters: what a run reads once for each line of its log."""
+"""Meters: sources of numbers that a run reads once for each line of its log."""
 
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ class Meter(Protocol):
     """A source of numbers for the records of `metrics.jsonl`."""
 
     def read(self, step_time_s: float) -> dict[str, float | int | None]:
-        """Returns numbers by their names in the record; None = not known here.
+        """Returns numbers by their names in the record; None = not known.
 
         Args:
           step_time_s: mean seconds of a step since the meter was read before.
@@ -21,7 +21,7 @@ class Meter(Protocol):
         ...
 
     def close(self) -> None:
-        """Releases what the meter holds."""
+        """Releases the meter's resources."""
         ...
 
 
@@ -67,7 +67,7 @@ class PeakMemory:
 
 
 def peak_memory_bytes(devices: list[Any]) -> int | None:
-    """Returns the most memory a device here has held; None where it is not counted."""
+    """Returns the peak bytes of this process's devices; None where not counted."""
     stats = [
         d.memory_stats() or {}
         for d in devices

@@ -1,7 +1,7 @@
-"""What a run is doing now, since when, and how long it did what so far.
+"""The phases of a run: the present one, its start, and the seconds of each so far.
 
-One clock serves all who ask: goodput adds up its phases, the watchdog compares the
-present one with those before, and whoever looks into `status.json` sees it.
+One clock serves all its readers: goodput adds up the phases, the watchdog compares the
+present phase with earlier ones, and `status.json` shows the present phase.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from scaletrain.files import atomic_write
 from scaletrain.workdir import Workdir
 
-STEP, WAIT = "step", "wait"  # too many of them to be told one by one
-_KEPT = 64  # durations of a phase that are remembered
+STEP, WAIT = "step", "wait"  # too frequent for status.json
+_KEPT = 64  # last durations of a phase, for its median
 
 
 class Phases:
@@ -34,7 +34,7 @@ class Phases:
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Counts what happens inside as `name`."""
+        """Counts the time inside the `with` as the phase `name`."""
         with self._lock:
             self._tick()
             self._open.append((name, 0.0))
@@ -64,7 +64,7 @@ class Phases:
             return self._open[-1][0], self._since
 
     def usual(self, name: str) -> float | None:
-        """Returns the median seconds of the phase; None before it was met twice."""
+        """Returns the median seconds of the phase; None before it ended twice."""
         with self._lock:
             past = self._past.get(name, [])
             return statistics.median(past) if len(past) > 1 else None
@@ -89,6 +89,6 @@ class Phases:
         if self._status is None or changed in (STEP, WAIT):
             return
         status = {"phase": self.now()[0], "since": time.time(), "pid": os.getpid()}
-        # Who looks at it can do without; a full disk is told of where it matters.
+        # The status is optional; the recorder warns of a full disk.
         with contextlib.suppress(OSError):
             atomic_write(self._status, json.dumps(status).encode())

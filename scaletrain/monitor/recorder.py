@@ -18,19 +18,19 @@ from scaletrain.workdir import Workdir
 class Recorder:
     """Writes records to `metrics.jsonl`, TensorBoard and, briefly, the terminal.
 
-    A disk that fails ends no run here: it is told of once. Records wait for it;
-    TensorBoard does without.
+    A disk that fails ends no run: a warning is printed once. Records wait in memory
+    until the disk works again; TensorBoard events end.
     """
 
     def __init__(self, workdir: Workdir, run: RunConfig, start_step: int):
         self.run, self.lead = run, jax.process_index() == 0
-        self.evaluated = False  # whether the last step of before was; in process 0
+        self.evaluated = False  # whether start_step has an evaluation; in process 0
         if not self.lead:
             return
         self._path = workdir.metrics
         self._keep(workdir, start_step)
         self._file = self._path.open("ab", buffering=0)
-        self._waiting, self._told = b"", False
+        self._waiting, self._warned = b"", False
         self._board: Board | None = None
         try:
             self._board = Board(workdir.path, start_step)
@@ -38,7 +38,7 @@ class Recorder:
             self._give_up_board(err)
 
     def _keep(self, workdir: Workdir, start_step: int) -> None:
-        """Drops records of steps that are about to be taken again, and half lines."""
+        """Drops records of steps that will be taken again, and incomplete lines."""
         if not self._path.exists():
             return
         kept = [pair for pair in workdir.lines() if pair[1]["step"] <= start_step]
@@ -70,17 +70,19 @@ class Recorder:
         try:
             while self._waiting:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
-            self._told = False
+            self._warned = False
         except OSError as err:
-            if not self._told:
+            if not self._warned:
                 say(f"warning: {self._path}; {err.strerror}; make room; records wait")
-            self._told = True
+            self._warned = True
 
     def _give_up_board(self, err: OSError) -> None:
         say(f"warning: {self._path.parent}; no TensorBoard events ({err.strerror})")
         board, self._board = self._board, None
         if board:
-            with contextlib.suppress(OSError):  # it tries what is left once more
+            with contextlib.suppress(
+                OSError
+            ):  # closing writes the rest, which may fail again
                 board.close()
 
     def progress(self, record: dict[str, Any]) -> None:

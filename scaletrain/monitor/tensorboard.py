@@ -1,7 +1,8 @@
 """Scalars as TensorBoard reads them: a file of framed protocol buffers.
 
-Written where they are made. tensorboardX's own writer has a thread behind a queue of
-ten; on a disk that fails the thread ends, and who then adds an eleventh waits for ever.
+Events are written in the caller's thread. tensorboardX's own writer has a thread behind
+a queue of ten; if the disk fails the thread ends, and the eleventh event then blocks
+for ever.
 """
 
 import itertools
@@ -16,14 +17,14 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore
 from tensorboardX.record_writer import masked_crc32c
 
-_opened = itertools.count()  # a name of its own also for two of the same second
+_opened = itertools.count()  # keeps the names of two files of one second apart
 
 
 class Board:
-    """An event file of a workdir; all of it may raise OSError."""
+    """An event file of a workdir; every method may raise OSError."""
 
     def __init__(self, workdir: pathlib.Path, start_step: int):
-        """Begins the file; TensorBoard forgets what others say of steps after this."""
+        """Begins the file; TensorBoard drops older events after `start_step`."""
         name = (
             f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
             f".{os.getpid()}.{next(_opened)}"
@@ -34,7 +35,7 @@ class Board:
         self._add(Event(step=start_step + 1, session_log=again))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Adds what is known of a step."""
+        """Adds the scalars of a step."""
         values = [Summary.Value(tag=n, simple_value=v) for n, v in scalars.items()]
         self._add(Event(step=step, summary=Summary(value=values)))
 

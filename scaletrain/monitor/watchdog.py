@@ -1,8 +1,8 @@
-"""Ends a process that hangs: stacks of all threads first, then exit code 75.
+"""The watchdog of a process: on a hang it writes all stacks, then exits with code 75.
 
-A phase hangs when it takes many times what it usually does. One that was never met has
-a fixed limit, since nobody knows yet how long a compilation or a first read takes. Time
-in which nothing here ran, on a machine that was paused, is no part of a phase.
+A phase hangs when it takes many times its usual time. A phase without a usual time has
+a fixed limit, since the time of a compilation or a first read is not known beforehand.
+Time in which the process did not run, on a paused machine, is no part of a phase.
 """
 
 import faulthandler
@@ -25,12 +25,16 @@ _POLL_S = 1.0
 
 
 class Watchdog:
-    """A thread that looks at the phases of a run, inside a `with`.
+    """A thread that checks the phases of a run, inside a `with`.
 
     Args:
-      limit_s: seconds after which a phase without a usual time hangs, and at most for
-        one that has; 0 = do not watch.
-      floor_s: a phase is given this long whatever its usual time.
+      phases: the clock of the run's phases.
+      workdir: where the stacks are written.
+      limit_s: seconds after which a phase is slow at the latest; it is ended after
+        twice that; 0 = do not watch.
+      floor_s: least seconds that a phase is allowed, if `limit_s` is not less.
+      end: ends the process with an exit code.
+      clock: seconds that never go back.
     """
 
     def __init__(
@@ -48,8 +52,8 @@ class Watchdog:
         self._poll_s = min(_POLL_S, floor_s / 4)
         self._over = threading.Event()
         self._looked = clock()
-        self._since: float | None = None  # when what is watched now began
-        self._seconds, self._warned = 0.0, False  # of it; whether it was called slow
+        self._since: float | None = None  # when the watched phase began
+        self._seconds, self._warned = 0.0, False  # of the watched phase
 
     def __enter__(self) -> Self:
         """Starts watching."""
@@ -71,7 +75,7 @@ class Watchdog:
         now = self._clock()
         if since != self._since:
             self._since, self._seconds, self._warned = since, 0.0, False
-        # Much later, and the whole process was stopped or its machine paused.
+        # A longer gap means that the process was stopped, or its machine paused.
         self._seconds += min(now - max(self._looked, since), 2 * self._poll_s)
         self._looked = now
         allowed = self.allowed(name)
@@ -96,7 +100,7 @@ class Watchdog:
         return min(self._limit_s, max(self._floor_s, FACTOR * usual))
 
     def _dump(self) -> str:
-        """Returns where the stacks are; a disk that fails must not end the watch."""
+        """Returns the path of the written stacks, or why there is no file."""
         stamp = time.strftime("%Y%m%d-%H%M%S")
         path = self._workdir.stacks(jax.process_index(), stamp)
         try:

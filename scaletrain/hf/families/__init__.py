@@ -1,7 +1,7 @@
 """Published model families: one file each, all of them settings of one decoder.
 
-    mapping    which tensors are which parameters: declared once, read both ways
-    normalise  the spellings of config.json become one
+    mapping    the parameters of each tensor: declared once, read in both directions
+    normalise  the older and newer spellings of config.json become one
 
 To add one, declare a `Family` in a file of its name and list it in `config.FAMILIES`.
 """
@@ -49,10 +49,10 @@ def of_config(config: Mapping[str, Any]) -> tuple[Family, ModelConfig]:
 
 
 def of_model(name: str, model: ModelConfig) -> tuple[Family, dict[str, Any]]:
-    """Returns the family that can say what `model` is, and its config.json.
+    """Returns the family that can describe `model`, and the content of its config.json.
 
     Args:
-      name: of the family; "" = the first that can.
+      name: the family; "" = the first that can describe it.
 
     Raises:
       CheckpointError: none can; with the settings that are in the way.

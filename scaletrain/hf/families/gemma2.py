@@ -11,7 +11,7 @@ from scaletrain.hf.families.normalise import layer_types, nested_rope
 
 
 def _number(value: float) -> int | float:
-    """Returns `value` without what taking powers added to it."""
+    """Returns `value` without the rounding error of its powers."""
     value = round(value, 6)
     return int(value) if value == int(value) else value
 
@@ -55,7 +55,7 @@ FIXED = {
 
 
 def write_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the flat keys with the kind of every layer spelled out."""
+    """Returns the flat keys with the kind of every layer listed."""
     config = nested_rope(config)
     pattern = config.pop("sliding_pattern")
     kinds = layer_types(pattern, config["num_hidden_layers"])

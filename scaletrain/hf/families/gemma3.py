@@ -8,7 +8,7 @@ import dataclasses
 from scaletrain.hf.families import gemma2, llama, qwen3
 from scaletrain.hf.families.mapping import Key
 
-# What the files of the larger sizes leave to their reader.
+# Defaults of keys that the config.json of the larger sizes leave out.
 _ABSENT = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,

@@ -26,6 +26,7 @@ FAMILY = Family(
     name="gpt2",
     model_types=("gpt2",),
     architecture="GPT2LMHeadModel",
+    inputs_first=True,
     keys=(
         Key("n_layer", "num_layers"),
         Key("n_embd", "d_model"),

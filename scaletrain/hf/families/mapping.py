@@ -1,7 +1,7 @@
-"""How a published family's settings, names and layouts become ours, and back.
+"""The mapping of a published family's settings, names and layouts to ours, and back.
 
 A family declares each correspondence once; both directions are derived from it.
-Nothing here needs jax or an array: tensors are planned by name, shape and view.
+This module needs neither jax nor an array: tensors are planned by name, shape and view.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from scaletrain.matrices import DIMS
 Config = Mapping[str, Any]  # a config.json, flattened to dotted keys
 _REQUIRED = object()
 
-# What config.json says of other things; a forward pass ignores it. What changes the
-# arithmetic (pruned_heads, quantization_config) or may do so is never here.
+# Keys of config.json that a forward pass ignores. A key that changes the arithmetic
+# (pruned_heads, quantization_config), or may do so, must not be in this list.
 HARMLESS = frozenset(
     # Of the file: who wrote it, from what, for whom.
     """
@@ -70,9 +70,9 @@ HARMLESS = frozenset(
 class Key:
     """A key of config.json and the setting of `ModelConfig` that means the same.
 
-    `absent` is what the family takes when the key is missing: a value in the file's
-    own terms, or a function of the file; `null` is what an explicit null means, by
-    default the same. `values` translates words, `to` and `fro` numbers.
+    `absent` is the family's value where the key is missing: in the file's own terms, or
+    a function of the file; `null` is the value of an explicit null, by default the
+    same. `values` translates words, `to` and `fro` numbers.
     """
 
     key: str
@@ -91,7 +91,7 @@ class Key:
         elif value is None:
             if self.absent is _REQUIRED:
                 raise ValueError(f"{self.key}; missing; the model needs it.")
-            value = _told(self.key, self.absent, config)
+            value = _value(self.key, self.absent, config)
         if self.values is None:
             return self._number(value)
         for theirs, ours in self.values.items():
@@ -101,7 +101,7 @@ class Key:
         raise ValueError(f"{self.key}={shown(value)}; not supported; known: {known}.")
 
     def _number(self, value: Any) -> int | float:
-        """Returns our number; a whole one is not made by leaving a fraction out."""
+        """Returns our number; raises ValueError where an integer loses a fraction."""
         kind = type(get(ModelConfig(), self.path))
         try:
             if isinstance(value, (bool, str)):
@@ -111,9 +111,9 @@ class Key:
                 raise ValueError
             return kind(ours)
         except (ValueError, TypeError, ArithmeticError) as err:
-            wanted = "a whole number" if kind is int else "a usable number"
+            kind_name = "a whole number" if kind is int else "a usable number"
             raise ValueError(
-                f"{self.key}={shown(value)}; not {wanted}; fetch config.json again."
+                f"{self.key}={shown(value)}; not {kind_name}; fetch config.json again."
             ) from err
 
     def write(self, value: Any) -> Any:
@@ -154,12 +154,13 @@ class Family:
     tensors: tuple[Tensor, ...]
     # Setting -> its value in this family, or a function of the file.
     implied: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    # Key -> the values under which the model is what it is here.
+    # Key -> the values that this family's model supports.
     fixed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     harmless: tuple[str, ...] = ()  # keys beside HARMLESS
     # Another prefix that names are published with -> the one in `tensors`.
     also: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    left_out: tuple[str, ...] = ()  # patterns of tensors that no parameter stands for
+    left_out: tuple[str, ...] = ()  # patterns of tensors that have no parameter
+    inputs_first: bool = False  # matrices are stored as (inputs, outputs)
     # The flat keys as the file spells them.
     write_config: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
@@ -186,7 +187,7 @@ def to_model(family: Family, config: Config) -> ModelConfig:
     if not problems:
         try:
             for path, value in family.implied.items():
-                ours = _told(f"model.{path}", value, config)
+                ours = _value(f"model.{path}", value, config)
                 model = applied(model, {path: ours})
         except ValueError as err:
             problems.append(str(err))
@@ -196,8 +197,8 @@ def to_model(family: Family, config: Config) -> ModelConfig:
     return model
 
 
-def _told(name: str, value: Any, config: Config) -> Any:
-    """Returns `value`, or what it makes of the file if it is a function."""
+def _value(name: str, value: Any, config: Config) -> Any:
+    """Returns `value`, or its result for the file if it is a function."""
     if not callable(value):
         return value
     try:
@@ -207,7 +208,7 @@ def _told(name: str, value: Any, config: Config) -> Any:
 
 
 def _unknown(family: Family, config: Config) -> Iterator[str]:
-    """Yields what in `config` would be lost."""
+    """Yields a problem for each key of `config` that would be ignored."""
     read = {key.key for key in family.keys} | family.fixed.keys() | HARMLESS
     for name, value in config.items():
         if name in family.fixed:
@@ -215,7 +216,7 @@ def _unknown(family: Family, config: Config) -> Iterator[str]:
             if value is not None and value not in allowed:
                 known = " or ".join(map(repr, allowed))
                 yield f"{name}={shown(value)}; not supported; known: {known}."
-        # What is off or empty changes nothing.
+        # A key that is off or empty changes nothing.
         elif value and name not in read and name not in family.harmless:
             yield (
                 f"{name}={shown(value)}; scaletrain does not know what it changes; "
@@ -247,7 +248,7 @@ def to_config(family: Family, model: ModelConfig) -> dict[str, Any]:
 
 
 def _architecture(model: ModelConfig) -> Iterator[tuple[str, Any]]:
-    """Yields (path, value) of the settings that say what a model computes."""
+    """Yields (path, value) of the settings that define a model's arithmetic."""
     for path, field, value in leaves(model):
         if field.metadata["exported"]:
             yield path, value
@@ -293,18 +294,18 @@ def _groups(pattern: str) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]
     """Returns the letters of each dim, theirs and ours: "(n h) d -> d n h"."""
 
     def side(text: str) -> list[tuple[str, ...]]:
-        words, group = [], None
+        dims, group = [], None
         for word in text.replace("(", "( ").replace(")", " )").split():
             if word == "(":
                 group = []
             elif word == ")":
-                words.append(tuple(group or ()))
+                dims.append(tuple(group or ()))
                 group = None
             elif group is None:
-                words.append((word,))
+                dims.append((word,))
             else:
                 group.append(word)
-        return words
+        return dims
 
     left, _, right = pattern.partition("->")
     return side(left), side(right)
@@ -312,7 +313,7 @@ def _groups(pattern: str) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A published tensor of one model: its name, its shape and what it holds."""
+    """A published tensor of one model: its name, its shape and its parameters."""
 
     name: str
     pieces: tuple[Piece, ...]
@@ -320,23 +321,23 @@ class Entry:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The whole tensor's shape."""
+        """The shape of the published tensor."""
         shapes = [piece.shape for piece in self.pieces]
-        shape_of_all = list(shapes[0])
-        shape_of_all[self.dim] = sum(shape[self.dim] for shape in shapes)
-        return tuple(shape_of_all)
+        joined = list(shapes[0])
+        joined[self.dim] = sum(shape[self.dim] for shape in shapes)
+        return tuple(joined)
 
     def split(self, theirs: np.ndarray) -> Iterator[tuple[Piece, np.ndarray]]:
         """Yields each piece with its part of the tensor in our layout, as views."""
-        at = 0
+        start = 0
         for piece in self.pieces:
             size = piece.shape[self.dim]
-            part = theirs[(slice(None),) * self.dim + (slice(at, at + size),)]
+            part = theirs[(slice(None),) * self.dim + (slice(start, start + size),)]
             yield piece, piece.ours(part)
-            at += size
+            start += size
 
     def join(self, read: Callable[[Piece], np.ndarray]) -> np.ndarray:
-        """Returns the tensor of what `read` gives for each piece."""
+        """Returns the tensor made of the parameters that `read` returns."""
         parts = [piece.theirs(read(piece)) for piece in self.pieces]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, self.dim)
 
@@ -347,7 +348,9 @@ def entries(
     """Yields every published tensor of a model, layer by layer.
 
     Args:
-      paths: the parameters that the model has; a tensor of others is not expected.
+      family: the model's family.
+      model: the sizes of the model.
+      paths: the parameters that the model has; a tensor of others is left out.
     """
     sizes, covered = _sizes(model), set()
     present = [t for t in family.tensors if t.parts[0][0] in paths]
