@@ -9,8 +9,8 @@ The behaviour of a layer depends on the ambient mesh, the one of `jax.set_mesh`.
 functions of this module read it: `spec`, `by_device`, `on_local_rows`, `mesh_axes`,
 `shard_shape`, `platform`, `device_kind`, `axis_size` and `constrain`. Through them it
 decides in each kernel's `supports`, in attention, `look_up`, `head_loss` and the
-products of `models`; `optim.muon._by_layers` and `kernels.matmul` read it themselves.
-Without a mesh one device has all of every tensor, and nothing is constrained.
+products of `models`; `optim.muon` and `kernels.matmul` read it themselves. Without a
+mesh one device has all of every tensor, and nothing is constrained.
 """
 
 import dataclasses
@@ -395,8 +395,6 @@ def table(params: Tree) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     lines = []
     for row in rows:
-        cells = [
-            cell.ljust(width) for cell, width in zip(row[:4], widths, strict=False)
-        ]
+        cells = [row[i].ljust(widths[i]) for i in range(4)]
         lines.append("  ".join([*cells, row[4].rjust(widths[4])]).rstrip())
     return "\n".join(lines)
