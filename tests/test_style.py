@@ -24,6 +24,7 @@ LARGE_CLASSES = {
 # of the glossary in docs/internals/style.md says what to write instead.
 PRIVATE_WORDS = {
     "found", "told", "held", "whole", "how", "here", "what", "met", "ways", "said",
+    "pull", "slope", "turned", "unbeaten", "parted", "magnitudes", "dropped",
 }  # fmt: skip
 _DIMS = re.compile(r"_([A-Z][A-Z0-9]*)$")
 
